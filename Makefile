@@ -1,0 +1,55 @@
+# Everything a person or CI runs. Each target sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NODES ?= 2
+PROMPT ?= What is the capital of France?
+
+.PHONY: run test check dist lock clean format
+
+run: $(VENV)/.runtime
+	@$(BIN)/covey demo --nodes $(NODES) --prompt "$(PROMPT)" $(if $(ONCE),--once) $(if $(JSON),--json)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest tests/test_tidy.py
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(VENV)/.test
+	$(BIN)/uv build --no-build-isolation --wheel --out-dir dist
+
+# uv is the installer: it comes from the registry by its own pinned hashes, then everything else by theirs.
+$(VENV)/bin/uv: requirements/installer.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/installer.txt
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/bin/uv requirements/runtime.txt pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/runtime.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.runtime requirements/test.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/test.txt
+	@touch $@
+
+# Rewrites the lock files: hashes and names, no addresses.
+lock: $(VENV)/bin/uv
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --python-version 3.11 requirements/installer.in -o requirements/installer.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --python-version 3.11 pyproject.toml -o requirements/runtime.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --python-version 3.11 --extra test pyproject.toml -o requirements/test.txt
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Covey: large language models on the devices you already own, joined into one cluster."""

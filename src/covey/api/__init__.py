@@ -1,0 +1,1 @@
+"""Translates foreign dialects: parse and render, pure; one file knows the web framework."""

@@ -1,0 +1,1 @@
+"""Knowledge about model files, true on any machine."""

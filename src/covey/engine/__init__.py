@@ -1,0 +1,1 @@
+"""Turns numbers into numbers, unaware of any cluster: the runner process."""

@@ -1,0 +1,1 @@
+"""The nouns and messages that all rooms share, without behaviour."""

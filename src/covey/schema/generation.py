@@ -1,0 +1,166 @@
+"""One request for text, and the events that answer it: between `api` and `serving`, and between `serving` and a head.
+
+The second half is the data plane's protocol: `serving` opens a TCP connection to the head's data port, sends
+`ServeHello`, then any number of `Admit` and `Cancel`, and gets `HeadEvent`s back. Frames are as in `wire`.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from covey.schema.ids import ModelId, RequestId
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # the model ended its turn, or a stop string came
+    LENGTH = "length"  # the token limit or the context's end
+    CANCELLED = "cancelled"
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """How the next token is picked. The defaults are neutral; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # always set once a request is admitted
+
+
+class ChatMessage(Struct, frozen=True):
+    role: str
+    content: str
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True):
+    """What any dialect is parsed into. `seed` None: a fresh one is drawn at admission."""
+
+    model_id: ModelId
+    messages: tuple[ChatMessage, ...]
+    sampling: Sampling = Sampling()
+    seed: int | None = None
+    token_count_max: int | None = None  # None: as far as the context reaches
+    stop: tuple[str, ...] = ()
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(Struct, frozen=True):
+    """Measured at the head, in milliseconds."""
+
+    queued_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class GenerationStarted(Struct, frozen=True, tag=True):
+    request_id: RequestId
+    prompt_tokens: int
+    seed: int
+
+
+class PrefillProgressed(Struct, frozen=True, tag=True):
+    processed_tokens: int
+    total_tokens: int
+
+
+class TextGenerated(Struct, frozen=True, tag=True):
+    """New text; `token_ids` are the tokens that it came from (text may wait for a whole character)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class GenerationFinished(Struct, frozen=True, tag=True):
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+class GenerationFailed(Struct, frozen=True, tag=True):
+    """The last event of a request that could not go on. `status` is the HTTP status that fits."""
+
+    message: str
+    status: int = 500
+
+
+GenerationEvent = GenerationStarted | PrefillProgressed | TextGenerated | GenerationFinished | GenerationFailed
+
+
+# ---- between serving and the head ----
+
+
+class ServeHello(Struct, frozen=True, tag=True):
+    """The first frame of a connection from serving."""
+
+    instance_id: str
+
+
+class Admit(Struct, frozen=True, tag=True, kw_only=True):
+    """Run this. `token_ids` is the prompt, and after a broken attempt also what was generated:
+    `token_ids[prompt_length:]`.
+    """
+
+    request_id: RequestId
+    attempt: int
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    sampling: Sampling
+    token_count_max: int  # new tokens, counted from `prompt_length`
+    stop_token_ids: tuple[int, ...]
+
+
+class Cancel(Struct, frozen=True, tag=True):
+    request_id: RequestId
+    attempt: int
+
+
+class Queued(Struct, frozen=True, tag=True):
+    """Waits for a KV slot, `position` requests before it."""
+
+    request_id: RequestId
+    attempt: int
+    position: int
+
+
+class Prefilled(Struct, frozen=True, tag=True):
+    request_id: RequestId
+    attempt: int
+    processed_tokens: int
+    total_tokens: int
+
+
+class TokenSampled(Struct, frozen=True, tag=True):
+    """`position` is the token's index in the whole sequence, prompt included. Stop tokens are not sent."""
+
+    request_id: RequestId
+    attempt: int
+    position: int
+    token_id: int
+
+
+class Ended(Struct, frozen=True, tag=True):
+    request_id: RequestId
+    attempt: int
+    reason: FinishReason
+    completion_tokens: int  # includes a stop token
+    timings: Timings
+
+
+class Broken(Struct, frozen=True, tag=True):
+    """The request can't go on (refused, or a stage is lost). `status` is the HTTP status that fits."""
+
+    request_id: RequestId
+    attempt: int
+    message: str
+    status: int
+
+
+ServeCommand = ServeHello | Admit | Cancel
+HeadEvent = Queued | Prefilled | TokenSampled | Ended | Broken

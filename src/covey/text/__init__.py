@@ -1,0 +1,1 @@
+"""Text work without input or output: templates, detokenising, stop strings."""
