@@ -1,0 +1,57 @@
+"""What an engine library must offer to be a stage: the wall between the runner's loop and `fake`, `onnx`, `mlx`.
+
+An engine holds one shard's weights and the KV cache of its layers. It knows slots and positions, no requests.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+Activations = NDArray[Any]  # [tokens] int64 token ids into the first stage; else [tokens, hidden] of a float type
+Logits = NDArray[np.float32]  # [pieces that want logits, vocabulary]
+
+
+class Piece(Struct, frozen=True):
+    """Consecutive tokens of one slot within a step: positions `position .. position + token_count - 1`.
+
+    Starting at a position that the slot has passed already drops what was cached from there on.
+    """
+
+    slot: int
+    position: int
+    token_count: int
+    wants_logits: bool  # of its last token
+
+
+class LoadProgress(Struct, frozen=True):
+    layers_loaded: int
+    layers_total: int
+    bytes_loaded: int
+    bytes_total: int
+
+
+class EngineError(Exception):
+    """The engine can't do what was asked of it; the message is one sentence for a person."""
+
+
+class StageEngine(Protocol):
+    """One shard, loaded once, run many times, always from one thread."""
+
+    def load(self, progress: Callable[[LoadProgress], None]) -> None:
+        """Reads the shard's tensors and makes it ready to run. Raises `EngineError`, `CheckpointError`, `OSError`."""
+        ...
+
+    def warm_up(self) -> None:
+        """Runs each shape that serving will use once, and forgets what it computed."""
+        ...
+
+    def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
+        """One step. `values` holds the pieces' tokens one after another.
+
+        Returns the activations for the next stage, [tokens, hidden], or from the last stage the logits of the pieces
+        that want them, in their order, [count, vocabulary] float32.
+        """
+        ...
