@@ -1,7 +1,7 @@
-"""The state of a cluster: intent (what people asked for and what the leader assigned) and reports (what each node says).
+"""The state of a cluster: intent (what people asked for, what the leader assigned) and reports (what each node says).
 
-Intent is a map of key -> `Entry` that every node holds; merging keeps the higher version per key. A report is a node's
-own word about itself: the latest wins, it is never stored, and it vanishes with its node.
+Intent is a map of key -> `Entry` that every node holds; merging keeps the higher version per key. A report is a
+node's own word about itself: the latest wins, it is never stored, and it vanishes with its node.
 """
 
 from enum import StrEnum
@@ -158,7 +158,7 @@ class IntentUpdate(Struct, frozen=True, tag=True):
 
 
 class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
-    """Serve this model. Accepted with the id of its instance (an existing one only if it is the same command again)."""
+    """Serve this model. Accepted with the id of its instance; the same command again gives the same instance."""
 
     card: ModelCard
     node_count_min: int = 1
