@@ -1,5 +1,6 @@
 """The main job as a person runs it: nodes start, find each other, share a model, answer, and leave nothing behind."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def test_the_layers_are_split_over_all_nodes(answers: dict[int, dict[str, Any]])
         assert len(ranges) == count
         assert ranges[0][0] == 0
         assert ranges[-1][1] == 30
-        assert all(left[1] == right[0] for left, right in zip(ranges, ranges[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
 
 
 def test_nothing_is_left_running(answers: dict[int, dict[str, Any]], home: Path) -> None:
