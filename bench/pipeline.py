@@ -36,9 +36,9 @@ def main() -> None:
         split.append(decode_speed(options.nodes, options.max_tokens))
         print(f"round {number + 1}: 1 node {single[-1]:.1f}, {options.nodes} nodes {split[-1]:.1f} tokens/s")
     ratios = [b / a for a, b in zip(single, split, strict=True)]
+    one, many = statistics.median(single), statistics.median(split)
     print(
-        f"median: 1 node {statistics.median(single):.1f}, {options.nodes} nodes {statistics.median(split):.1f} tokens/s, "
-        f"ratio {statistics.median(ratios):.2f}"
+        f"median: 1 node {one:.1f}, {options.nodes} nodes {many:.1f} tokens/s, ratio {statistics.median(ratios):.2f}"
     )
 
 
