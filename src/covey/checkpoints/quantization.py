@@ -49,7 +49,7 @@ def dequantize(entry: TensorEntry, content: Bytes) -> Floats:
     if entry.type in _PLAIN:
         return _PLAIN[entry.type](content).reshape(entry.shape)
     blocks = take_apart(entry, content)
-    centred = blocks.codes.astype(np.float32) - np.float32(blocks.zero)
+    centred: Any = blocks.codes.astype(np.float32) - np.float32(blocks.zero)
     weights: Floats = blocks.scales[..., np.newaxis] * centred
     if blocks.minimums is not None:
         weights += blocks.minimums[..., np.newaxis]
