@@ -94,14 +94,15 @@ class LlamaGraph:
         self._caches: list[str] = []
         builder = self._builder
         self._residual = builder.input(HIDDEN, np.float32, ["tokens", settings.hidden_size])
-        self._update: str | None = None  # what the last block computed and nobody has added to the residual yet
+        # What the last block computed and nobody has added to the residual yet, at first zero. Two kernels for
+        # norms, one with and one without a sum, would round apart: then where a model is cut would change its answers.
+        self._update = builder.node("Sub", [HIDDEN, HIDDEN], "nothing")
         builder.input(ENDS, np.int32, ["batch"])
         builder.input(LONGEST, np.int32, [1])
         builder.input(LAYOUT, np.int64, [3])
         builder.constant("cosines", rotary[0])
         builder.constant("sines", rotary[1])
         builder.constant("flat", np.array([-1, settings.query_size], np.int64))
-        builder.constant("last_axis", np.array([2], np.int64))
 
     def add_layer(self, layer: int, weights: LayerWeights) -> None:
         normed = self._norm(f"{layer}.attention_norm", weights.attention_norm)
@@ -116,7 +117,6 @@ class LlamaGraph:
     def finish(self, head: HeadWeights | None) -> StageGraph:
         """Ends the graph with the activations for the next stage, or with the wanted rows' logits."""
         builder = self._builder
-        assert self._update is not None, "a stage has at least one layer"
         if head is None:
             builder.node("Add", [self._residual, self._update], RESULT)
             builder.output(RESULT, np.float32, ["tokens", self._settings.hidden_size])
@@ -127,8 +127,8 @@ class LlamaGraph:
     def _add_head(self, head: HeadWeights) -> None:
         builder = self._builder
         builder.input(ROWS, np.int64, ["wanted"])
-        total = builder.node("Add", [self._residual, str(self._update)], "total")
-        self._residual, self._update = builder.node("Gather", [total, ROWS], "wanted", axis=0), None
+        self._residual = builder.node("Gather", [self._residual, ROWS], "wanted.residual", axis=0)
+        self._update = builder.node("Gather", [self._update, ROWS], "wanted.update", axis=0)
         normed = self._norm("output_norm", head.norm)
         (logits,) = self._matmuls("output", normed, (head.output,))
         builder.node("Identity", [logits], RESULT)
@@ -136,15 +136,12 @@ class LlamaGraph:
 
     def _norm(self, name: str, scale: Floats) -> str:
         """Adds what is pending to the residual, and norms the sum."""
-        builder, epsilon = self._builder, self._settings.epsilon
-        weight = builder.constant(f"{name}.weight", scale)
-        if self._update is None:
-            attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-            return builder.node("SimplifiedLayerNormalization", [self._residual, weight], name, **attributes)
-        inputs = [self._residual, self._update, weight]
-        outputs = [name, "", "", f"{name}.sum"]
-        builder.nodes_with("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=epsilon)
-        self._residual, self._update = f"{name}.sum", None
+        weight = self._builder.constant(f"{name}.weight", scale)
+        self._builder.nodes_with(
+            "SkipSimplifiedLayerNormalization", [self._residual, self._update, weight],
+            [name, "", "", f"{name}.sum"], MICROSOFT, epsilon=self._settings.epsilon,
+        )  # fmt: skip
+        self._residual, self._update = f"{name}.sum", ""
         return name
 
     def _attention(self, layer: int, projected: list[str]) -> str:
@@ -189,17 +186,18 @@ class LlamaGraph:
                 continue
             if matrix.offsets is not None and matrix.block_size not in sums:
                 sums[matrix.block_size] = self._block_sums(name, source, matrix)
-            results.append(self._matmul_blocks(own_name, source, matrix, sums.get(matrix.block_size)))
+            results.append(self._matmul_blocks(own_name, source, matrix, sums.get(matrix.block_size, "")))
         return results
 
     def _block_sums(self, name: str, source: str, matrix: PackedBlocks) -> str:
         builder = self._builder
         blocks = matrix.scales.shape[1]
         shape = builder.constant(f"{name}.blocked.shape", np.array([-1, blocks, matrix.block_size], np.int64))
+        axis = builder.constant(f"{name}.blocked.axis", np.array([2], np.int64))
         blocked = builder.node("Reshape", [source, shape], f"{name}.blocked")
-        return builder.node("ReduceSum", [blocked, "last_axis"], f"{name}.sums", keepdims=0)
+        return builder.node("ReduceSum", [blocked, axis], f"{name}.sums", keepdims=0)
 
-    def _matmul_blocks(self, name: str, source: str, matrix: PackedBlocks, sums: str | None) -> str:
+    def _matmul_blocks(self, name: str, source: str, matrix: PackedBlocks, sums: str) -> str:
         """Codes times scales, and where blocks have an offset, the sums of the blocks' activations times offsets.
 
         With (code - zero) * scale + offset for a weight, both together are exact; the operator alone takes offsets
@@ -209,15 +207,16 @@ class LlamaGraph:
         rows, blocks = matrix.scales.shape
         codes = builder.constant(f"{name}.codes", matrix.codes)
         scales = builder.constant(f"{name}.scales", matrix.scales.reshape(-1))
+        scaled_name = name if matrix.offsets is None else f"{name}.scaled"
         scaled = builder.node(
-            "MatMulNBits", [source, codes, scales], f"{name}.scaled" if matrix.offsets is not None else name, MICROSOFT,
+            "MatMulNBits", [source, codes, scales], scaled_name, MICROSOFT,
             N=rows, K=blocks * matrix.block_size, bits=matrix.bits, block_size=matrix.block_size,
             accuracy_level=INT8_ACCUMULATION,
         )  # fmt: skip
         if matrix.offsets is None:
             return scaled
         offsets = builder.constant(f"{name}.offsets", matrix.offsets)
-        return builder.node("Gemm", [str(sums), offsets, scaled], name, transB=1)
+        return builder.node("Gemm", [sums, offsets, scaled], name, transB=1)
 
 
 def _value(name: str, dtype: Any, shape: list[int | str]) -> onnx.ValueInfoProto:

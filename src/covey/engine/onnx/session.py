@@ -1,5 +1,7 @@
 """The ONNX Runtime session of one stage and the KV cache that it writes in place."""
 
+import ctypes
+import sys
 from collections import OrderedDict
 from typing import Any, Final
 
@@ -11,6 +13,7 @@ from covey.engine.onnx import graph
 from covey.engine.onnx.graph import StageGraph
 
 PROVIDER: Final = "CPUExecutionProvider"
+LOG_ERRORS: Final = 3
 BINDINGS_MAX: Final = 32  # ranges of slots whose cache slices stay bound; a binding names two arrays for each layer
 
 
@@ -99,6 +102,18 @@ def _open(built: StageGraph, thread_count: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = thread_count
     options.inter_op_num_threads = 1
+    options.log_severity_level = LOG_ERRORS
+    # Steps differ in length, and a plan of memory is kept for each length that comes up.
+    options.enable_mem_pattern = False
+    # Threads wait actively between the operators of a step, which pays, but not between steps.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     names = list(built.weights)
     options.add_external_initializers(names, [_shared(built.weights[name]) for name in names])
     return onnxruntime.InferenceSession(built.model, options, providers=[PROVIDER])
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system where the C library has to be asked to (glibc on Linux)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -78,9 +78,9 @@ def rotary_tables(
 
 
 def _number(header: GgufHeader, key: str, kind: type[Any], default: Any = None) -> Any:
-    value = header.metadata.get(key, default)
-    if isinstance(value, list) and len({*value}) == 1:
-        value = value[0]  # some files repeat a number for each layer
+    value: Any = header.metadata.get(key, default)
+    repeated: list[Any] = value if isinstance(value, list) else [value]  # some files state it for each layer
+    value = repeated[0] if repeated and repeated.count(repeated[0]) == len(repeated) else None
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
         raise CheckpointError(f"the model file is damaged: its metadata gives {key} as {value!r}")
     return value

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
 from covey.engine.onnx.graph import LlamaGraph, StageGraph
-from covey.engine.onnx.session import KvCache, StageSession
+from covey.engine.onnx.session import KvCache, StageSession, give_back_memory
 from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
 from covey.engine.onnx.weights import EmbeddingTable, HeadWeights, StageFile
 from covey.schema.runner import RunnerSpec
@@ -31,24 +32,8 @@ class OnnxStage:
         self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
 
     def load(self, progress: Callable[[LoadProgress], None]) -> None:
-        header = read_header(self._spec.model_path)
-        settings = read_settings(header)
-        if settings.layer_count != self._spec.shard.layer_count:
-            raise EngineError(
-                f"the model file has {settings.layer_count} layers, not {self._spec.shard.layer_count}; place it again"
-            )
-        with StageFile(self._spec.model_path, header, settings, self._spec.shard) as file:
-            self._embedding, head = file.read_ends()
-            built = self._build(file, settings, head, progress)
-        self._hidden_size = settings.hidden_size
-        self._result_size = settings.hidden_size if head is None else head.vocabulary_size
-        cache_shape = (self._spec.slot_count, settings.kv_head_count, self._spec.context_length, settings.head_size)
-        self._session = StageSession(
-            built,
-            KvCache(built.caches, cache_shape),
-            thread_count=self._spec.thread_count,
-            result_size=self._result_size,
-        )
+        self._open(progress)
+        give_back_memory()  # what reading and packing used, about as much as the weights
 
     def warm_up(self) -> None:
         prompt = min(WARM_UP_TOKENS, self._spec.context_length - 1)
@@ -68,6 +53,26 @@ class OnnxStage:
         for piece in pieces:
             self._lengths[piece.slot] = piece.position + piece.token_count
         return self._collect(pieces, results)
+
+    def _open(self, progress: Callable[[LoadProgress], None]) -> None:
+        header = read_header(self._spec.model_path)
+        settings = read_settings(header)
+        if settings.layer_count != self._spec.shard.layer_count:
+            expected = self._spec.shard.layer_count
+            raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
+        with Path(self._spec.model_path).open("rb", buffering=0) as opened:
+            file = StageFile(opened, header, settings, self._spec.shard)
+            self._embedding, head = file.read_ends()
+            built = self._build(file, settings, head, progress)
+        self._hidden_size = settings.hidden_size
+        self._result_size = settings.hidden_size if head is None else head.vocabulary_size
+        cache_shape = (self._spec.slot_count, settings.kv_head_count, self._spec.context_length, settings.head_size)
+        self._session = StageSession(
+            built,
+            KvCache(built.caches, cache_shape),
+            thread_count=self._spec.thread_count,
+            result_size=self._result_size,
+        )
 
     def _build(
         self,
@@ -92,7 +97,8 @@ class OnnxStage:
 
     def _run_group(self, pieces: list[Piece], rows: list[NDArray[np.float32]]) -> Iterable[NDArray[np.float32]]:
         """Pieces of equal length in neighbouring slots; yields each one's activations, or its last token's logits."""
-        assert self._session is not None, "load comes first"
+        if self._session is None:
+            raise EngineError("the stage was asked to run before it was loaded")
         token_count = pieces[0].token_count
         hidden = np.concatenate(rows) if len(rows) > 1 else rows[0]
         positions = [piece.position for piece in pieces]

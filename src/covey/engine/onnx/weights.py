@@ -1,6 +1,5 @@
 """Reads a stage's tensors from a GGUF file, and no others, into the forms that the graph takes."""
 
-from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -63,23 +62,15 @@ class EmbeddingTable:
 class StageFile:
     """The part of a model file that one stage is made of."""
 
-    def __init__(self, path: str, header: GgufHeader, settings: LlamaSettings, shard: Shard) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO, header: GgufHeader, settings: LlamaSettings, shard: Shard) -> None:
+        """`file`: opened without a buffer, so that no byte is read twice. Raises `CheckpointError`, `EngineError`."""
+        self._file = file
         self._header = header
         self._settings = settings
         self._shard = shard
-        self._file: BinaryIO | None = None
         self.bytes_read = 0
         self.output_name = OUTPUT if OUTPUT in header.tensors else EMBEDDING  # many models tie the two
         self._check()
-
-    def __enter__(self) -> "StageFile":
-        self._file = Path(self._path).open("rb", buffering=0)  # noqa: SIM115  # closed at exit
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
 
     @property
     def bytes_total(self) -> int:
@@ -103,12 +94,9 @@ class StageFile:
     def read_ends(self) -> tuple[EmbeddingTable | None, HeadWeights | None]:
         """What the first and the last stage have beside layers; a tied embedding is read once for both."""
         embedding = head = None
-        entry = self._header.tensors.get(EMBEDDING)
-        content = None
-        if self._is_first:
-            assert entry is not None  # checked at the start
-            content = self._read(EMBEDDING)
-            embedding = EmbeddingTable(entry, content)
+        content = self._read(EMBEDDING) if self._is_first else None
+        if content is not None:
+            embedding = EmbeddingTable(self._header.tensors[EMBEDDING], content)
         if self._is_last:
             tied = content if self.output_name == EMBEDDING else None
             head = HeadWeights(self._floats(OUTPUT_NORM), self._matrix(self.output_name, tied))
@@ -157,7 +145,6 @@ class StageFile:
                 raise EngineError(f"this model's layers have a tensor {name!r}, which this engine does not know")
 
     def _read(self, name: str) -> NDArray[np.uint8]:
-        assert self._file is not None, "read within the context"
         entry = self._header.tensors[name]
         self.bytes_read += entry.byte_count
         return read_tensor(self._file, entry)
