@@ -308,9 +308,7 @@ def _entry(name: str, raw: _RawEntry, data_start: int, alignment: int) -> Tensor
     if raw.dimensions[0] % block_elements or 0 in raw.dimensions:
         raise CheckpointError(f"the GGUF file is damaged: tensor {name!r} of {type_name} measures {raw.dimensions}")
     if raw.offset % alignment:
-        raise CheckpointError(
-            f"the GGUF file is damaged: tensor {name!r} does not begin at a multiple of {alignment}"
-        )
+        raise CheckpointError(f"the GGUF file is damaged: tensor {name!r} does not begin at a multiple of {alignment}")
     element_count = 1
     for dimension in raw.dimensions:
         element_count *= dimension

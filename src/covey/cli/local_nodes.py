@@ -62,8 +62,10 @@ class LocalNode:
 def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
     """Starts `count` nodes that form a cluster of their own; each is in `into` as soon as it exists."""
     cluster = f"demo-{os.getpid()}"
-    for number in range(1, count + 1):
-        into.append(LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0), cluster))
+    for number in range(1, count + 1):  # not a comprehension: a failure must find those before it in `into`
+        into.append(  # noqa: PERF401
+            LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0), cluster)
+        )
 
 
 def end_nodes(nodes: list[LocalNode]) -> None:

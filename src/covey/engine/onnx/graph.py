@@ -71,9 +71,7 @@ class GraphBuilder:
         self.nodes.append(onnx.helper.make_node(operator, inputs, [output], domain=domain, **attributes))
         return output
 
-    def nodes_with(
-        self, operator: str, inputs: list[str], outputs: list[str], domain: str, **attributes: Any
-    ) -> None:
+    def nodes_with(self, operator: str, inputs: list[str], outputs: list[str], domain: str, **attributes: Any) -> None:
         """Adds a node with several outputs."""
         self.nodes.append(onnx.helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
 

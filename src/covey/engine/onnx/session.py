@@ -37,9 +37,7 @@ class StageSession:
         self._result_size = result_size
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
-    def run(
-        self, slot: int, positions: list[int], hidden: NDArray[np.float32], rows: NDArray[np.int64] | None
-    ) -> Any:
+    def run(self, slot: int, positions: list[int], hidden: NDArray[np.float32], rows: NDArray[np.int64] | None) -> Any:
         """`hidden`: [sequences x tokens, hidden], sequence by sequence; `positions`: where each sequence goes on.
 
         Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary].

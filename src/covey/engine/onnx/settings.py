@@ -41,9 +41,7 @@ def read_settings(header: GgufHeader) -> LlamaSettings:
     if architecture != ARCHITECTURE:
         raise EngineError(f"this model is of the architecture {architecture!r}; this engine knows {ARCHITECTURE!r}")
     if header.metadata.get("llama.expert_count", 0):
-        raise EngineError(
-            "this model is a mixture of experts, which this engine does not know; it knows dense models"
-        )
+        raise EngineError("this model is a mixture of experts, which this engine does not know; it knows dense models")
     hidden_size = _number(header, "llama.embedding_length", int)
     head_count = _number(header, "llama.attention.head_count", int)
     rope_size = _number(header, "llama.rope.dimension_count", int, hidden_size // head_count)

@@ -120,9 +120,7 @@ class OnnxStage:
     def _check(self, pieces: Sequence[Piece], values: Activations) -> None:
         """A step that would read what was never written is our mistake somewhere; it must not become an answer."""
         if len(values) != sum(piece.token_count for piece in pieces):
-            raise EngineError(
-                f"a step of {sum(piece.token_count for piece in pieces)} tokens came with {len(values)}"
-            )
+            raise EngineError(f"a step of {sum(piece.token_count for piece in pieces)} tokens came with {len(values)}")
         if len({piece.slot for piece in pieces}) < len(pieces):
             raise EngineError("a step names one slot twice")
         for piece in pieces:
