@@ -1,1 +1,3 @@
-"""Which node holds which layers of a model: `place` is the door; `memory` counts, `split` cuts, `refusal` explains."""
+"""Which node holds which layers: `place` is the door; `memory` counts, `nodes` ranks, `split` cuts, `refusal`
+explains.
+"""

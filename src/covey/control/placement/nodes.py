@@ -50,7 +50,7 @@ def machines(nodes: Sequence[Candidate]) -> dict[str, Machine]:
 
 
 def ranked(nodes: Sequence[Candidate]) -> list[Candidate]:
-    """The nodes in order of preference: the machine with most memory first, and each machine once before any twice."""
+    """The nodes in order of preference: the machine with most memory first, each machine once before any twice."""
     by_memory = sorted(machines(nodes).values(), key=lambda each: (-each.memory_bytes_usable, each.machine_id))
     order: list[tuple[int, int, Candidate]] = []
     for rank, machine in enumerate(by_memory):

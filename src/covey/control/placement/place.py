@@ -1,7 +1,7 @@
 """`place`: a pipeline for a model on the nodes that are here, or the reason why there is none.
 
-The fewest nodes that hold the model are used (each link costs time per token), preferring those with most memory.
-The head is the node that asked, if it is among them: prompts most likely come in there and tokens go back there, which
+The fewest nodes that hold the model are used (each link costs time per token), preferring those with most memory. The
+head is the node that asked, if it is among them: prompts most likely come in there and tokens go back there, which
 saves a hop. Else it is the node with most memory, since the head does the scheduling beside its layers.
 """
 

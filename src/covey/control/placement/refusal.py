@@ -17,7 +17,8 @@ MEGABYTE: Final = 1_000_000
 
 def too_few_nodes(asked: int, here: int) -> Refused:
     return Refused(
-        f"asked for {asked} nodes, {_are_here(here)}: start covey on {_more(asked - here)}, or ask for fewer.", CONFLICT
+        f"asked for {asked} nodes, {_are_here(here)}: start covey on {_more(asked - here)}, or ask for fewer.",
+        CONFLICT,
     )
 
 
@@ -47,7 +48,10 @@ def unknown_nodes(missing: Sequence[str]) -> Refused:
 
 def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int) -> Refused:
     """Says what is missing in all, or that no single node can take its part, and lists the machines."""
-    needed, usable = whole_bytes(load, stage_count), sum(each.memory_bytes_usable for each in machines(nodes).values())
+    needed, usable = (
+        whole_bytes(load, stage_count),
+        sum(each.memory_bytes_usable for each in machines(nodes).values()),
+    )
     each = "; ".join(_machine_lines(nodes))
     size = f"a context of {load.context_length} tokens in {load.slot_count} slots"
     opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count)} with {size}"

@@ -1,7 +1,7 @@
 """Cuts the layers of a model into consecutive ranges, one for each budget of memory.
 
-Layers go in proportion to the budgets; where that does not fit, a cut moves to the nearest place that does. A split is
-found if there is one for this order of budgets: `reach` and `need` bound every cut from both sides.
+Layers go in proportion to the budgets; where that does not fit, a cut moves to the nearest place that does. A split
+is found if there is one for this order of budgets: `reach` and `need` bound every cut from both sides.
 """
 
 from covey.control.placement.memory import RUNNER_OVERHEAD_BYTES, Load, first_bytes, last_bytes, layer_bytes
