@@ -45,6 +45,14 @@ class Checks:
         self._recent: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self._answered: set[str] = set()
 
+    def note_instances(self, state: ClusterState) -> None:
+        """Before anything else in a step: what was decided is whole, and never changes."""
+        for instance in state.instances:
+            if instance.instance_id not in self.instances_seen:
+                self._is_whole(instance)
+                self.instances_seen[instance.instance_id] = instance
+            promise(instance == self.instances_seen[instance.instance_id], f"{instance.instance_id} changed")
+
     # ---- at each effect ----
 
     def before_effect(self, node: "Node", effect: Effect, state: ClusterState) -> None:
@@ -106,11 +114,6 @@ class Checks:
                     heard >= self._heard.get(place, (0, 0)), f"{node.node_id} took an old report of {member.node_id}"
                 )
                 self._heard[place] = heard
-        for instance in state.instances:
-            if instance.instance_id not in self.instances_seen:
-                self._is_whole(instance)
-                self.instances_seen[instance.instance_id] = instance
-            promise(instance == self.instances_seen[instance.instance_id], f"{instance.instance_id} changed")
 
     def _commands_are_answered(self, node: "Node") -> None:
         now = self.world.now

@@ -118,9 +118,9 @@ class Process:
     def _die(self, description: str) -> None:
         self.alive = False
         self._break_links()
-        self._input(RunnerExited(self.runner_id, self.attempt, description, "last words"))
         if self.node.processes.get(self.runner_id) is self:
             del self.node.processes[self.runner_id]
+            self.node.feed(RunnerExited(self.runner_id, self.attempt, description, "last words"))
 
     def _break_links(self) -> None:
         for process in self.world.processes():

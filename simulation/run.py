@@ -1,5 +1,6 @@
 """One run: faults for a minute, then calm, then everything must be well within a bound."""
 
+import traceback
 from collections.abc import Callable
 
 from simulation.checks import BrokenPromiseError
@@ -38,6 +39,9 @@ def run_seed(seed: int, trace: Callable[[str], None] | None = None) -> Verdict:
         _calm(world)
     except BrokenPromiseError as broken:
         return Verdict(seed, world, str(broken))
+    except Exception as raised:  # noqa: BLE001 (the top of a run: a machine that raises is a finding too)
+        where = traceback.extract_tb(raised.__traceback__)[-1]
+        return Verdict(seed, world, f"{type(raised).__name__}: {raised} ({where.name}, line {where.lineno})")
     return Verdict(seed, world, "")
 
 

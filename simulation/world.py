@@ -149,6 +149,7 @@ class Node:
         effects = self.machine.handle(world.now, given)
         world.record(self, given, effects)
         state = self.machine.state(world.now)
+        world.checks.note_instances(state)
         for effect in effects:
             world.checks.before_effect(self, effect, state)
             self._carry_out(effect)
