@@ -37,9 +37,7 @@ def main() -> None:
         print(f"round {number + 1}: 1 node {single[-1]:.1f}, {options.nodes} nodes {split[-1]:.1f} tokens/s")
     ratios = [b / a for a, b in zip(single, split, strict=True)]
     one, many = statistics.median(single), statistics.median(split)
-    print(
-        f"median: 1 node {one:.1f}, {options.nodes} nodes {many:.1f} tokens/s, ratio {statistics.median(ratios):.2f}"
-    )
+    print(f"median: 1 node {one:.1f}, {options.nodes} nodes {many:.1f} tokens/s, ratio {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":
