@@ -1,0 +1,239 @@
+"""The state of a cluster: intent (what people asked for, what the leader assigned) and reports (what each node says).
+
+Intent is a map of key -> `Entry` that every node holds; merging keeps the higher version per key. A report is a
+node's own word about itself: the latest wins, it is never stored, and it vanishes with its node.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
+from covey.schema.model import ModelCard, Shard
+from covey.schema.runner import Address, RunnerState
+
+# ---- intent ----
+
+
+class Version(Struct, frozen=True, order=True):
+    """Which write of a key is newer: the higher counter, then the higher writer."""
+
+    counter: int
+    writer: NodeId
+
+
+class Stage(Struct, frozen=True):
+    """One runner of an instance. `memory_bytes` is what placement counted for it: weights, KV cache and overhead."""
+
+    runner_id: RunnerId
+    node_id: NodeId
+    shard: Shard
+    memory_bytes: int
+
+
+class Wish(Struct, frozen=True, tag="wish", kw_only=True):
+    """What a person asked for: serve this model."""
+
+    wish_id: str
+    card: ModelCard
+    node_count_min: int
+    context_length: int  # tokens of one KV slot
+    slot_count: int
+
+
+class Instance(Struct, frozen=True, tag="instance", kw_only=True):
+    """What the leader assigned for a wish: the stages of a pipeline, in order; the first is the head."""
+
+    instance_id: InstanceId
+    wish_id: str
+    card: ModelCard
+    context_length: int
+    slot_count: int
+    engine: str
+    stages: tuple[Stage, ...]
+
+
+class Entry(Struct, frozen=True):
+    """One key of intent. `value` is None where it was deleted (a tombstone)."""
+
+    value: Wish | Instance | None
+    version: Version
+
+
+Intent = dict[str, Entry]  # keys: "wish/<id>", "instance/<id>"
+
+
+# ---- reports ----
+
+
+class Hardware(Struct, frozen=True, kw_only=True):
+    """What the probe saw. Two nodes with the same `machine_id` share its memory and cores."""
+
+    machine_id: str  # a hash; never the machine's own identifier
+    machine_model: str
+    processor: str
+    physical_cores: int
+    logical_cores: int
+    os_name: str
+    os_version: str
+    memory_bytes_total: int
+    memory_bytes_available: int
+    swap_bytes_total: int
+    swap_bytes_available: int
+    disk_bytes_total: int
+    disk_bytes_available: int
+    interfaces: tuple[tuple[str, str], ...] = ()  # (name, IP address)
+
+
+class DownloadState(StrEnum):
+    ONGOING = "Ongoing"
+    COMPLETED = "Completed"
+    FAILED = "Failed"
+
+
+class DownloadReport(Struct, frozen=True, kw_only=True):
+    model_id: ModelId
+    state: DownloadState
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: float = 0.0
+    reason: str = ""  # when failed: one sentence
+
+
+class RunnerReport(Struct, frozen=True, kw_only=True):
+    runner_id: RunnerId
+    instance_id: InstanceId
+    state: RunnerState
+    attempt: int
+    data_address: Address | None = None  # where its data port listens
+    layers_loaded: int = 0
+    layers_total: int = 0
+    resident_bytes: int = 0
+    requests_running: int = 0
+    requests_queued: int = 0
+    reason: str = ""  # when failed: one sentence, then the last lines of its log
+
+
+class NodeReport(Struct, frozen=True, tag=True, kw_only=True):
+    """What one node says of itself. (boot, sequence) orders its reports; a lower pair than one seen is dropped."""
+
+    node_id: NodeId
+    boot: int  # counts the starts of this node; grows for ever
+    sequence: int
+    name: str
+    version: str
+    api_address: Address | None
+    hardware: Hardware | None
+    downloads: tuple[DownloadReport, ...]
+    runners: tuple[RunnerReport, ...]
+    models_on_disk: tuple[ModelId, ...] = ()
+
+
+# ---- messages on the mesh ----
+
+
+class Claim(Struct, frozen=True, order=True):
+    """A node's claim to lead. Higher terms win; within one term the lower id wins (`leadership` decides)."""
+
+    term: int
+    node_id: NodeId
+
+
+class Heartbeat(Struct, frozen=True, tag=True):
+    """Once a second from every node. `hears`: the nodes whose heartbeat reached it within the last 3 s."""
+
+    node_id: NodeId
+    boot: int
+    sequence: int
+    hears: tuple[NodeId, ...]
+    claim: Claim | None
+    intent_digest: str  # differs from the hearer's: one of the two sends `IntentUpdate` with what it has
+
+
+class IntentUpdate(Struct, frozen=True, tag=True):
+    """Entries to merge: those just written, or a whole map after digests differed."""
+
+    node_id: NodeId
+    entries: dict[str, Entry]
+
+
+class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
+    """Serve this model. Accepted with the id of its instance; the same command again gives the same instance."""
+
+    card: ModelCard
+    node_count_min: int = 1
+    context_length: int | None = None  # None: the placement chooses
+    slot_count: int | None = None
+    node_ids: tuple[NodeId, ...] = ()  # empty: any
+
+
+class DeleteInstance(Struct, frozen=True, tag=True):
+    instance_id: InstanceId
+
+
+Command = PlaceModel | DeleteInstance
+
+
+class CommandRequest(Struct, frozen=True, tag=True):
+    """To the leader, from the node where somebody asked."""
+
+    command_id: str
+    origin: NodeId
+    command: Command
+
+
+class Accepted(Struct, frozen=True, tag=True):
+    instance_id: InstanceId
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """`reason`: one or more sentences for a person. `status`: the HTTP status that fits (400, 404, 409, 503)."""
+
+    reason: str
+    status: int = 400
+
+
+class TimedOut(Struct, frozen=True, tag=True):
+    """No leader answered in time; the command may or may not have been carried out."""
+
+    waited_ms: int
+
+
+CommandOutcome = Accepted | Refused | TimedOut
+
+
+class CommandAnswer(Struct, frozen=True, tag=True):
+    """From the leader to `CommandRequest.origin`."""
+
+    command_id: str
+    target: NodeId
+    outcome: CommandOutcome
+
+
+MeshMessage = Heartbeat | NodeReport | IntentUpdate | CommandRequest | CommandAnswer
+
+
+# ---- what api and serving look at ----
+
+
+class Visibility(StrEnum):
+    VISIBLE = "visible"  # heard within 3 s, in both directions
+    AWAY = "away"  # not heard for 3 s; forgotten 30 s after it was last heard
+
+
+class Member(Struct, frozen=True, kw_only=True):
+    node_id: NodeId
+    visibility: Visibility
+    heard_ms_ago: int  # 0 for this node
+    report: NodeReport | None  # None until its first report has come
+
+
+class ClusterState(Struct, frozen=True, kw_only=True):
+    """A snapshot as this node sees it. `revision` grows with every change that a client could see."""
+
+    node_id: NodeId
+    leader: NodeId | None
+    revision: int
+    members: tuple[Member, ...]  # ordered by node id; includes this node
+    wishes: tuple[Wish, ...]
+    instances: tuple[Instance, ...]
