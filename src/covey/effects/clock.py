@@ -1,8 +1,8 @@
 """The node's clock: whole milliseconds of a clock that also counts the time that the machine sleeps.
 
-An ordinary monotonic clock stops while a laptop sleeps, so it would wake up believing that it had just heard everybody.
-Linux counts sleep in CLOCK_BOOTTIME. macOS counts it in CLOCK_MONOTONIC_RAW (its `mach_continuous_time`), though not in
-what `time.monotonic` reads (`mach_absolute_time`).
+An ordinary monotonic clock stops while a laptop sleeps, so that it would wake up believing that it heard everybody
+just now. Linux counts sleep in CLOCK_BOOTTIME. macOS counts it in CLOCK_MONOTONIC_RAW (its `mach_continuous_time`),
+though not in what `time.monotonic` reads (`mach_absolute_time`).
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The loop around a node's control machine: takes what comes in, lets the machine decide, carries out what comes out.
+"""The loop around a node's control machine: takes what comes in, lets the machine decide, carries out the rest.
 
-One consumer, so the machine is never entered twice. An effect never raises into the loop: what goes wrong in the world
-comes back as an input. Between two inputs the driver sleeps until the machine's own deadline; nobody polls.
+One consumer, so the machine is never entered twice. An effect never raises into the loop: what goes wrong in the
+world comes back as an input. Between two inputs the driver sleeps until the machine's own deadline; nobody polls.
 """
 
 import asyncio
@@ -159,16 +159,12 @@ class Driver:
                 self._start_fetch(effect, tasks)
             case CancelFetch(model_id, attempt):
                 self._cancel_fetch(model_id, attempt)
-            case StartRunner():
-                runners.start(effect)
-            case TellRunner():
-                runners.tell(effect)
-            case StopRunner():
-                runners.stop(effect)
             case StateChanged():
                 self._take_snapshot(now_ms)
             case Left():
                 self._has_left = True
+            case _:
+                _carry_out_at_runner(effect, runners)
 
     def _take_snapshot(self, now_ms: int) -> None:
         revision = self._snapshot.revision
@@ -216,3 +212,13 @@ class Driver:
         except FetchError as error:
             return FetchFailed(card.model_id, attempt, str(error))
         return FetchFinished(card.model_id, attempt, str(path), card.file_bytes)
+
+
+def _carry_out_at_runner(effect: StartRunner | TellRunner | StopRunner, runners: Runners) -> None:
+    match effect:
+        case StartRunner():
+            runners.start(effect)
+        case TellRunner():
+            runners.tell(effect)
+        case StopRunner():
+            runners.stop(effect)

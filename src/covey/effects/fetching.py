@@ -1,7 +1,7 @@
 """How a model file comes into a folder that several nodes share: fetched once, shown only when it is whole.
 
-Beside the file lies a lock, and a work folder that holds what a source needs until the file is verified and moved into
-place. Whoever finds the lock taken waits, and sees the progress of the one who fetches by what grows in the work folder.
+Beside the file lies a lock, and a work folder that holds what a source needs until the file is verified and moved
+into place. Whoever finds the lock taken waits, and sees the other's progress by what grows in the work folder.
 """
 
 import os

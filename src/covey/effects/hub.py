@@ -1,7 +1,7 @@
-"""Fetches files from a Hugging Face hub: where they are, their header alone, or all of them, resumed where it broke.
+"""Fetches files from a Hugging Face hub: where they are, their header alone, or all, resumed where it broke.
 
-`huggingface_hub` knows the hub's addresses, tokens and what its answers mean (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
-are honoured). The bytes are read by a client of our own, since its downloads can't be cancelled.
+`huggingface_hub` knows the addresses, the tokens, and what an answer means; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+count. The bytes are read by a client of our own, since its downloads cannot be cancelled.
 """
 
 import hashlib
@@ -9,31 +9,31 @@ import os
 import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the library reads it
 
-import anyio  # noqa: E402
-import anyio.from_thread  # noqa: E402
-import anyio.to_thread  # noqa: E402
-import httpx2  # noqa: E402
-from huggingface_hub import get_hf_file_metadata, hf_hub_url  # noqa: E402
-from huggingface_hub.errors import (  # noqa: E402
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import httpx2
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers  # noqa: E402
-from msgspec import Struct  # noqa: E402
+from huggingface_hub.utils import build_hf_headers
+from msgspec import Struct
 
-from covey.checkpoints.gguf_file import GgufHeader, HeaderIncompleteError, parse_header  # noqa: E402
-from covey.effects.fetching import FetchError, expect_space  # noqa: E402
-from covey.schema.model import HubSource  # noqa: E402
+from covey.checkpoints.gguf_file import GgufHeader, HeaderIncompleteError, parse_header
+from covey.effects.fetching import FetchError, expect_space
+from covey.schema.model import HubSource
 
 CONNECT_S_MAX: Final = 10.0
 SILENCE_S_MAX: Final = 30.0  # between two pieces; a whole file may take as long as it needs
@@ -42,6 +42,8 @@ PAUSE_S_FIRST: Final = 1.0
 PAUSE_S_MAX: Final = 30.0
 HEADER_BYTES_FIRST: Final = 1024 * 1024
 HASH_CHUNK_BYTES: Final = 1024 * 1024
+# What we answer when the hub answers so; 502 otherwise.
+_STATUS_OF: Final[dict[int, int]] = {401: 404, 403: 403, 404: 404, 429: 503}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -90,32 +92,29 @@ async def fetch_header(file: HubFile) -> GgufHeader:
 async def fetch_from_hub(file: HubFile, work: Path) -> Path:
     """The whole file in `work`, going on where an earlier try ended. Raises `FetchError`, `OSError`."""
     part = work / "model"
-    part.touch()
-    expect_space(work, file.file_bytes - part.stat().st_size)
+    start = _size(part)
+    expect_space(work, file.file_bytes - start)
     tries = 0
     async with _client() as client:
-        while (start := part.stat().st_size) != file.file_bytes:
+        while start != file.file_bytes:
             try:
-                await _fetch_rest(client, file, part)
+                await _fetch_rest(client, file, part, start)
             except httpx2.HTTPError as error:
-                tries = tries + 1 if part.stat().st_size <= start else 1
+                tries = tries + 1 if _size(part) <= start else 1
                 if tries >= TRIES_MAX or not _may_pass(error):
                     raise _explained(file.source, error) from None
                 await anyio.sleep(_pause_s(error, tries))
+            start = _size(part)
     await anyio.to_thread.run_sync(_expect_hash, part, file)
     return part
 
 
-async def _fetch_rest(client: httpx2.AsyncClient, file: HubFile, part: Path) -> None:
-    """Adds to `part` what it lacks; a server that ignores ranges makes it start anew."""
-    start = part.stat().st_size
-    if start > file.file_bytes:
-        part.unlink()
-        start = 0
-    async with _ranged(client, file, start, file.file_bytes - 1) as response:
-        is_partial = response.status_code == httpx2.codes.PARTIAL_CONTENT
-        async with await anyio.open_file(part, "ab" if is_partial else "wb") as output:
-            size = start if is_partial else 0
+async def _fetch_rest(client: httpx2.AsyncClient, file: HubFile, part: Path, start: int) -> None:
+    """Adds to `part`, which has `start` bytes, what it lacks; a server that ignores ranges makes it begin anew."""
+    size = start if start < file.file_bytes else 0
+    async with _ranged(client, file, size, file.file_bytes - 1) as response:
+        size = size if response.status_code == HTTPStatus.PARTIAL_CONTENT else 0
+        async with await anyio.open_file(part, "ab" if size else "wb") as output:
             async for chunk in response.aiter_bytes():
                 size += len(chunk)
                 if size > file.file_bytes:
@@ -123,10 +122,14 @@ async def _fetch_rest(client: httpx2.AsyncClient, file: HubFile, part: Path) -> 
                 await output.write(chunk)
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 async def _extend(client: httpx2.AsyncClient, file: HubFile, data: bytearray, target_bytes: int) -> None:
     try:
         async with _ranged(client, file, len(data), target_bytes - 1) as response:
-            if response.status_code != httpx2.codes.PARTIAL_CONTENT:
+            if response.status_code != HTTPStatus.PARTIAL_CONTENT:
                 data.clear()
             async for chunk in response.aiter_bytes():
                 data += chunk
@@ -194,7 +197,7 @@ def _status(error: Exception) -> int:
 
 def _may_pass(error: httpx2.HTTPError) -> bool:
     """Worth another try: no answer, a broken one, a tired server."""
-    return _status(error) in {0, 408, 429} or _status(error) >= httpx2.codes.INTERNAL_SERVER_ERROR
+    return _status(error) in {0, 408, 429} or _status(error) >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def _pause_s(error: httpx2.HTTPError, tries: int) -> float:
@@ -210,17 +213,20 @@ def _explained(source: HubSource, error: Exception) -> HubError:
         return HubError(f"{name} can't be looked up because HF_HUB_OFFLINE is set; unset it", 503)
     if isinstance(error, HFValidationError):
         return HubError(f"{name} can't be a file on a hub: {error}", 400)
-    if isinstance(error, GatedRepoError) or status == httpx2.codes.FORBIDDEN:
-        return HubError(f"{name} needs its owner's permission; ask for it on the hub, and set HF_TOKEN", 403)
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{source.repository} has no revision {source.revision!r} on the hub", 404)
-    if isinstance(error, RepositoryNotFoundError | EntryNotFoundError) or status == httpx2.codes.NOT_FOUND:
-        return HubError(f"{name} is not on the hub; check owner, repository and file, or set HF_TOKEN", 404)
-    if status == httpx2.codes.TOO_MANY_REQUESTS:
-        return HubError(
-            f"the hub has been asked too often and refuses {name} for now; try again in some minutes", 503
-        )
     if status:
-        return HubError(f"the hub answered {name} with an error (HTTP status {status}); try again later", 502)
+        return HubError(f"{name} {_answer(error, status)}", _STATUS_OF.get(status, 502))
     reason = str(error) or type(error).__name__
     return HubError(f"the hub can't be reached for {name} ({reason}); check the network connection", 503)
+
+
+def _answer(error: Exception, status: int) -> str:
+    """What the hub's error answer means, after the name of the file."""
+    if isinstance(error, GatedRepoError) or status == HTTPStatus.FORBIDDEN:
+        return "needs its owner's permission; ask for it on the hub, and set HF_TOKEN"
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND}:
+        return "is not on the hub; check owner, repository and file, or set HF_TOKEN if it is private"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "can't be had for now, since the hub has been asked too often; try again in some minutes"
+    return f"can't be had: the hub answered with an error (HTTP status {status}); try again later"

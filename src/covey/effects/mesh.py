@@ -102,6 +102,7 @@ class Mesh:
 
     async def close(self) -> None:
         self._outbox.close()
+        self._outgoing.close()
         with anyio.move_on_after(CLOSE_MS_MAX / 1000, shield=True):
             await anyio.to_thread.run_sync(self._close, abandon_on_cancel=True)
 
@@ -111,6 +112,8 @@ class Mesh:
             return
         try:
             self._outbox.send_nowait(outgoing)
+        except anyio.ClosedResourceError:
+            return  # the node is leaving, and whoever waits for this message has to live without it
         except anyio.WouldBlock:
             self._warn("outbox", "full", "other nodes take messages too slowly; one is dropped")
 

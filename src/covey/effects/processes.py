@@ -1,7 +1,7 @@
 """Runner processes: started by command line, spoken to in frames over their pipes, and always reaped.
 
-A runner is in a session of its own, so that Ctrl-C in a terminal reaches only the node, which then ends it in order.
-Should the node die, the end of its standard input tells the runner to end as well; nothing here has to survive for it.
+A runner is in a session of its own, so that Ctrl-C in a terminal reaches only the node, which ends it in order.
+Should the node die, the end of its standard input tells the runner to end as well; nothing here must survive for it.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Final
 
 import anyio
 import msgspec
-from anyio.abc import Process, TaskGroup
+from anyio.abc import ByteReceiveStream, ByteSendStream, Process, TaskGroup
 
 from covey.effects.runner_log import RunnerLog
 from covey.schema import wire
@@ -43,6 +43,17 @@ class _Runner:
     def close(self) -> None:
         self.commands.close()
         self.outgoing.close()
+
+
+class _Pipes:
+    """The three that `open_process` makes unless told otherwise."""
+
+    def __init__(self, process: Process) -> None:
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise AssertionError("a runner is always started with pipes")
+        self.stdin: ByteSendStream = process.stdin
+        self.stdout: ByteReceiveStream = process.stdout
+        self.stderr: ByteReceiveStream = process.stderr
 
 
 class Processes:
@@ -102,46 +113,38 @@ class Processes:
         finally:
             with anyio.CancelScope(shield=True):
                 await _reap(process)
-        ended = describe_exit(process.returncode)
+        ended = describe_exit(await process.wait())
         return f"{runner.fault} ({ended})" if runner.fault else ended
 
     async def _converse(self, runner: _Runner, process: Process, log: RunnerLog) -> None:
         """Until the process has ended and its pipes are read to their end."""
+        pipes = _Pipes(process)
         runner.commands.send_nowait(Configure(runner.spec))
         async with anyio.create_task_group() as helpers:
-            helpers.start_soon(_write, runner, process)
+            helpers.start_soon(_write, runner, pipes.stdin)
             helpers.start_soon(_stop_when_asked, runner, process)
             async with anyio.create_task_group() as readers:
-                readers.start_soon(self._read, runner, process)
-                readers.start_soon(_read_log, process, log)
+                readers.start_soon(self._read, runner, pipes.stdout)
+                readers.start_soon(_read_log, pipes.stderr, log)
                 await process.wait()
                 readers.cancel_scope.deadline = anyio.current_time() + PIPE_DRAIN_MS_MAX / 1000
             helpers.cancel_scope.cancel()
 
-    async def _read(self, runner: _Runner, process: Process) -> None:
-        assert process.stdout is not None
+    async def _read(self, runner: _Runner, stdout: ByteReceiveStream) -> None:
         frames = wire.FrameBuffer()
         try:
-            async for data in process.stdout:
+            async for data in stdout:
                 for body in frames.feed(data):
                     await self._deliver(RunnerSaid(runner.runner_id, runner.attempt, self._decoder.decode(body)))
         except (msgspec.DecodeError, wire.FrameTooLargeError) as error:
             _give_up(runner, f"it wrote something to its standard output that is no message: {error}")
 
 
-def describe_exit(status: int | None) -> str:
+def describe_exit(status: int) -> str:
     """As `subprocess` counts: below zero is a signal."""
-    assert status is not None, "reaped"
     if status >= 0:
         return f"exit status {status}"
-    names = {
-        signal.SIGKILL: "killed",
-        signal.SIGTERM: "asked to end",
-        signal.SIGSEGV: "a crash",
-        signal.SIGABRT: "aborted",
-    }
-    number = -status
-    return f"signal {number} ({names.get(number, signal.strsignal(number) or 'unknown')})"
+    return f"signal {-status} ({(signal.strsignal(-status) or 'unknown').lower()})"
 
 
 def _environment(spec: RunnerSpec) -> dict[str, str]:
@@ -160,16 +163,14 @@ def _give_up(runner: _Runner, fault: str) -> None:
     runner.stop_wanted.set()
 
 
-async def _write(runner: _Runner, process: Process) -> None:
-    assert process.stdin is not None
+async def _write(runner: _Runner, stdin: ByteSendStream) -> None:
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # it has ended: `RunnerExited` says so
         async for command in runner.outgoing:
-            await process.stdin.send(wire.pack(command))
+            await stdin.send(wire.pack(command))
 
 
-async def _read_log(process: Process, log: RunnerLog) -> None:
-    assert process.stderr is not None
-    async for data in process.stderr:
+async def _read_log(stderr: ByteReceiveStream, log: RunnerLog) -> None:
+    async for data in stderr:
         log.write(data)
 
 
@@ -193,6 +194,7 @@ def _signal(process: Process, number: signal.Signals) -> None:
 
 
 async def _reap(process: Process) -> None:
+    """Kills it if it still runs, which it only does when our task was cancelled."""
     _signal(process, signal.SIGKILL)
     await process.wait()
     await process.aclose()
