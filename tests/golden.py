@@ -1,4 +1,4 @@
-"""Golden text: what a conversation looked like when somebody last read it. `COVEY_REWRITE_GOLDEN=1` rewrites the files."""
+"""Golden text: a conversation as somebody last read it. `COVEY_REWRITE_GOLDEN=1` rewrites the files."""
 
 import os
 from pathlib import Path

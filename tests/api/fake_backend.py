@@ -149,7 +149,7 @@ class FakeBackend:
     node_id: NodeId = FIRST
     current: ClusterState = field(default_factory=lambda: cluster(RunnerState.READY, RunnerState.READY))
     events: Sequence[GenerationEvent] = ANSWER
-    outcome: CommandOutcome = Accepted(InstanceId("inst-1"))
+    outcome: CommandOutcome = field(default_factory=lambda: Accepted(InstanceId("inst-1")))
     commands: list[Command] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     hang_after: int | None = None  # events, then silence until it is cancelled
@@ -161,7 +161,7 @@ class FakeBackend:
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while self.current.revision == revision:
+                while self.current.revision == revision:  # noqa: ASYNC110 - tests replace the snapshot freely
                     await asyncio.sleep(0.01)
         except TimeoutError:
             return

@@ -56,7 +56,7 @@ def test_a_part_of_the_state(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["nobody", "topology/nodes/2", "topology/nodes/x", "topology/nodes/" + "9" * 5000])
 def test_a_part_that_is_not_there(path: str) -> None:
-    with pytest.raises(RequestError, match="unable to find path 'nobody'|unable to find path 'topology") as caught:
+    with pytest.raises(RequestError, match="unable to find path") as caught:
         cluster_state.part_of({"topology": {"nodes": ["a", "b"]}}, path)
     assert caught.value.status == 404
 

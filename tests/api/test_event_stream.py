@@ -34,7 +34,7 @@ async def served(backend: FakeBackend) -> AsyncIterator[str]:
 
 async def until_closed(backend: FakeBackend, count: int = 1) -> None:
     async with asyncio.timeout(WAIT_S):
-        while backend.closed < count:
+        while backend.closed < count:  # noqa: ASYNC110 - the fake has no more to tell
             await asyncio.sleep(0.01)
 
 
@@ -88,15 +88,15 @@ def test_changes_of_the_cluster_are_streamed_one_by_one() -> None:
     async def story() -> None:
         backend = FakeBackend()
         async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            revisions: list[int] = []
             async with client.stream("GET", "/cluster/changes") as answer:
-                revisions: list[int] = []
                 async for line in answer.aiter_lines():
                     if line.startswith("data: "):
                         revisions.append(json.loads(line.removeprefix("data: "))["revision"])
                         if len(revisions) == 3:
                             break
                         backend.current = cluster(revision=revisions[-1] + 1)
-                assert revisions == [7, 8, 9]
+            assert revisions == [7, 8, 9]
 
     asyncio.run(story())
 
