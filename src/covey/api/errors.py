@@ -1,4 +1,7 @@
-"""The one error that parsing and answering raise: a sentence for a person, and the HTTP status that fits."""
+"""The one error that parsing and answering raise, and the one envelope in which clients see errors."""
+
+from http import HTTPStatus
+from typing import Any
 
 
 class RequestError(Exception):
@@ -16,3 +19,8 @@ class RequestError(Exception):
         self.status = status
         self.param = param
         self.retry_after_s = retry_after_s
+
+
+def render_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The envelope of every error that this API answers with."""
+    return {"error": {"message": message, "type": HTTPStatus(status).phrase, "param": param, "code": status}}
