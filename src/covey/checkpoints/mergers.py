@@ -16,6 +16,7 @@ from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary
 
 _SPACE: Final = "\u2581"  # SentencePiece writes a space so
 Pair = tuple[str, str]
+_LOST: Final = "a byte that is no token"  # has spaces, which no word has after its bytes were written as characters
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -35,12 +36,17 @@ class ByteLevelMerger:
     def __init__(
         self, vocabulary: Vocabulary, pairs: list[Pair], words: AbstractSet[str], splitter: WordSplitter
     ) -> None:
-        self._tokenizer = _tokenizer(_mergeable(vocabulary, words), pairs, ignore_merges=splitter.whole_words_first)
+        tokens = _mergeable(vocabulary, words)
+        # A byte that is no token yields nothing, yet keeps its neighbours from merging: it needs an id to be dropped.
+        self._lost = len(vocabulary.texts)
+        tokens[_LOST] = self._lost
+        self._tokenizer = _tokenizer(tokens, pairs, ignore_merges=splitter.whole_words_first, unk_token=_LOST)
         self._tokenizer.pre_tokenizer = pre_tokenizer(splitter)  # pyright: ignore[reportAttributeAccessIssue]  # settable
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
         del begins  # only SentencePiece cares
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [each for each in ids if each != self._lost] if self._lost in ids else ids
 
     def token_bytes(self, text: str, kind: int) -> bytes:
         return _from_printable(text) if kind == TokenKind.NORMAL else _bytes_of_odd(text, kind)

@@ -2,12 +2,10 @@ r"""How each family of byte-level BPE vocabularies cuts text into words before i
 
 GGUF names the way in `tokenizer.ggml.pre`. The expressions are facts about how models were trained, as published in
 their tokenizer.json and in llama.cpp (src/llama-vocab.cpp, src/unicode.cpp), which is our yardstick: the same text
-must give the same tokens. Three things differ between the regex engines, and are settled here:
+must give the same tokens. Two things differ between the regex engines, and are settled here:
 
 * Unicode grows, and the regex engine inside `tokenizers` (Oniguruma) knows Unicode 16 where llama.cpp knows 15.1.
   Characters that are new in 16 are therefore taken out of every category, as if still unassigned.
-* llama.cpp's hand-written splitters leave control, format and private-use characters out of runs of symbols: each is
-  a word of its own. Families that have such a splitter there use `{ALONE}` and `{JOINS}` below.
 * Letters after an apostrophe ('S) are listed rather than matched without regard to case, since Unicode's case folding
   would also take the long s.
 """
@@ -38,19 +36,12 @@ def _without_new(category: str) -> str:
 
 # What stands for {L} and so on in the expressions below. They may stand inside brackets, too.
 _CATEGORIES: Final = {f"{{{category}}}": _without_new(category) for category in ("L", "N", "M", "P", "S")}
-_ALONE: Final = r"[[\p{Cc}\p{Cf}\p{Co}]&&[^\s]]"
-_CLASSES: Final = _CATEGORIES | {
-    "{ALONE}": _ALONE,
-    "{JOINS}": rf"[^\s{_CATEGORIES['{L}']}{_CATEGORIES['{N}']}{_ALONE}]",
-    "{JOINS-M}": rf"[^\s{_CATEGORIES['{L}']}{_CATEGORIES['{N}']}{_CATEGORIES['{M}']}{_ALONE}]",
-}
-
 _SHORTENED: Final = "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # English: it's, we're
 _ENDING: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?{L}+| ?{N}+| ?{JOINS}+|\s+(?!\S)|\s+|{ALONE}"
-_LLAMA3: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?{{L}}+|{{N}}{{1,3}}| ?{{JOINS}}+[\r\n]*|{_ENDING}|{{ALONE}}"
-_QWEN2: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?{{L}}+|{{N}}| ?{{JOINS}}+[\r\n]*|{_ENDING}|{{ALONE}}"
-_QWEN35: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?[{{L}}{{M}}]+|{{N}}| ?{{JOINS-M}}+[\r\n]*|{_ENDING}|{{ALONE}}"
+_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?{L}+| ?{N}+| ?[^\s{L}{N}]+|\s+(?!\S)|\s+"
+_LLAMA3: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?{{L}}+|{{N}}{{1,3}}| ?[^\s{{L}}{{N}}]+[\r\n]*|{_ENDING}"
+_QWEN2: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?{{L}}+|{{N}}| ?[^\s{{L}}{{N}}]+[\r\n]*|{_ENDING}"
+_QWEN35: Final = rf"{_SHORTENED}|[^\r\n{{L}}{{N}}]?[{{L}}{{M}}]+|{{N}}| ?[^\s{{L}}{{M}}{{N}}]+[\r\n]*|{_ENDING}"
 _DEEPSEEK3: Final = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n{L}{P}{S}]?[{L}{M}]+"
     rf"| ?[{{P}}{{S}}]+[\r\n]*|{_ENDING}"
@@ -110,6 +101,6 @@ def pre_tokenizer(splitter: WordSplitter) -> PreTokenizer:
 
 
 def _spelt_out(pattern: str) -> str:
-    for name, characters in _CLASSES.items():
+    for name, characters in _CATEGORIES.items():
         pattern = pattern.replace(name, characters)
     return pattern
