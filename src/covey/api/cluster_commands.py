@@ -1,0 +1,134 @@
+"""exo's routes that place, await and delete an instance: parse what is asked, render what was decided. Pure."""
+
+from typing import Any, Literal
+
+from msgspec import Struct
+from pydantic import Field
+
+from covey.api import cluster_objects as objects
+from covey.api.body import DialectBody, fields, json_object
+from covey.api.case import camel_case, snake_case
+from covey.api.errors import RequestError
+from covey.api.readiness import describe, is_ready, runner_reports
+from covey.schema.cluster import (
+    Accepted,
+    ClusterState,
+    CommandOutcome,
+    Instance,
+    PlaceModel,
+    Refused,
+    TimedOut,
+)
+from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import ModelCard
+
+NODES_MAX = 1024
+TOKENS_MAX = 2**31 - 1
+SLOTS_MAX = 1024
+AWAIT_S_MAX = 300
+RECEIVED = "Command received."
+
+
+class PlaceBody(DialectBody):
+    """exo's fields, then ours."""
+
+    model_id: str = Field(min_length=1)
+    sharding: Literal["Pipeline"] = "Pipeline"
+    instance_meta: Literal["MlxRing"] = "MlxRing"
+    min_nodes: int = Field(default=1, ge=1, le=NODES_MAX)
+    context_length: int | None = Field(default=None, ge=1, le=TOKENS_MAX)
+    slot_count: int | None = Field(default=None, ge=1, le=SLOTS_MAX)
+    node_ids: list[str] = Field(default_factory=list)
+
+    def command(self, card: ModelCard) -> PlaceModel:
+        return PlaceModel(
+            card=card,
+            node_count_min=self.min_nodes,
+            context_length=self.context_length,
+            slot_count=self.slot_count,
+            node_ids=tuple(NodeId(node_id) for node_id in self.node_ids),
+        )
+
+
+def parse_place(body: bytes) -> PlaceBody:
+    """Raises `RequestError`."""
+    return fields(PlaceBody, json_object(body))
+
+
+class AwaitQuery(Struct, frozen=True):
+    """What `GET /instance/await` waits for; `timeout_s` None is for ever."""
+
+    model_id: str
+    timeout_s: float | None
+
+
+def parse_await(model_id: str | None, timeout_seconds: str | None) -> AwaitQuery:
+    """Raises `RequestError`. exo's 0 is "for ever"."""
+    if not model_id:
+        raise RequestError("The parameter 'model_id' is missing.", param="model_id")
+    try:
+        seconds = float(timeout_seconds or 0)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= AWAIT_S_MAX:
+        raise RequestError(
+            f"The parameter 'timeout_seconds' must be a number from 0 to {AWAIT_S_MAX}.", param="timeout_seconds"
+        )
+    return AwaitQuery(model_id, seconds or None)
+
+
+def accepted_instance(outcome: CommandOutcome) -> InstanceId:
+    """The id of the instance that the leader decided on. Raises `RequestError` with the leader's reason."""
+    match outcome:
+        case Accepted():
+            return outcome.instance_id
+        case Refused():
+            raise RequestError(outcome.reason, status=outcome.status)
+        case TimedOut():
+            raise RequestError(
+                f"No leader answered within {outcome.waited_ms / 1000:.0f} s; it is not known whether the command was"
+                " carried out. Look at GET /state and try again.",
+                status=504,
+                retry_after_s=5,
+            )
+
+
+def render_placed(command_id: str, card: ModelCard, instance_id: InstanceId) -> dict[str, Any]:
+    """What exo answers, and the id that its clients have to find out by comparing states."""
+    return {
+        "message": RECEIVED,
+        "command_id": command_id,
+        "model_card": objects.model_card(camel_case, card),
+        "instance_id": instance_id,
+    }
+
+
+def render_deleted(command_id: str, instance_id: InstanceId) -> dict[str, Any]:
+    return {"message": RECEIVED, "command_id": command_id, "instance_id": instance_id}
+
+
+def instance_with(state: ClusterState, instance_id: str) -> Instance:
+    """Raises `RequestError` 404."""
+    for instance in state.instances:
+        if instance.instance_id == instance_id:
+            return instance
+    known = ", ".join(item.instance_id for item in state.instances) or "none"
+    raise RequestError(f"There is no instance '{instance_id}'; there are: {known}.", status=404)
+
+
+def render_instance(state: ClusterState, instance: Instance) -> dict[str, Any]:
+    return objects.instance(camel_case, instance, runner_reports(state))
+
+
+def render_awaited(state: ClusterState, model_id: str) -> dict[str, Any] | None:
+    """The event "ready" once an instance of the model can answer. exo speaks snake_case here."""
+    for instance in state.instances:
+        if instance.card.model_id == model_id and is_ready(state, instance):
+            return {"type": "ready", "instance": objects.instance(snake_case, instance, runner_reports(state))}
+    return None
+
+
+def render_timeout(state: ClusterState, query: AwaitQuery) -> dict[str, Any]:
+    waiting = [describe(state, item) for item in state.instances if item.card.model_id == query.model_id]
+    reason = waiting[0] if waiting else "It is not placed."
+    return {"type": "timeout", "message": f"{query.model_id} was not ready within {query.timeout_s:g} s. {reason}"}

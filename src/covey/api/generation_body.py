@@ -1,0 +1,27 @@
+"""The fields of a request for text that all our chat dialects share, and the `GenerationRequest` that they mean."""
+
+from pydantic import Field
+
+from covey.api.messages import Message
+from covey.api.sampling import SamplingFields, Seed, Stops, TokenCount, unsigned_seed
+from covey.schema.generation import GenerationRequest
+from covey.schema.ids import ModelId
+
+
+class GenerationBody(SamplingFields):
+    model: str = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: TokenCount | None = None
+    stop: Stops = Field(default_factory=list)
+    seed: Seed | None = None
+
+    def request(self, token_count_max: int | None) -> GenerationRequest:
+        """`model_id` is the name as it was sent, until the server has resolved it."""
+        return GenerationRequest(
+            model_id=ModelId(self.model),
+            messages=tuple(message.chat_message() for message in self.messages),
+            sampling=self.sampling(),
+            seed=unsigned_seed(self.seed),
+            token_count_max=token_count_max,
+            stop=tuple(self.stop),
+        )

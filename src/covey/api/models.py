@@ -1,0 +1,42 @@
+"""The list of models: OpenAI's, with the fields that exo's clients read. Pure."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from covey.api.backend import ListedModel
+from covey.api.errors import RequestError
+
+STATUSES = ("downloaded",)
+
+
+def render_models(models: Iterable[ListedModel], created_s: int, status: str | None = None) -> dict[str, Any]:
+    """`status` "downloaded" keeps those whose file is here. Raises `RequestError` for another."""
+    if status is not None and status not in STATUSES:
+        raise RequestError(f"The parameter 'status' must be 'downloaded', and was '{status}'.", param="status")
+    chosen = [model for model in models if status is None or model.on_disk]
+    return {"object": "list", "data": [render_model(model, created_s) for model in chosen]}
+
+
+def render_model(model: ListedModel, created_s: int) -> dict[str, Any]:
+    card = model.card
+    return {
+        "id": card.model_id,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "covey",
+        "hugging_face_id": card.model_id,
+        "name": card.model_id,
+        "description": f"{card.layer_count} layers, {card.quantization}",
+        "context_length": card.context_length_max,
+        "tags": [],
+        "storage_size_megabytes": card.file_bytes // 1024**2,
+        "supports_tensor": False,
+        "tasks": ["TextGeneration"],
+        "is_custom": False,
+        "family": card.architecture,
+        "quantization": card.quantization,
+        "base_model": card.model_id,
+        "capabilities": ["text"],
+        "reasoning_dialect": None,
+        "downloaded": model.on_disk,
+    }

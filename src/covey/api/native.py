@@ -1,0 +1,39 @@
+"""Covey's own dialect, for its own clients: the schema's messages as JSON. Pure.
+
+`POST /generate` takes the fields of OpenAI's chat that we honour (always streamed) and answers with one server-sent
+event for each `GenerationEvent`, whose `type` is the name of the message:
+
+    {"type": "GenerationStarted", "request_id", "prompt_tokens", "seed"}
+    {"type": "PrefillProgressed", "processed_tokens", "total_tokens"}
+    {"type": "TextGenerated", "text", "token_ids"}
+    {"type": "GenerationFinished", "reason", "usage", "timings"}      or
+    {"type": "GenerationFailed", "message", "status"}                 as the last one
+
+`GET /cluster` is the `ClusterState`; `GET /cluster/changes` streams it, at once and whenever it changes.
+"""
+
+import msgspec
+
+from covey.api import sse
+from covey.api.body import fields, json_object
+from covey.api.generation_body import GenerationBody
+from covey.schema.cluster import ClusterState
+from covey.schema.generation import GenerationEvent, GenerationRequest
+
+
+def parse_generate(body: bytes) -> GenerationRequest:
+    """`model_id` is the name as it was sent. Raises `RequestError`."""
+    asked = fields(GenerationBody, json_object(body))
+    return asked.request(asked.max_tokens)
+
+
+def render_event(event: GenerationEvent) -> bytes:
+    return sse.data(event)
+
+
+def render_cluster(state: ClusterState) -> bytes:
+    return msgspec.json.encode(state)
+
+
+def render_change(state: ClusterState) -> bytes:
+    return sse.data(state)

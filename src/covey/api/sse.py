@@ -1,0 +1,27 @@
+"""Server-sent events: how objects, comments and failures look on the wire. Pure."""
+
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def data(value: Any) -> bytes:
+    """One event. `value` may be a Struct, whose tag is then its field `type`."""
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+def comment(name: str, value: Any) -> bytes:
+    """Something that clients may read and parsers skip."""
+    return b": " + name.encode() + b" " + _encode(value) + b"\n\n"
+
+
+def failure(message: str, status: int) -> bytes:
+    """An error after the stream has begun, when its status can't be told any more."""
+    kind = HTTPStatus(status).phrase.replace(" ", "")
+    return data({"error": {"message": message, "type": kind, "code": status}})

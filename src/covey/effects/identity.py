@@ -1,0 +1,122 @@
+"""Who this node is, for as long as its data folder lives: an Ed25519 key, and a count of its starts.
+
+The node's id is the hash of its public key. A key that can't be read is an error with a sentence, never a reason for
+a new identity: other nodes would see a stranger, and the old node would haunt them.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from msgspec import Struct
+
+from covey.effects.durable import LockedError, locked, write_durably
+from covey.effects.paths import make_private
+from covey.schema.ids import NodeId
+
+KEY_FILE: Final = "node.key"
+BOOT_FILE: Final = "boot"
+LOCK_FILE: Final = "lock"
+NODE_ID_LENGTH: Final = 32
+PRIVATE_MODE: Final = 0o600
+
+_log = logging.getLogger(__name__)
+
+
+class IdentityError(Exception):
+    """The data folder can't be used; the message is one sentence for a person."""
+
+
+class Identity(Struct, frozen=True):
+    node_id: NodeId
+    boot: int  # grows with every start
+    key: Ed25519PrivateKey
+
+
+@contextmanager
+def claimed(folder: Path) -> Generator[Identity]:
+    """The identity that lives in `folder`, and this process as its only user until the block ends.
+
+    Made at the first start. Raises `IdentityError`.
+    """
+    with ExitStack() as held:
+        try:
+            make_private(folder)
+            held.enter_context(locked(folder / LOCK_FILE))
+            identity = _identity(folder)
+        except LockedError as error:
+            raise IdentityError(_in_use(folder, error.holder)) from None
+        except OSError as error:
+            raise IdentityError(
+                f"the data folder {folder} can't be used ({error.strerror or error}); "
+                "check its permissions and the free space, or choose another with --data-dir"
+            ) from None
+        yield identity
+
+
+def _in_use(folder: Path, holder: str) -> str:
+    process = f"process {holder}" if holder else "another process"
+    return (
+        f"the data folder {folder} is in use by {process}; "
+        "stop that node first, or give this one a folder of its own with --data-dir"
+    )
+
+
+def node_id_of(key: Ed25519PrivateKey) -> NodeId:
+    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    return NodeId(hashlib.sha256(public).hexdigest()[:NODE_ID_LENGTH])
+
+
+def _identity(folder: Path) -> Identity:
+    path = folder / KEY_FILE
+    is_first = not path.exists()
+    key = _make_key(path) if is_first else _read_key(path)
+    return Identity(node_id_of(key), _next_boot(folder / BOOT_FILE, is_first=is_first), key)
+
+
+def _make_key(path: Path) -> Ed25519PrivateKey:
+    key = Ed25519PrivateKey.generate()
+    write_durably(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), PRIVATE_MODE)
+    return key
+
+
+def _read_key(path: Path) -> Ed25519PrivateKey:
+    if path.stat().st_mode & 0o077:
+        _log.warning("the key %s could be read by other users; now only you can", path)
+        path.chmod(PRIVATE_MODE)
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise IdentityError(
+            f"the key of this node, {path}, is damaged; put it back from a backup, "
+            "or remove it to make this a new node with another id"
+        )
+    return key
+
+
+def _next_boot(path: Path, *, is_first: bool) -> int:
+    """One more than the last start. Where the count was lost, the seconds of the calendar are above any count."""
+    try:
+        boot = int(path.read_text()) + 1
+    except FileNotFoundError:
+        boot = 1 if is_first else int(time.time())
+    except ValueError:
+        _log.warning("the count of starts in %s is damaged; counting on from the calendar", path)
+        boot = int(time.time())
+    write_durably(path, str(boot).encode(), PRIVATE_MODE)
+    return boot

