@@ -1,0 +1,154 @@
+"""Model files on this node: a fetch starts only because an assignment needs the file.
+
+One attempt at a time per model. A failure backs off; the last step of the back-off repeats for as long as the file is
+needed, since a hub or a disk may come back. What nobody needs any more is cancelled.
+"""
+
+from enum import Enum
+from typing import Final
+
+from msgspec import Struct
+
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import DownloadReport, DownloadState
+from covey.schema.ids import ModelId
+from covey.schema.machine import CancelFetch, Effect, FetchFailed, FetchFinished, FetchProgressed, StartFetch
+from covey.schema.model import ModelCard
+
+RATE_WINDOW_MS: Final = 2_000  # bytes per second are measured over at least this
+
+
+class Phase(Enum):
+    WAITING = "waiting"  # for its back-off
+    FETCHING = "fetching"
+    PRESENT = "present"
+
+
+class Download(Struct):
+    """One model's file. Attempts grow for as long as this node runs, so that a stale answer is known."""
+
+    card: ModelCard
+    phase: Phase
+    due_ms: int
+    attempt: int = 0
+    failures: int = 0
+    path: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    reason: str = ""
+    rate_from: tuple[int, int] = (0, 0)  # (ms, bytes) where the measured window began
+    bytes_per_second: float = 0.0
+
+
+class Downloads:
+    """The files that this node has or needs. `revision` grows when its report would differ."""
+
+    def __init__(self, settings: MachineSettings) -> None:
+        self.settings = settings
+        self.downloads: dict[ModelId, Download] = {}
+        self.attempts: dict[ModelId, int] = {}
+        self.on_disk: tuple[ModelId, ...] = ()
+        self.revision = 0
+
+    def advance(self, now_ms: int, needed: dict[ModelId, ModelCard]) -> list[Effect]:
+        """Starts what is needed and due, cancels what is not needed."""
+        effects: list[Effect] = []
+        for model_id in [model_id for model_id in self.downloads if model_id not in needed]:
+            effects += self._drop(model_id)
+        for model_id, card in needed.items():
+            if model_id not in self.downloads:
+                self.downloads[model_id] = Download(card, Phase.WAITING, now_ms, bytes_total=card.file_bytes)
+            download = self.downloads[model_id]
+            if download.phase is Phase.WAITING and now_ms >= download.due_ms:
+                effects.append(self._start(now_ms, download))
+        return effects
+
+    def path(self, model_id: ModelId) -> str | None:
+        """Where the file lies, once it is known to be there."""
+        download = self.downloads.get(model_id)
+        return download.path if download and download.phase is Phase.PRESENT else None
+
+    def deadline(self) -> int | None:
+        """When the next back-off ends."""
+        return min((each.due_ms for each in self.downloads.values() if each.phase is Phase.WAITING), default=None)
+
+    def reports(self) -> tuple[DownloadReport, ...]:
+        """What this node says of its downloads, by model id."""
+        return tuple(_report(self.downloads[model_id]) for model_id in sorted(self.downloads))
+
+    def models_on_disk(self) -> tuple[ModelId, ...]:
+        """The complete files, listed or fetched since."""
+        present = [model_id for model_id, each in self.downloads.items() if each.phase is Phase.PRESENT]
+        return tuple(sorted({*self.on_disk, *present}))
+
+    # ---- answers ----
+
+    def list_models(self, model_ids: tuple[ModelId, ...]) -> None:
+        self.revision += model_ids != self.on_disk
+        self.on_disk = model_ids
+
+    def progress(self, now_ms: int, news: FetchProgressed) -> None:
+        download = self._current(news.model_id, news.attempt)
+        if download:
+            download.bytes_done, download.bytes_total = news.bytes_done, news.bytes_total
+            self._measure(now_ms, download)
+            self.revision += 1
+
+    def finish(self, news: FetchFinished) -> None:
+        download = self._current(news.model_id, news.attempt)
+        if download:
+            download.phase, download.path, download.failures, download.reason = Phase.PRESENT, news.path, 0, ""
+            download.bytes_done = download.bytes_total = news.bytes_total
+            self.revision += 1
+
+    def fail(self, now_ms: int, news: FetchFailed) -> None:
+        download = self._current(news.model_id, news.attempt)
+        if download:
+            steps = self.settings.fetch_back_off_ms
+            download.phase, download.reason = Phase.WAITING, news.reason
+            download.due_ms = now_ms + steps[min(download.failures, len(steps) - 1)]
+            download.failures += 1
+            self.revision += 1
+
+    def _current(self, model_id: ModelId, attempt: int) -> Download | None:
+        """The download that an answer belongs to, unless the answer is stale."""
+        download = self.downloads.get(model_id)
+        if download and download.phase is Phase.FETCHING and download.attempt == attempt:
+            return download
+        return None
+
+    def _start(self, now_ms: int, download: Download) -> StartFetch:
+        model_id = download.card.model_id
+        self.attempts[model_id] = download.attempt = self.attempts.get(model_id, 0) + 1
+        download.phase = Phase.FETCHING
+        download.rate_from, download.bytes_per_second = (now_ms, download.bytes_done), 0.0
+        self.revision += 1
+        return StartFetch(download.card, download.attempt)
+
+    def _drop(self, model_id: ModelId) -> list[Effect]:
+        download = self.downloads.pop(model_id)
+        self.revision += 1
+        if download.phase is Phase.PRESENT:
+            self.on_disk = tuple(sorted({*self.on_disk, model_id}))
+        return [CancelFetch(model_id, download.attempt)] if download.phase is Phase.FETCHING else []
+
+    @staticmethod
+    def _measure(now_ms: int, download: Download) -> None:
+        started_ms, started_bytes = download.rate_from
+        if now_ms - started_ms >= RATE_WINDOW_MS:
+            download.bytes_per_second = (download.bytes_done - started_bytes) * 1000 / (now_ms - started_ms)
+            download.rate_from = (now_ms, download.bytes_done)
+
+
+def _report(download: Download) -> DownloadReport:
+    state = DownloadState.COMPLETED if download.phase is Phase.PRESENT else DownloadState.ONGOING
+    if download.phase is Phase.WAITING and download.failures:
+        state = DownloadState.FAILED
+    return DownloadReport(
+        model_id=download.card.model_id,
+        state=state,
+        bytes_done=download.bytes_done,
+        bytes_total=download.bytes_total,
+        bytes_per_second=download.bytes_per_second,
+        reason=download.reason if state is DownloadState.FAILED else "",
+    )

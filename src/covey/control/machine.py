@@ -1,0 +1,395 @@
+"""One node's control machine: joins the parts, and is the one door to them.
+
+After every input it does all that is due (`_advance`): what should be, minus what is. Nothing is due twice without
+time or an answer between, so the driver can sleep until `deadline()`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from covey.control.cluster import Cluster, Context
+from covey.control.commands import Answering, Asking
+from covey.control.downloads import Downloads
+from covey.control.leadership import Leadership
+from covey.control.membership import Membership
+from covey.control.replication import Replication
+from covey.control.reports import Content, MemoryFigures, Reporter
+from covey.control.routing import candidates
+from covey.control.runners import Runners, World
+from covey.control.settings import MachineSettings
+from covey.control.tending import Tending
+from covey.schema.cluster import (
+    ClusterState,
+    CommandAnswer,
+    CommandOutcome,
+    CommandRequest,
+    Heartbeat,
+    Instance,
+    IntentUpdate,
+    NodeReport,
+    PlaceModel,
+    Refused,
+)
+from covey.schema.ids import ModelId, NodeId
+from covey.schema.machine import (
+    CommandSubmitted,
+    DeadlinePassed,
+    Effect,
+    FetchFailed,
+    FetchFinished,
+    FetchProgressed,
+    HardwareProbed,
+    Input,
+    LeaveRequested,
+    Left,
+    MessageReceived,
+    ModelsListed,
+    Publish,
+    RunnerExited,
+    RunnerSaid,
+    RunnerStarted,
+    SendTo,
+    Started,
+    StateChanged,
+)
+from covey.schema.model import ModelCard
+from covey.schema.runner import Address
+
+LEAVING: Final = "this node is ending: ask another one."
+MARK_CHARACTERS: Final = 8  # of a node's id, in the ids of instances; boot and counter do the rest within a node
+
+
+class Machine:
+    """Pure: `handle` is told the time, and gives back what is to be done."""
+
+    def __init__(self, node_id: NodeId, boot: int, name: str, version: str, settings: MachineSettings) -> None:
+        self.node_id = node_id
+        self.boot = boot
+        self.settings = settings
+        self.membership = Membership(node_id, settings)
+        self.leadership = Leadership(node_id, settings, self.membership)
+        self.cluster = Cluster(node_id)
+        self.replication = Replication(node_id, settings, self.cluster)
+        self.tending = Tending(self.cluster)
+        self.asking = Asking(node_id, settings)
+        self.answering = Answering()
+        self.downloads = Downloads(settings)
+        self.runners = Runners(node_id, boot, settings)
+        self.memory = MemoryFigures(settings)
+        self.reporter = Reporter(node_id, boot, name, version, settings)
+        self.api_address = settings.api_address
+        self._now_ms: int | None = None  # of the last input
+        self._listening_since_ms = 0
+        self._sequence = 0
+        self._instance_counter = 0
+        self._heartbeat_due_ms = 0
+        self._tidy_due_ms = 0
+        self._is_leaving = False
+        self._has_left = False
+        self._shown: tuple[int, ...] = ()
+        self._revision = 0
+        self._inputs: dict[type, Callable[[int, Any], list[Effect]]] = {
+            Started: self._on_started,
+            DeadlinePassed: self._on_deadline,
+            MessageReceived: self._on_message,
+            HardwareProbed: self._on_hardware,
+            ModelsListed: self._on_models,
+            CommandSubmitted: self._on_command,
+            FetchProgressed: self._on_fetch_progressed,
+            FetchFinished: self._on_fetch_finished,
+            FetchFailed: self._on_fetch_failed,
+            RunnerStarted: self._on_runner,
+            RunnerSaid: self._on_runner,
+            RunnerExited: self._on_runner,
+            LeaveRequested: self._on_leave,
+        }
+        self._messages: dict[type, Callable[[int, Any], list[Effect]]] = {
+            Heartbeat: self._on_heartbeat,
+            NodeReport: self._on_report,
+            IntentUpdate: self._on_intent_update,
+            CommandRequest: self._on_request,
+            CommandAnswer: self._on_answer,
+        }
+
+    # ---- the door ----
+
+    def handle(self, now_ms: int, news: Input) -> list[Effect]:
+        """Takes one input in; returns the effects, to be carried out in order."""
+        if self._has_left:
+            return []
+        self._notice_gap(now_ms)
+        self._now_ms = now_ms
+        effects = self._inputs[type(news)](now_ms, news)
+        return effects + self._advance(now_ms)
+
+    def deadline(self) -> int | None:
+        """When to send `DeadlinePassed`, unless something else happens before."""
+        if self._now_ms is None or self._has_left:
+            return None
+        times = [
+            self._heartbeat_due_ms,
+            self.membership.deadline(),
+            self.leadership.deadline(),
+            self.asking.deadline(),
+            self.downloads.deadline(),
+            self.runners.deadline(),
+            self.reporter.deadline(),
+        ]
+        # What was due by the last input has been dealt with, or waits for another input.
+        return min(time for time in times if time is not None and time > self._now_ms)
+
+    def state(self, now_ms: int) -> ClusterState:
+        """The cluster as this node sees it."""
+        return ClusterState(
+            node_id=self.node_id,
+            leader=self.leadership.leader,
+            revision=self._revision,
+            members=self.membership.members(now_ms, self.reporter.last),
+            wishes=tuple(self.cluster.wishes.values()),
+            instances=tuple(self.cluster.instances.values()),
+        )
+
+    def set_api_address(self, address: Address) -> None:
+        """Known once the server listens; reported with the next input."""
+        self.api_address = address
+
+    # ---- inputs ----
+
+    def _on_started(self, now_ms: int, _: Started) -> list[Effect]:
+        self._listening_since_ms = self._heartbeat_due_ms = now_ms
+        return []
+
+    def _on_deadline(self, _: int, __: DeadlinePassed) -> list[Effect]:
+        return []
+
+    def _on_message(self, now_ms: int, news: MessageReceived) -> list[Effect]:
+        return self._messages[type(news.message)](now_ms, news.message)
+
+    def _on_hardware(self, _: int, news: HardwareProbed) -> list[Effect]:
+        self.memory.probe(news.hardware, self.runners.resident_bytes())
+        return []
+
+    def _on_models(self, _: int, news: ModelsListed) -> list[Effect]:
+        self.downloads.list_models(news.model_ids)
+        return []
+
+    def _on_command(self, now_ms: int, news: CommandSubmitted) -> list[Effect]:
+        self.asking.submit(now_ms, news.command_id, news.command)
+        return self.asking.refuse_all(LEAVING) if self._is_leaving else []
+
+    def _on_fetch_progressed(self, now_ms: int, news: FetchProgressed) -> list[Effect]:
+        self.downloads.progress(now_ms, news)
+        return []
+
+    def _on_fetch_finished(self, _: int, news: FetchFinished) -> list[Effect]:
+        self.downloads.finish(news)
+        return []
+
+    def _on_fetch_failed(self, now_ms: int, news: FetchFailed) -> list[Effect]:
+        self.downloads.fail(now_ms, news)
+        return []
+
+    def _on_runner(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
+        return self.runners.hear(now_ms, news)
+
+    def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
+        self._is_leaving = True
+        self.leadership.resign(now_ms)
+        return self.asking.refuse_all(LEAVING)
+
+    # ---- messages ----
+
+    def _on_heartbeat(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
+        if heartbeat.node_id == self.node_id:
+            return []
+        arrived = self.membership.hear_heartbeat(now_ms, heartbeat)
+        greeting: list[Effect] = self._greet(now_ms, heartbeat.node_id) if arrived else []
+        return greeting + self.replication.compare(now_ms, heartbeat)
+
+    def _on_report(self, now_ms: int, report: NodeReport) -> list[Effect]:
+        if report.node_id != self.node_id:
+            self.membership.hear_report(now_ms, report)
+        return []
+
+    def _on_intent_update(self, _: int, update: IntentUpdate) -> list[Effect]:
+        self.replication.hear_update(update)
+        return []
+
+    def _on_request(self, now_ms: int, request: CommandRequest) -> list[Effect]:
+        """Unless this node leads, the asker will find out who does and ask there."""
+        if not self.leadership.leads or request.origin == self.node_id:
+            return []
+        effects, outcome = self._decide(now_ms, request)
+        if outcome is None:
+            return effects
+        answer = CommandAnswer(request.command_id, request.origin, outcome)
+        return [*effects, SendTo(request.origin, answer)]
+
+    def _on_answer(self, _: int, answer: CommandAnswer) -> list[Effect]:
+        return self.asking.answer(answer.command_id, answer.outcome) if answer.target == self.node_id else []
+
+    # ---- what is due ----
+
+    def _advance(self, now_ms: int) -> list[Effect]:
+        self.membership.advance(now_ms)
+        self.replication.forget(self.membership.peers)
+        self._lead(now_ms)
+        effects = [*self._ask(now_ms), *self._tidy(now_ms), *self._work(now_ms)]
+        effects += [*self._beat(now_ms), *self._report(now_ms)]
+        if self._shown != self._seen():
+            self._shown = self._seen()
+            self._revision += 1
+            effects.append(StateChanged())
+        if self._is_leaving and not self.runners.runners:
+            self._has_left = True
+            effects.append(Left())
+        return effects
+
+    def _lead(self, now_ms: int) -> None:
+        leader = self.leadership.leader
+        if not self._is_leaving:
+            self.leadership.advance(now_ms)
+        if self.leadership.leader != leader:
+            self.asking.hasten(now_ms)
+            if self.leadership.leads:
+                self._heartbeat_due_ms = now_ms  # the claim is news
+
+    def _ask(self, now_ms: int) -> list[Effect]:
+        effects = self.asking.expire(now_ms)
+        leader = self.leadership.leader
+        if leader is None:
+            return effects
+        for request in self.asking.due(now_ms):
+            if self.leadership.leads:
+                decided, outcome = self._decide(now_ms, request)
+                effects += decided
+                effects += self.asking.answer(request.command_id, outcome) if outcome else []
+            else:
+                effects.append(SendTo(leader, request))
+        return effects
+
+    def _tidy(self, now_ms: int) -> list[Effect]:
+        """The leader's mending, once it has heard the others' maps."""
+        led_ms = now_ms - self.leadership.led_since_ms
+        settled = self.leadership.leads and led_ms >= self.settings.tidy_after_ms
+        if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms):
+            return []
+        self._tidy_due_ms = now_ms + self.settings.tidy_ms
+        effects = self.replication.write(self.tending.leftovers())
+        gone = self._gone(now_ms)
+        for wish in list(self.cluster.wishes.values()):
+            context = self._context(now_ms, wish.wish_id, asked_at=None)
+            events = self.tending.mend(wish, context, self._reports(), gone)
+            effects += self.replication.write(events)
+        return effects
+
+    def _work(self, now_ms: int) -> list[Effect]:
+        """Downloads and runners, as assigned; a node that leaves has nothing assigned."""
+        mine: list[Instance] = [] if self._is_leaving else self._assigned()
+        needed = {instance.card.model_id: instance.card for instance in mine}
+        effects = self.downloads.advance(now_ms, needed)
+        world = World(mine, self._reports(), self._paths(needed))
+        return effects + self.runners.advance(now_ms, world)
+
+    def _beat(self, now_ms: int) -> list[Effect]:
+        if now_ms < self._heartbeat_due_ms:
+            return []
+        self._heartbeat_due_ms = now_ms + self.settings.heartbeat_ms
+        return [Publish(self._heartbeat(now_ms))]
+
+    def _report(self, now_ms: int) -> list[Effect]:
+        report = self.reporter.advance(now_ms, self._content(), self._sequence + 1)
+        if report is None:
+            return []
+        self._sequence = report.sequence
+        return [Publish(report)]
+
+    # ---- pieces ----
+
+    def _notice_gap(self, now_ms: int) -> None:
+        """After a sleep nothing that was heard before counts as fresh."""
+        if self._now_ms is not None and now_ms - self._now_ms > self.settings.sleep_ms:
+            self.membership.wake(now_ms)
+            self.leadership.resign(now_ms)
+            self._listening_since_ms = now_ms
+
+    def _decide(self, now_ms: int, request: CommandRequest) -> tuple[list[Effect], CommandOutcome | None]:
+        """As leader. No outcome: not now; the asker repeats."""
+        remembered = self.answering.outcomes.get(request.command_id)
+        if remembered:
+            return [], remembered
+        if isinstance(request.command, PlaceModel) and self._is_learning(now_ms):
+            return [], None
+        context = self._context(now_ms, request.command_id, request.origin)
+        decision = self.cluster.decide(request.command, context)
+        if isinstance(decision, Refused):
+            self.answering.remember(request.command_id, decision)
+            return [], decision
+        self.answering.remember(request.command_id, decision.outcome)
+        return self.replication.write(decision.events), decision.outcome
+
+    def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None) -> Context:
+        self._instance_counter += 1
+        reports = [peer.report for peer in self.membership.company(now_ms) if peer.report]
+        reports += [self.reporter.last] if self.reporter.last else []
+        return Context(
+            command_id=command_id,
+            asked_at=asked_at,
+            instance_mark=f"{self.node_id[:MARK_CHARACTERS]}-{self.boot}-{self._instance_counter}",
+            engine=self.settings.engine,
+            nodes=candidates(reports, tuple(self.cluster.instances.values())),
+        )
+
+    def _is_learning(self, now_ms: int) -> bool:
+        """Whether a node that came lately, or this one, has still to tell its memory."""
+        limit = self.settings.hardware_wait_ms
+        waited = [(self._listening_since_ms, self.reporter.last)]
+        waited += [(peer.first_heard_ms, peer.report) for peer in self.membership.visible(now_ms)]
+        return any(now_ms - since < limit and not (report and report.hardware) for since, report in waited)
+
+    def _gone(self, now_ms: int) -> list[NodeId]:
+        """Nodes with assignments that are forgotten, or were never heard though we have listened long enough."""
+        listened = now_ms - self._listening_since_ms >= self.settings.forgotten_ms
+        known = {self.node_id: True, **dict.fromkeys(self.membership.peers, True)}
+        assigned = [stage.node_id for each in self.cluster.instances.values() for stage in each.stages]
+        return [
+            node_id for node_id in assigned if node_id not in known and (listened or node_id in self.membership.seen)
+        ]
+
+    def _assigned(self) -> list[Instance]:
+        return [
+            instance
+            for instance in self.cluster.instances.values()
+            if any(stage.node_id == self.node_id for stage in instance.stages)
+        ]
+
+    def _paths(self, needed: dict[ModelId, ModelCard]) -> dict[str, str]:
+        found = {model_id: self.downloads.path(model_id) for model_id in needed}
+        return {model_id: path for model_id, path in found.items() if path is not None}
+
+    def _reports(self) -> dict[NodeId, NodeReport]:
+        others = {peer.node_id: peer.report for peer in self.membership.peers.values() if peer.report}
+        return {**others, self.node_id: self.reporter.last} if self.reporter.last else others
+
+    def _heartbeat(self, now_ms: int) -> Heartbeat:
+        self._sequence += 1
+        hears, claim = self.membership.hears(now_ms), self.leadership.claim
+        return Heartbeat(self.node_id, self.boot, self._sequence, hears, claim, self.cluster.digest)
+
+    def _greet(self, now_ms: int, node_id: NodeId) -> list[Effect]:
+        """To a node that just came: that we hear it, and what we have to say, without waiting for the next beat."""
+        greeting: list[Effect] = [SendTo(node_id, self._heartbeat(now_ms))]
+        return greeting + ([SendTo(node_id, self.reporter.last)] if self.reporter.last else [])
+
+    def _content(self) -> Content:
+        return Content(
+            api_address=self.api_address,
+            hardware=self.memory.show(self.runners.resident_bytes()),
+            downloads=self.downloads.reports(),
+            runners=self.runners.reports(),
+            models_on_disk=self.downloads.models_on_disk(),
+        )
+
+    def _seen(self) -> tuple[int, ...]:
+        own = self.reporter.last.sequence if self.reporter.last else 0
+        return (self.membership.revision, self.leadership.revision, self.cluster.revision, own)

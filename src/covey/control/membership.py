@@ -1,0 +1,175 @@
+"""Who is here, by heartbeats that say whom their sender hears.
+
+A node is visible while it was heard lately and hears us. It is away after `away_ms`, and forgotten, with its report,
+`forgotten_ms` after it was last heard. (boot, sequence) is remembered even then: what was sent before what we have
+seen can neither bring a node back nor change what we know of it.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from covey.control.settings import NODES_REMEMBERED_MAX, MachineSettings
+from covey.schema.cluster import Claim, Heartbeat, Member, NodeReport, Visibility
+from covey.schema.ids import NodeId
+
+Moment = tuple[int, int]  # (boot, sequence)
+NEVER: Moment = (-1, -1)
+
+
+class Peer(Struct):
+    """One other node, from when it was first heard until it is forgotten."""
+
+    node_id: NodeId
+    boot: int
+    first_heard_ms: int
+    heard_ms: int  # last heard
+    forget_ms: int  # when it is forgotten, unless heard again
+    heartbeat_moment: Moment  # of the last heartbeat; at first of what was seen before it was forgotten
+    report_moment: Moment  # the same for reports
+    hears: tuple[NodeId, ...] = ()
+    claim: Claim | None = None
+    intent_digest: str | None = None
+    report: NodeReport | None = None
+    shown: Visibility = Visibility.AWAY  # as last announced
+
+
+class Membership:
+    """The other nodes. `revision` grows when a client could see a difference."""
+
+    def __init__(self, node_id: NodeId, settings: MachineSettings) -> None:
+        self.node_id = node_id
+        self.settings = settings
+        self.peers: dict[NodeId, Peer] = {}
+        self.seen: dict[NodeId, Moment] = {}  # the latest of every node ever heard, forgotten ones too
+        self.revision = 0
+
+    # ---- what comes in ----
+
+    def hear_heartbeat(self, now_ms: int, heartbeat: Heartbeat) -> bool:
+        """Takes it in, unless it is stale. True if its sender is new here, started anew, or was away: greet it."""
+        moment = (heartbeat.boot, heartbeat.sequence)
+        peer = self.peers.get(heartbeat.node_id)
+        if moment <= (peer.heartbeat_moment if peer else self.seen.get(heartbeat.node_id, NEVER)):
+            return False
+        if peer and heartbeat.boot < peer.boot:
+            return False
+        peer, arrived = self._hear(now_ms, heartbeat.node_id, moment)
+        peer.heartbeat_moment = moment
+        peer.hears, peer.claim, peer.intent_digest = heartbeat.hears, heartbeat.claim, heartbeat.intent_digest
+        self._show(now_ms, peer)
+        return arrived
+
+    def hear_report(self, now_ms: int, report: NodeReport) -> None:
+        """Takes it in, unless it is stale."""
+        moment = (report.boot, report.sequence)
+        peer = self.peers.get(report.node_id)
+        if peer is None:
+            if moment <= self.seen.get(report.node_id, NEVER):
+                return
+        elif report.boot < peer.boot or moment <= peer.report_moment:
+            return
+        peer, _ = self._hear(now_ms, report.node_id, moment)
+        peer.report, peer.report_moment = report, moment
+        self.revision += 1
+
+    def _hear(self, now_ms: int, node_id: NodeId, moment: Moment) -> tuple[Peer, bool]:
+        """The sender's record; True if it was not among those that we hear."""
+        peer = self.peers.get(node_id)
+        arrived = peer is None or moment[0] > peer.boot or not self._hears(now_ms, peer)
+        if peer is None:
+            before = self.seen.get(node_id, NEVER)
+            peer = Peer(node_id, moment[0], now_ms, now_ms, 0, before, before)
+            self.peers[node_id] = peer
+            self.peers = dict(sorted(self.peers.items()))
+            self.revision += 1
+        elif moment[0] > peer.boot:  # its runners and its claim ended with its last life
+            peer.boot, peer.report, peer.claim, peer.first_heard_ms = moment[0], None, None, now_ms
+            peer.hears = ()
+            self.revision += 1
+        peer.heard_ms = now_ms
+        peer.forget_ms = now_ms + self.settings.forgotten_ms
+        self._remember(node_id, moment)
+        return peer, arrived
+
+    def _remember(self, node_id: NodeId, moment: Moment) -> None:
+        latest = max(moment, self.seen.pop(node_id, NEVER))
+        self.seen[node_id] = latest
+        if len(self.seen) > NODES_REMEMBERED_MAX:
+            self.seen.pop(next(known for known in self.seen if known not in self.peers))
+
+    # ---- time ----
+
+    def advance(self, now_ms: int) -> None:
+        """Lets nodes be away or forgotten as time passes."""
+        for peer in list(self.peers.values()):
+            if now_ms >= peer.forget_ms:
+                del self.peers[peer.node_id]
+                self.revision += 1
+            else:
+                self._show(now_ms, peer)
+
+    def wake(self, now_ms: int) -> None:
+        """We slept and heard nothing meanwhile: everybody is away at first, and has the whole time to be heard."""
+        for peer in self.peers.values():
+            peer.heard_ms = min(peer.heard_ms, now_ms - self.settings.away_ms)
+            peer.forget_ms = now_ms + self.settings.forgotten_ms
+
+    def deadline(self) -> int | None:
+        """When `advance` next has something to do."""
+        away = [peer.heard_ms + self.settings.away_ms for peer in self.peers.values() if self._is_shown(peer)]
+        return min([*away, *(peer.forget_ms for peer in self.peers.values())], default=None)
+
+    def _show(self, now_ms: int, peer: Peer) -> None:
+        shown = Visibility.VISIBLE if self.is_visible(now_ms, peer.node_id) else Visibility.AWAY
+        if shown is not peer.shown:
+            peer.shown = shown
+            self.revision += 1
+
+    @staticmethod
+    def _is_shown(peer: Peer) -> bool:
+        return peer.shown is Visibility.VISIBLE
+
+    def _hears(self, now_ms: int, peer: Peer) -> bool:
+        return now_ms - peer.heard_ms < self.settings.away_ms
+
+    # ---- questions ----
+
+    def hears(self, now_ms: int) -> tuple[NodeId, ...]:
+        """The nodes that we have heard lately, for our own heartbeat."""
+        return tuple(peer.node_id for peer in self.peers.values() if self._hears(now_ms, peer))
+
+    def is_visible(self, now_ms: int, node_id: NodeId) -> bool:
+        """Heard lately, in both directions. This node is always visible to itself."""
+        if node_id == self.node_id:
+            return True
+        peer = self.peers.get(node_id)
+        return peer is not None and self._hears(now_ms, peer) and self.node_id in peer.hears
+
+    def visible(self, now_ms: int) -> list[Peer]:
+        """The visible peers, by id."""
+        return [peer for peer in self.peers.values() if self.is_visible(now_ms, peer.node_id)]
+
+    def company(self, now_ms: int) -> list[Peer]:
+        """Visible peers that all see one another too, by id: a pipeline may cross any of them."""
+        company: list[Peer] = []
+        for peer in self.visible(now_ms):
+            if all(peer.node_id in other.hears and other.node_id in peer.hears for other in company):
+                company.append(peer)
+        return company
+
+    def members(self, now_ms: int, own_report: NodeReport | None) -> tuple[Member, ...]:
+        """Everybody who is not forgotten, this node too, by id."""
+        others = [
+            Member(
+                node_id=peer.node_id, visibility=peer.shown, heard_ms_ago=now_ms - peer.heard_ms, report=peer.report
+            )
+            for peer in self.peers.values()
+        ]
+        own = Member(node_id=self.node_id, visibility=Visibility.VISIBLE, heard_ms_ago=0, report=own_report)
+        return tuple(sorted([own, *others], key=lambda member: member.node_id))
+
+
+def reports_of(members: Sequence[Member]) -> dict[NodeId, NodeReport]:
+    """The reports that have come, by node."""
+    return {member.node_id: member.report for member in members if member.report}

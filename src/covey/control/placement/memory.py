@@ -1,0 +1,60 @@
+"""How much memory a shard takes. Every constant is here, so that a measurement can correct it in one place."""
+
+from typing import Final
+
+from msgspec import Struct
+
+from covey.schema.model import ModelCard, Shard
+
+MEBIBYTE: Final = 1024 * 1024
+WEIGHTS_PERCENT: Final = 125  # of the file's bytes: repacked blocks, side products and scales beside the 4-bit data
+KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
+RUNNER_OVERHEAD_BYTES: Final = 150 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
+
+
+class Load(Struct, frozen=True):
+    """What is to be served: the model, and the size of its KV cache."""
+
+    card: ModelCard
+    context_length: int  # tokens of one slot
+    slot_count: int
+
+
+def kv_bytes_of_layer(load: Load) -> int:
+    """Keys and values of one layer, for all slots at full length."""
+    card = load.card
+    token_bytes = 2 * card.kv_head_count * card.head_size * KV_ELEMENT_BYTES
+    return token_bytes * load.context_length * load.slot_count
+
+
+def layer_bytes(load: Load, layer: int) -> int:
+    """One layer: its weights and its KV cache."""
+    return _in_memory(load.card.layer_bytes[layer]) + kv_bytes_of_layer(load)
+
+
+def first_bytes(load: Load) -> int:
+    """What the first stage holds beside its layers."""
+    return _in_memory(load.card.embedding_bytes)
+
+
+def last_bytes(load: Load) -> int:
+    """What the last stage holds beside its layers."""
+    return _in_memory(load.card.output_bytes)
+
+
+def shard_bytes(load: Load, shard: Shard) -> int:
+    """Memory of the runner that holds `shard`."""
+    layers = sum(layer_bytes(load, layer) for layer in range(shard.layer_start, shard.layer_end))
+    ends = first_bytes(load) * (shard.layer_start == 0) + last_bytes(load) * (shard.layer_end == shard.layer_count)
+    return RUNNER_OVERHEAD_BYTES + layers + ends
+
+
+def whole_bytes(load: Load, stage_count: int) -> int:
+    """Memory of all runners of a pipeline of so many stages."""
+    layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
+    return layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+
+
+def _in_memory(file_bytes: int) -> int:
+    return file_bytes * WEIGHTS_PERCENT // 100

@@ -1,0 +1,65 @@
+"""The nodes that a placement may use, and what of their machines' memory each may take.
+
+Nodes with one `machine_id` share that machine: its free memory is counted once and divided among those that are used.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from covey.control.placement.memory import USABLE_PERCENT
+from covey.schema.ids import NodeId
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A node that could hold a stage."""
+
+    node_id: NodeId
+    name: str
+    machine_id: str
+    memory_bytes_total: int
+    memory_bytes_free: int  # what it says is available, in whole
+    memory_bytes_promised: int = 0  # of that, what runners assigned to it will still take
+
+
+class Machine(Struct):
+    """One device, with the nodes that run on it."""
+
+    machine_id: str
+    memory_bytes_free: int
+    memory_bytes_promised: int
+    nodes: list[Candidate]
+
+    @property
+    def memory_bytes_usable(self) -> int:
+        """What a placement may take here, in all."""
+        return max(0, self.memory_bytes_free * USABLE_PERCENT // 100 - self.memory_bytes_promised)
+
+
+def machines(nodes: Sequence[Candidate]) -> dict[str, Machine]:
+    """By id. Of the figures that nodes on one machine report the lowest counts; promises add up."""
+    found: dict[str, Machine] = {}
+    for node in sorted(nodes, key=lambda node: node.node_id):
+        if node.machine_id not in found:
+            found[node.machine_id] = Machine(node.machine_id, node.memory_bytes_free, 0, [])
+        machine = found[node.machine_id]
+        machine.memory_bytes_free = min(machine.memory_bytes_free, node.memory_bytes_free)
+        machine.memory_bytes_promised += node.memory_bytes_promised
+        machine.nodes.append(node)
+    return found
+
+
+def ranked(nodes: Sequence[Candidate]) -> list[Candidate]:
+    """The nodes in order of preference: the machine with most memory first, each machine once before any twice."""
+    by_memory = sorted(machines(nodes).values(), key=lambda each: (-each.memory_bytes_usable, each.machine_id))
+    order: list[tuple[int, int, Candidate]] = []
+    for rank, machine in enumerate(by_memory):
+        order += [(place, rank, node) for place, node in enumerate(machine.nodes)]
+    return [node for _, _, node in sorted(order, key=lambda each: each[:2])]
+
+
+def budgets_bytes(all_nodes: Sequence[Candidate], used: Sequence[Candidate]) -> tuple[int, ...]:
+    """What each of the `used` nodes may take, if these are used together."""
+    by_id = machines(all_nodes)
+    sharers = {machine_id: sum(node.machine_id == machine_id for node in used) for machine_id in by_id}
+    return tuple(by_id[node.machine_id].memory_bytes_usable // sharers[node.machine_id] for node in used)

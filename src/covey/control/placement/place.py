@@ -1,0 +1,149 @@
+"""`place`: a pipeline for a model on the nodes that are here, or the reason why there is none.
+
+The fewest nodes that hold the model are used (each link costs time per token), preferring those with most memory. The
+head is the node that asked, if it is among them: prompts most likely come in there and tokens go back there, which
+saves a hop. Else it is the node with most memory, since the head does the scheduling beside its layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
+from typing import Final
+
+from msgspec import Struct
+
+from covey.control.placement import refusal
+from covey.control.placement.memory import Load, shard_bytes
+from covey.control.placement.nodes import Candidate, budgets_bytes, ranked
+from covey.control.placement.split import split
+from covey.schema.cluster import Refused
+from covey.schema.ids import NodeId
+from covey.schema.model import ModelCard, Shard
+
+CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
+CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
+SLOT_COUNT_DEFAULT: Final = 4
+SPLITS_TRIED_MAX: Final = 2_000  # 8 nodes have 255 subsets; a large cluster is refused or served from the best ones
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What was asked for beside the model; None and empty mean that the placement chooses."""
+
+    node_count_min: int = 1
+    context_length: int | None = None
+    slot_count: int | None = None
+    node_ids: tuple[NodeId, ...] = ()
+    asked_at: NodeId | None = None
+
+
+class Part(Struct, frozen=True):
+    """One stage to be: a node, its layers, and the memory counted for them."""
+
+    node_id: NodeId
+    shard: Shard
+    memory_bytes: int
+
+
+class Placement(Struct, frozen=True):
+    """A pipeline in order, the head first, and what was chosen for its KV cache."""
+
+    parts: tuple[Part, ...]
+    context_length: int
+    slot_count: int
+
+
+def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
+    """The placement for `card`, the same for the same arguments in any order of `nodes`."""
+    allowed = [node for node in nodes if not options.node_ids or node.node_id in options.node_ids]
+    slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
+    lengths = _context_lengths(card, options)
+    refused = _refuse_early(Load(card, lengths[0], slot_count), nodes, allowed, options)
+    if refused:
+        return refused
+    for length in lengths:
+        found = _place_with(Load(card, length, slot_count), allowed, options)
+        if found:
+            return Placement(found, length, slot_count)
+    stage_count = max(options.node_count_min, 1)
+    return refusal.too_little_memory(Load(card, lengths[-1], slot_count), allowed, stage_count)
+
+
+def _refuse_early(
+    load: Load, nodes: Sequence[Candidate], allowed: Sequence[Candidate], options: Options
+) -> Refused | None:
+    here = {node.node_id for node in nodes}
+    missing = [node_id for node_id in options.node_ids if node_id not in here]
+    if not (1 <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
+        return refusal.odd_sizes(load)
+    if missing:
+        return refusal.unknown_nodes(missing)
+    if not nodes:
+        return refusal.no_figures()
+    if options.node_count_min > load.card.layer_count:
+        return refusal.more_nodes_than_layers(options.node_count_min, load)
+    if options.node_count_min > len(allowed):
+        return refusal.too_few_nodes(options.node_count_min, len(allowed))
+    return None
+
+
+def _context_lengths(card: ModelCard, options: Options) -> list[int]:
+    """The lengths to try, best first: what was asked for, or halves of the default down to the least useful."""
+    if options.context_length is not None:
+        return [options.context_length]
+    length = min(card.context_length_max, CONTEXT_LENGTH_DEFAULT)
+    lengths = [length]
+    while length // 2 >= CONTEXT_LENGTH_LEAST:
+        length //= 2
+        lengths.append(length)
+    return lengths
+
+
+def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tuple[Part, ...] | None:
+    for chosen in islice(_selections(load, nodes, options), SPLITS_TRIED_MAX):
+        cuts = split(load, budgets_bytes(nodes, chosen))
+        if cuts:
+            return _parts(load, chosen, cuts)
+    return None
+
+
+def _selections(load: Load, nodes: Sequence[Candidate], options: Options) -> Iterator[list[Candidate]]:
+    """Sets of nodes, each in several orders, fewest nodes first and within that the preferred ones first."""
+    preferred = ranked(nodes)
+    for count in range(max(options.node_count_min, 1), min(len(nodes), load.card.layer_count) + 1):
+        for chosen in combinations(preferred, count):
+            yield from _orders(_in_order(chosen, options))
+
+
+def _in_order(chosen: Sequence[Candidate], options: Options) -> list[Candidate]:
+    """The head first; then nodes of one machine side by side, so that their link does not leave it."""
+    machine_rank: dict[str, int] = {}
+    for rank, node in enumerate(chosen):
+        machine_rank.setdefault(node.machine_id, rank)
+    head_machine = next((node.machine_id for node in chosen if node.node_id == options.asked_at), None)
+    return sorted(
+        chosen,
+        key=lambda node: (
+            node.node_id != options.asked_at,
+            node.machine_id != head_machine,
+            machine_rank[node.machine_id],
+            node.node_id,
+        ),
+    )
+
+
+def _orders(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
+    """The preferred order, then those with another first or last node: only these two hold more than layers."""
+    yield chosen
+    for first in range(len(chosen)):
+        for last in range(len(chosen)):
+            if first == last or (first == 0 and last == len(chosen) - 1):
+                continue
+            middle = [node for index, node in enumerate(chosen) if index not in (first, last)]
+            yield [chosen[first], *middle, chosen[last]]
+
+
+def _parts(load: Load, chosen: Sequence[Candidate], cuts: tuple[int, ...]) -> tuple[Part, ...]:
+    starts = (0, *cuts)
+    shards = [Shard(start, end, load.card.layer_count) for start, end in zip(starts, cuts, strict=False)]
+    return tuple(
+        Part(node.node_id, shard, shard_bytes(load, shard)) for node, shard in zip(chosen, shards, strict=True)
+    )

@@ -1,0 +1,92 @@
+"""Why a model can't be placed, in words that say what is missing and where."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from covey.control.placement.memory import Load, whole_bytes
+from covey.control.placement.nodes import Candidate, machines
+from covey.schema.cluster import Refused
+
+CONFLICT: Final = 409
+BAD_REQUEST: Final = 400
+UNAVAILABLE: Final = 503
+NODES_LISTED_MAX: Final = 8
+GIGABYTE: Final = 1_000_000_000
+MEGABYTE: Final = 1_000_000
+
+
+def too_few_nodes(asked: int, here: int) -> Refused:
+    return Refused(
+        f"asked for {asked} nodes, {_are_here(here)}: start covey on {_more(asked - here)}, or ask for fewer.",
+        CONFLICT,
+    )
+
+
+def more_nodes_than_layers(asked: int, load: Load) -> Refused:
+    card = load.card
+    return Refused(
+        f"asked for {asked} nodes, but {card.model_id} has only {card.layer_count} layers: ask for fewer nodes.",
+        BAD_REQUEST,
+    )
+
+
+def odd_sizes(load: Load) -> Refused:
+    return Refused(
+        f"a context of {load.context_length} tokens in {load.slot_count} slots can't be served: {load.card.model_id} "
+        f"takes 1 to {load.card.context_length_max} tokens, in at least 1 slot.",
+        BAD_REQUEST,
+    )
+
+
+def no_figures() -> Refused:
+    return Refused("no node has said yet how much memory it has: try again in a few seconds.", UNAVAILABLE)
+
+
+def unknown_nodes(missing: Sequence[str]) -> Refused:
+    return Refused(f"these nodes are not here: {', '.join(missing)}. `covey nodes` lists those that are.", CONFLICT)
+
+
+def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int) -> Refused:
+    """Says what is missing in all, or that no single node can take its part, and lists the machines."""
+    needed, usable = (
+        whole_bytes(load, stage_count),
+        sum(each.memory_bytes_usable for each in machines(nodes).values()),
+    )
+    each = "; ".join(_machine_lines(nodes))
+    size = f"a context of {load.context_length} tokens in {load.slot_count} slots"
+    opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count)} with {size}"
+    if needed > usable:
+        lack = f"the cluster has {amount(usable)} to give, so {amount(needed - usable)} are missing"
+    else:
+        lack = f"the cluster has {amount(usable)} to give, but its nodes can't each hold their part"
+    return Refused(f"{opening}; {lack}: {each}. Free memory, add a node, or choose a smaller model.", CONFLICT)
+
+
+def amount(count_bytes: int) -> str:
+    """A number of bytes for a person: GB with one decimal, MB below one GB."""
+    if count_bytes >= GIGABYTE:
+        tenths = count_bytes * 10 // GIGABYTE
+        return f"{tenths // 10}.{tenths % 10} GB"
+    return f"{max(0, count_bytes) // MEGABYTE} MB"
+
+
+def _machine_lines(nodes: Sequence[Candidate]) -> list[str]:
+    lines = [
+        f"{', '.join(node.name for node in machine.nodes)} {amount(machine.memory_bytes_usable)}"
+        f" of {amount(max(node.memory_bytes_total for node in machine.nodes))}"
+        for machine in machines(nodes).values()
+    ]
+    more = len(lines) - NODES_LISTED_MAX
+    return lines if more <= 0 else [*lines[:NODES_LISTED_MAX], f"and {more} more"]
+
+
+def _are_here(count: int) -> str:
+    return "only 1 is here" if count == 1 else f"only {count} are here"
+
+
+def _more(count: int) -> str:
+    return "one more machine" if count == 1 else f"{count} more machines"
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"

@@ -1,0 +1,45 @@
+"""Brings intent to every node: what was just written goes to all, and a whole map to whoever shows another digest."""
+
+from collections.abc import Container
+
+from covey.control.cluster import Cluster, Written
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import Entry, Heartbeat, IntentUpdate
+from covey.schema.ids import NodeId
+from covey.schema.machine import Effect, Publish, SendTo
+
+
+class Replication:
+    """Sends this node's map where it differs, and takes others' in."""
+
+    def __init__(self, node_id: NodeId, settings: MachineSettings, cluster: Cluster) -> None:
+        self.node_id = node_id
+        self.settings = settings
+        self.cluster = cluster
+        self.sent_ms: dict[NodeId, int] = {}  # when a whole map last went there
+
+    def write(self, events: tuple[Written, ...]) -> list[Effect]:
+        """Applies what was decided here, and tells everybody."""
+        if not events:
+            return []
+        return [Publish(self._update(self.cluster.apply(events)))]
+
+    def hear_update(self, update: IntentUpdate) -> None:
+        """Merges. What it lacked shows in our next heartbeat's digest to everyone else."""
+        self.cluster.merge(update.entries)
+
+    def compare(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
+        """Sends our map to the sender, if it holds another. It does the same, so both end with the merged one."""
+        last = self.sent_ms.get(heartbeat.node_id)
+        too_soon = last is not None and now_ms - last < self.settings.intent_send_ms
+        if heartbeat.intent_digest == self.cluster.digest or not self.cluster.entries or too_soon:
+            return []
+        self.sent_ms[heartbeat.node_id] = now_ms
+        return [SendTo(heartbeat.node_id, self._update(self.cluster.entries))]
+
+    def forget(self, present: Container[NodeId]) -> None:
+        """Drops what is kept for nodes that are not there any more."""
+        self.sent_ms = {node_id: sent for node_id, sent in self.sent_ms.items() if node_id in present}
+
+    def _update(self, entries: dict[str, Entry]) -> IntentUpdate:
+        return IntentUpdate(self.node_id, entries)

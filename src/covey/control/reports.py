@@ -1,0 +1,102 @@
+"""What this node says of itself, and when: on change, coalesced, and now and then when nothing changes.
+
+Free memory moves all the time; a figure counts as changed only if it moved by a step that could matter to a
+placement.
+"""
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import DownloadReport, Hardware, NodeReport, RunnerReport
+from covey.schema.ids import ModelId, NodeId, RunnerId
+from covey.schema.runner import Address
+
+
+class Content(Struct, frozen=True, kw_only=True):
+    """All of a report but its number."""
+
+    api_address: Address | None
+    hardware: Hardware | None
+    downloads: tuple[DownloadReport, ...]
+    runners: tuple[RunnerReport, ...]
+    models_on_disk: tuple[ModelId, ...]
+
+
+class MemoryFigures:
+    """The hardware as probed, less what runners have loaded since then, steadied."""
+
+    def __init__(self, settings: MachineSettings) -> None:
+        self.settings = settings
+        self.probed: Hardware | None = None
+        self.loaded_at_probe: dict[RunnerId, int] = {}
+        self.shown: Hardware | None = None
+
+    def probe(self, hardware: Hardware, loaded: dict[RunnerId, int]) -> None:
+        self.probed, self.loaded_at_probe = hardware, loaded
+
+    def show(self, loaded: dict[RunnerId, int]) -> Hardware | None:
+        """What to report now: the last figures shown, unless they are wrong by a step."""
+        if self.probed is None:
+            return None
+        since = sum(count for runner_id, count in loaded.items() if runner_id not in self.loaded_at_probe)
+        available = max(0, self.probed.memory_bytes_available - since)
+        current = replace(self.probed, memory_bytes_available=available)
+        if self.shown is None or self._differs(self.shown, current):
+            self.shown = current
+        return self.shown
+
+    def _differs(self, shown: Hardware, current: Hardware) -> bool:
+        step = max(self.settings.memory_step_bytes, current.memory_bytes_total // self.settings.memory_step_fraction)
+        moved = max(
+            abs(shown.memory_bytes_available - current.memory_bytes_available),
+            abs(shown.swap_bytes_available - current.swap_bytes_available),
+            abs(shown.disk_bytes_available - current.disk_bytes_available),
+        )
+        return moved >= step or _fixed(shown) != _fixed(current)
+
+
+class Reporter:
+    """Numbers and spaces this node's reports. `last` is the one that everybody should have."""
+
+    def __init__(self, node_id: NodeId, boot: int, name: str, version: str, settings: MachineSettings) -> None:
+        self.node_id = node_id
+        self.boot = boot
+        self.name = name
+        self.version = version
+        self.settings = settings
+        self.last: NodeReport | None = None
+        self.last_ms = 0
+        self.waits = False  # for the spacing, with something to say
+
+    def advance(self, now_ms: int, content: Content, sequence: int) -> NodeReport | None:
+        """The report to publish now, if one is due; it takes `sequence`."""
+        report = NodeReport(
+            node_id=self.node_id,
+            boot=self.boot,
+            sequence=sequence,
+            name=self.name,
+            version=self.version,
+            api_address=content.api_address,
+            hardware=content.hardware,
+            downloads=content.downloads,
+            runners=content.runners,
+            models_on_disk=content.models_on_disk,
+        )
+        changed = self.last is None or replace(report, sequence=self.last.sequence) != self.last
+        since_ms = now_ms - self.last_ms
+        self.waits = changed and self.last is not None and since_ms < self.settings.report_spacing_ms
+        if self.waits or not (changed or since_ms >= self.settings.report_idle_ms):
+            return None
+        self.last, self.last_ms = report, now_ms
+        return report
+
+    def deadline(self) -> int | None:
+        if self.last is None:
+            return None
+        return self.last_ms + (self.settings.report_spacing_ms if self.waits else self.settings.report_idle_ms)
+
+
+def _fixed(hardware: Hardware) -> Hardware:
+    """What is compared exactly."""
+    return replace(hardware, memory_bytes_available=0, swap_bytes_available=0, disk_bytes_available=0)

@@ -1,0 +1,197 @@
+"""Which instance serves a request, and how far an instance has come: read from a snapshot, in the same words
+everywhere.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from msgspec import Struct
+
+from covey.control.placement.nodes import Candidate
+from covey.control.placement.place import Options, place
+from covey.control.runner_table import LOADED_STATES, SERVING_STATES
+from covey.schema.cluster import (
+    ClusterState,
+    DownloadReport,
+    DownloadState,
+    Hardware,
+    Instance,
+    NodeReport,
+    Refused,
+    RunnerReport,
+    Stage,
+    Visibility,
+    Wish,
+)
+from covey.schema.ids import ModelId, NodeId
+from covey.schema.runner import Address, RunnerState
+
+Reports = dict[NodeId, NodeReport]
+
+
+class InstancePhase(StrEnum):
+    WAITING = "waiting"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class InstanceStatus(Struct, frozen=True):
+    """How far an instance has come. `text` is for a person: "loading 12 of 30 layers", "failed: …"."""
+
+    phase: InstancePhase
+    text: str
+
+
+# ---- which one ----
+
+
+def ready_instances(state: ClusterState, model_id: ModelId) -> tuple[Instance, ...]:
+    """The instances of a model that can serve now, by id."""
+    reports = visible_reports(state)
+    return tuple(each for each in state.instances if each.card.model_id == model_id and is_ready(each, reports))
+
+
+def pick(state: ClusterState, model_id: ModelId) -> Instance | Refused:
+    """The ready instance with the fewest requests; refused with the reason if there is none."""
+    ready = ready_instances(state, model_id)
+    if ready:
+        reports = visible_reports(state)
+        return min(ready, key=lambda each: (_request_count(each, reports), each.instance_id))
+    placed = [each for each in state.instances if each.card.model_id == model_id]
+    if placed:
+        return Refused(f"{model_id} is not ready: {instance_status(state, placed[0]).text}.", 503)
+    wished = [each for each in state.wishes if each.card.model_id == model_id]
+    if wished:
+        return Refused(f"{model_id} is not placed: {wish_status(state, wished[0])}", 503)
+    return Refused(f"{model_id} is not placed: `covey place {model_id}` places it.", 404)
+
+
+def head_address(state: ClusterState, instance: Instance) -> Address | None:
+    """Where the head of an instance listens; None unless it does."""
+    report = runner_report(instance.stages[0], visible_reports(state))
+    return report.data_address if report else None
+
+
+# ---- how far ----
+
+
+def instance_status(state: ClusterState, instance: Instance) -> InstanceStatus:
+    """One summary of an instance: the first of its nodes, downloads or runners that holds it up."""
+    reports = visible_reports(state)
+    lost = [stage.node_id for stage in instance.stages if stage.node_id not in reports]
+    if lost:
+        names = ", ".join(_name(state, node_id) for node_id in lost)
+        return InstanceStatus(InstancePhase.WAITING, f"waiting for {names}")
+    if is_ready(instance, reports):
+        return InstanceStatus(InstancePhase.READY, "ready")
+    return _failure(instance, reports) or _download(instance, reports) or _loading(instance, reports)
+
+
+def wish_status(state: ClusterState, wish: Wish) -> str:
+    """Why a wish has no instance: what placing it on the nodes that are here now says."""
+    if any(each.wish_id == wish.wish_id for each in state.instances):
+        return "assigned."
+    options = Options(
+        node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
+    )
+    placement = place(wish.card, candidates(tuple(visible_reports(state).values()), state.instances), options)
+    return placement.reason if isinstance(placement, Refused) else "waiting for the leader to assign it."
+
+
+def _failure(instance: Instance, reports: Reports) -> InstanceStatus | None:
+    for stage in instance.stages:
+        report = runner_report(stage, reports)
+        if report and report.state is RunnerState.FAILED:
+            return InstanceStatus(InstancePhase.FAILED, f"failed: {report.reason}")
+        download = _download_report(instance, reports[stage.node_id])
+        if download and download.state is DownloadState.FAILED:
+            return InstanceStatus(InstancePhase.FAILED, f"failed: {download.reason}")
+    return None
+
+
+def _download(instance: Instance, reports: Reports) -> InstanceStatus | None:
+    """The download that is furthest behind."""
+    found = [_download_report(instance, reports[stage.node_id]) for stage in instance.stages]
+    percents = [
+        each.bytes_done * 100 // max(each.bytes_total, 1)
+        for each in found
+        if each and each.state is DownloadState.ONGOING
+    ]
+    if not percents:
+        return None
+    return InstanceStatus(InstancePhase.DOWNLOADING, f"downloading {min(99, *percents)} %")
+
+
+def _loading(instance: Instance, reports: Reports) -> InstanceStatus:
+    runners = [runner_report(stage, reports) for stage in instance.stages]
+    loaded = sum(each.layers_loaded for each in runners if each)
+    if loaded or any(each and each.state is RunnerState.LOADING for each in runners):
+        return InstanceStatus(InstancePhase.LOADING, f"loading {loaded} of {instance.card.layer_count} layers")
+    states = ", ".join(sorted({each.state.value if each else "not started" for each in runners}))
+    return InstanceStatus(InstancePhase.WAITING, f"waiting for its runners ({states})")
+
+
+# ---- what reports say ----
+
+
+def visible_reports(state: ClusterState) -> Reports:
+    """The reports of the nodes that are visible now."""
+    return {
+        member.node_id: member.report
+        for member in state.members
+        if member.report and member.visibility is Visibility.VISIBLE
+    }
+
+
+def is_ready(instance: Instance, reports: Reports) -> bool:
+    """Whether all its runners serve, in one generation."""
+    found = [runner_report(stage, reports) for stage in instance.stages]
+    serving = [each.attempt for each in found if each and each.state in SERVING_STATES]
+    return len(serving) == len(found) and min(serving) == max(serving)
+
+
+def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
+    """What the stage's node says of its runner."""
+    report = reports.get(stage.node_id)
+    return next((each for each in report.runners if each.runner_id == stage.runner_id), None) if report else None
+
+
+def candidates(reports: Sequence[NodeReport], instances: Sequence[Instance]) -> tuple[Candidate, ...]:
+    """The nodes as a placement sees them, by id; those that have not told their memory are left out."""
+    found = [_candidate(report, report.hardware, instances) for report in reports if report.hardware]
+    return tuple(sorted(found, key=lambda node: node.node_id))
+
+
+def _candidate(report: NodeReport, hardware: Hardware, instances: Sequence[Instance]) -> Candidate:
+    return Candidate(
+        node_id=report.node_id,
+        name=report.name,
+        machine_id=hardware.machine_id,
+        memory_bytes_total=hardware.memory_bytes_total,
+        memory_bytes_free=hardware.memory_bytes_available,
+        memory_bytes_promised=sum(_promised(stage, report) for each in instances for stage in each.stages),
+    )
+
+
+def _promised(stage: Stage, report: NodeReport) -> int:
+    """What a stage will still take of the memory that its node says is available."""
+    if stage.node_id != report.node_id:
+        return 0
+    loaded = any(each.runner_id == stage.runner_id and each.state in LOADED_STATES for each in report.runners)
+    return 0 if loaded else stage.memory_bytes
+
+
+def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:
+    return next((each for each in report.downloads if each.model_id == instance.card.model_id), None)
+
+
+def _request_count(instance: Instance, reports: Reports) -> int:
+    report = runner_report(instance.stages[0], reports)
+    return report.requests_running + report.requests_queued if report else 0
+
+
+def _name(state: ClusterState, node_id: NodeId) -> str:
+    report = next((member.report for member in state.members if member.node_id == node_id), None)
+    return report.name if report else f"node {node_id[:8]}"

@@ -1,0 +1,303 @@
+"""The life of one runner process, as a table {(state, input type): Transition}.
+
+An instance runs as one generation: all its runners have the same attempt number. A runner that is stopped, for
+whatever reason, is reaped before the next attempt starts. A pair that the table lacks is a bug and raises with its
+story. `docs/runner-states.md` is drawn from this table.
+
+Deadlines of phases belong in `Runners.advance`, next to the back-off: a phase that outlives its limit is treated like
+`PhaseFailed`, whose handler already asks the process to stop.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Struct
+
+from covey.schema.cluster import Instance, RunnerReport, Stage
+from covey.schema.machine import Effect, RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.runner import (
+    Activity,
+    Address,
+    Connected,
+    ConnectTo,
+    Listening,
+    Load,
+    Loaded,
+    LoadProgressed,
+    PhaseFailed,
+    Ready,
+    RunnerSpec,
+    RunnerState,
+    WarmUp,
+)
+
+IDLE, CONNECTING, CONNECTED = RunnerState.IDLE, RunnerState.CONNECTING, RunnerState.CONNECTED
+LOADING, LOADED, WARMING_UP = RunnerState.LOADING, RunnerState.LOADED, RunnerState.WARMING_UP
+READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
+SHUTTING_DOWN, FAILED, SHUTDOWN = RunnerState.SHUTTING_DOWN, RunnerState.FAILED, RunnerState.SHUTDOWN
+
+STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+LINKED_STATES: Final = (CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
+SERVING_STATES: Final = (READY, RUNNING)
+LOG_TAIL_CHARACTERS_MAX: Final = 2_000
+
+
+class Runner(Struct):
+    """One runner assigned to this node. `attempt` is the generation of its process, or of the one to come."""
+
+    instance: Instance
+    stage: Stage
+    grace_ms: int
+    state: RunnerState = IDLE
+    attempt: int = 0
+    has_process: bool = False
+    wanted: bool = True
+    last_attempt: int = 0  # that had a process
+    started_ms: int | None = None  # when that was started
+    serving_since_ms: int | None = None
+    failures: int = 0  # since it was last healthy
+    retry_ms: int | None = None  # when FAILED ends; None: never
+    listen_host: str = ""
+    data_address: Address | None = None
+    linked_to: tuple[int, Address] | None = None  # the next stage: its node's boot, and where it listens
+    layers_loaded: int = 0
+    resident_bytes: int = 0
+    requests_running: int = 0
+    requests_queued: int = 0
+    reason: str = ""
+
+    def report(self) -> RunnerReport:
+        shard = self.stage.shard
+        return RunnerReport(
+            runner_id=self.stage.runner_id,
+            instance_id=self.instance.instance_id,
+            state=self.state,
+            attempt=self.attempt,
+            data_address=self.data_address,
+            layers_loaded=self.layers_loaded,
+            layers_total=shard.layer_end - shard.layer_start,
+            resident_bytes=self.resident_bytes,
+            requests_running=self.requests_running,
+            requests_queued=self.requests_queued,
+            reason=self.reason,
+        )
+
+
+# ---- what the node itself decides ----
+
+
+class Begin(Struct, frozen=True):
+    """Its file is here and its generation is open: start a process."""
+
+    attempt: int
+    spec: RunnerSpec
+    now_ms: int
+
+
+class Link(Struct, frozen=True):
+    """The next stage listens, in the same generation."""
+
+    boot: int
+    address: Address
+
+
+class Proceed(Struct, frozen=True):
+    """On to the next phase."""
+
+
+class Stop(Struct, frozen=True):
+    """Unassigned, or its generation is over."""
+
+
+class Retry(Struct, frozen=True):
+    """The back-off after a failure is over."""
+
+    attempt: int
+
+
+Outcome = tuple[RunnerState, list[Effect]]
+Handler = Callable[[Runner, Any], Outcome]
+
+
+class Transition(Struct, frozen=True):
+    """What handles an input, and the states that it may end in."""
+
+    handler: Handler
+    targets: tuple[RunnerState, ...]
+
+
+class UnexpectedInputError(AssertionError):
+    """The table has no such pair."""
+
+
+def step(runner: Runner, news: Any) -> list[Effect]:
+    """Takes one input through the table."""
+    transition = TABLE.get((runner.state, type(news)))
+    if transition is None:
+        story = f"runner {runner.stage.runner_id} (attempt {runner.attempt}) got {news!r} in state {runner.state}"
+        raise UnexpectedInputError(story)
+    target, effects = transition.handler(runner, news)
+    if target not in transition.targets:
+        raise UnexpectedInputError(f"{runner.state} -> {target} on {type(news).__name__} is not in the table")
+    runner.state = target
+    return effects
+
+
+# ---- handlers ----
+
+
+def _begin(runner: Runner, news: Begin) -> Outcome:
+    if runner.has_process or news.attempt <= runner.last_attempt:
+        raise UnexpectedInputError(
+            f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}"
+        )
+    runner.attempt = runner.last_attempt = news.attempt
+    runner.has_process, runner.started_ms = True, news.now_ms
+    runner.listen_host = news.spec.listen_host
+    return IDLE, [StartRunner(runner.stage.runner_id, runner.attempt, news.spec)]
+
+
+def _stay(runner: Runner, _: Any) -> Outcome:
+    return runner.state, []
+
+
+def _listening(runner: Runner, news: Listening) -> Outcome:
+    runner.data_address = Address(runner.listen_host, news.port)
+    return CONNECTING, []
+
+
+def _link(runner: Runner, news: Link) -> Outcome:
+    runner.linked_to = (news.boot, news.address)
+    return CONNECTING, [_tell(runner, ConnectTo(news.address))]
+
+
+def _connected(_: Runner, __: Connected) -> Outcome:
+    return CONNECTED, []
+
+
+def _load(runner: Runner, _: Proceed) -> Outcome:
+    return LOADING, [_tell(runner, Load())]
+
+
+def _load_progressed(runner: Runner, news: LoadProgressed) -> Outcome:
+    runner.layers_loaded = news.layers_loaded
+    return LOADING, []
+
+
+def _loaded(runner: Runner, news: Loaded) -> Outcome:
+    runner.layers_loaded = runner.stage.shard.layer_end - runner.stage.shard.layer_start
+    runner.resident_bytes = news.resident_bytes
+    return LOADED, []
+
+
+def _warm_up(runner: Runner, _: Proceed) -> Outcome:
+    return WARMING_UP, [_tell(runner, WarmUp())]
+
+
+def _ready(runner: Runner, _: Ready) -> Outcome:
+    runner.reason = ""
+    return READY, []
+
+
+def _activity(runner: Runner, news: Activity) -> Outcome:
+    runner.requests_running, runner.requests_queued = news.running, news.queued
+    return (RUNNING if news.running or news.queued else READY), []
+
+
+def _phase_failed(runner: Runner, news: PhaseFailed) -> Outcome:
+    runner.reason = f"{news.phase}: {news.reason}"
+    return FAILED, [_stop_effect(runner)]
+
+
+def _crashed(runner: Runner, news: RunnerExited) -> Outcome:
+    _forget_process(runner)
+    runner.reason = _with_log(f"the runner ended: {news.description}", news.log_tail)
+    return FAILED, []
+
+
+def _failed_and_gone(runner: Runner, news: RunnerExited) -> Outcome:
+    _forget_process(runner)
+    runner.reason = _with_log(runner.reason, news.log_tail)
+    return FAILED, []
+
+
+def _stop(runner: Runner, _: Stop) -> Outcome:
+    if runner.has_process:
+        return SHUTTING_DOWN, [_stop_effect(runner)]
+    return SHUTDOWN, []
+
+
+def _stop_failed(runner: Runner, _: Stop) -> Outcome:
+    return (SHUTTING_DOWN if runner.has_process else SHUTDOWN), []  # a failed process was asked to stop already
+
+
+def _stopped(runner: Runner, _: RunnerExited) -> Outcome:
+    _forget_process(runner)
+    return (IDLE if runner.wanted else SHUTDOWN), []
+
+
+def _retry(runner: Runner, news: Retry) -> Outcome:
+    runner.attempt, runner.retry_ms = news.attempt, None
+    return IDLE, []
+
+
+def _tell(runner: Runner, command: ConnectTo | Load | WarmUp) -> TellRunner:
+    return TellRunner(runner.stage.runner_id, runner.attempt, command)
+
+
+def _stop_effect(runner: Runner) -> StopRunner:
+    return StopRunner(runner.stage.runner_id, runner.attempt, runner.grace_ms)
+
+
+def _forget_process(runner: Runner) -> None:
+    runner.has_process, runner.data_address, runner.linked_to = False, None, None
+    runner.layers_loaded = runner.resident_bytes = runner.requests_running = runner.requests_queued = 0
+
+
+def _with_log(sentence: str, log_tail: str) -> str:
+    tail = log_tail.strip()[-LOG_TAIL_CHARACTERS_MAX:]
+    return f"{sentence}\n{tail}" if tail else sentence
+
+
+# ---- the table ----
+
+PROCESS_WORDS: Final = (Listening, Connected, LoadProgressed, Loaded, Ready, Activity, PhaseFailed)  # all it can say
+
+TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
+    (IDLE, Begin): Transition(_begin, (IDLE,)),
+    (IDLE, Listening): Transition(_listening, (CONNECTING,)),
+    (CONNECTING, Link): Transition(_link, (CONNECTING,)),
+    (CONNECTING, Connected): Transition(_connected, (CONNECTED,)),
+    (CONNECTED, Proceed): Transition(_load, (LOADING,)),
+    (LOADING, LoadProgressed): Transition(_load_progressed, (LOADING,)),
+    (LOADING, Loaded): Transition(_loaded, (LOADED,)),
+    (LOADED, Proceed): Transition(_warm_up, (WARMING_UP,)),
+    (WARMING_UP, Ready): Transition(_ready, (READY,)),
+    (READY, Activity): Transition(_activity, (READY, RUNNING)),
+    (RUNNING, Activity): Transition(_activity, (READY, RUNNING)),
+    **{(state, RunnerStarted): Transition(_stay, (state,)) for state in (IDLE, SHUTTING_DOWN, FAILED)},
+    **{(state, PhaseFailed): Transition(_phase_failed, (FAILED,)) for state in STARTED_STATES},
+    **{(state, RunnerExited): Transition(_crashed, (FAILED,)) for state in STARTED_STATES},
+    **{(state, Stop): Transition(_stop, (SHUTTING_DOWN, SHUTDOWN)) for state in STARTED_STATES},
+    # What a process said before it heard that it is to stop is no news.
+    **{(state, word): Transition(_stay, (state,)) for state in (SHUTTING_DOWN, FAILED) for word in PROCESS_WORDS},
+    (SHUTTING_DOWN, Stop): Transition(_stay, (SHUTTING_DOWN,)),
+    (SHUTTING_DOWN, RunnerExited): Transition(_stopped, (IDLE, SHUTDOWN)),
+    (FAILED, RunnerExited): Transition(_failed_and_gone, (FAILED,)),
+    (FAILED, Stop): Transition(_stop_failed, (SHUTTING_DOWN, SHUTDOWN)),
+    (FAILED, Retry): Transition(_retry, (IDLE,)),
+}
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram. Inputs that change nothing are left out."""
+    labels: dict[tuple[RunnerState, RunnerState], list[str]] = {}
+    for (state, kind), transition in TABLE.items():
+        for target in transition.targets:
+            if target is not state:
+                labels.setdefault((state, target), []).append(kind.__name__)
+    order = list(RunnerState)
+    edges = sorted(labels, key=lambda edge: (order.index(edge[0]), order.index(edge[1])))
+    lines = [f"    {source} --> {target}: {', '.join(sorted(labels[source, target]))}" for source, target in edges]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {IDLE}", *lines, f"    {SHUTDOWN} --> [*]"]) + "\n"

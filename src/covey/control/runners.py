@@ -1,0 +1,236 @@
+"""The runners assigned to this node: what they should be doing, minus what they are doing.
+
+An instance runs as one generation, which the runners' attempt numbers count; each node decides for its own runners
+from the others' reports, with these rules:
+
+1. While any runner of an instance is reported as failed, the others stop and wait.
+2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen.
+3. Everybody else follows the highest attempt seen; a generation whose links are made can't be joined, so a runner
+   that starts anew opens the next one.
+4. A runner that was linked to a former life (boot) of its neighbour's node opens the next generation too.
+
+Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
+first rule the others stay stopped.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from covey.control.runner_table import (
+    LINKED_STATES,
+    LOADED_STATES,
+    SERVING_STATES,
+    STARTED_STATES,
+    Begin,
+    Link,
+    Proceed,
+    Retry,
+    Runner,
+    Stop,
+    step,
+)
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
+from covey.schema.ids import NodeId, RunnerId
+from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
+from covey.schema.runner import RunnerSpec, RunnerState
+
+
+class Neighbour(Struct, frozen=True):
+    """Another runner of the same instance, as its node last reported it."""
+
+    boot: int
+    report: RunnerReport
+
+
+class World(Struct, frozen=True):
+    """What runners look at beside themselves: intent, the nodes' reports, and the model files that are here."""
+
+    instances: Sequence[Instance]
+    reports: dict[NodeId, NodeReport]
+    paths: dict[str, str]
+
+
+class Runners:
+    """The runners of this node. `revision` grows when its report would differ."""
+
+    def __init__(self, node_id: NodeId, boot: int, settings: MachineSettings) -> None:
+        self.node_id = node_id
+        self.boot = boot
+        self.settings = settings
+        self.runners: dict[RunnerId, Runner] = {}
+        self.revision = 0
+
+    # ---- answers ----
+
+    def hear(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
+        """What a process did or said; a former attempt's word is dropped."""
+        runner = self.runners.get(news.runner_id)
+        if runner is None or runner.attempt != news.attempt or not runner.has_process:
+            return []
+        effects = self._step(runner, news.message if isinstance(news, RunnerSaid) else news)
+        self._note(now_ms, runner)
+        return effects
+
+    def _note(self, now_ms: int, runner: Runner) -> None:
+        """Keeps the times that back-off and budget are counted from."""
+        if runner.state in SERVING_STATES:
+            runner.serving_since_ms = now_ms if runner.serving_since_ms is None else runner.serving_since_ms
+            return
+        since, runner.serving_since_ms = runner.serving_since_ms, None
+        if since is not None and now_ms - since >= self.settings.runner_healthy_ms:
+            runner.failures = 0
+        if runner.state is RunnerState.FAILED and not runner.has_process and runner.retry_ms is None:
+            steps = self.settings.runner_back_off_ms
+            if runner.failures < len(steps):
+                runner.retry_ms = now_ms + steps[runner.failures]
+            runner.failures += 1
+
+    # ---- desired minus actual ----
+
+    def advance(self, now_ms: int, world: World) -> list[Effect]:
+        """Everything that is due for any runner."""
+        self._assign(world.instances)
+        effects: list[Effect] = []
+        for runner in list(self.runners.values()):
+            effects += self._advance_one(now_ms, runner, world)
+            if runner.state is RunnerState.SHUTDOWN:
+                del self.runners[runner.stage.runner_id]
+                self.revision += 1
+        return effects
+
+    def deadline(self) -> int | None:
+        """When the next back-off or spacing ends."""
+        spacing = self.settings.runner_spacing_ms
+        times = [runner.retry_ms for runner in self.runners.values()]
+        times += [
+            runner.started_ms + spacing
+            for runner in self.runners.values()
+            if runner.started_ms is not None and not runner.has_process and runner.wanted
+        ]
+        return min((time for time in times if time is not None), default=None)
+
+    def reports(self) -> tuple[RunnerReport, ...]:
+        """What this node says of its runners, by id."""
+        return tuple(self.runners[runner_id].report() for runner_id in sorted(self.runners))
+
+    def resident_bytes(self) -> dict[RunnerId, int]:
+        """Memory of the runners that have loaded, as they measured it."""
+        return {
+            runner_id: runner.resident_bytes
+            for runner_id, runner in self.runners.items()
+            if runner.state in LOADED_STATES
+        }
+
+    def _assign(self, instances: Sequence[Instance]) -> None:
+        """Makes a record for what is newly assigned, and marks what no longer is."""
+        assigned: dict[RunnerId, tuple[Instance, Stage]] = {}
+        for instance in instances:
+            for stage in instance.stages:
+                if stage.node_id == self.node_id:
+                    assigned[stage.runner_id] = (instance, stage)
+        for runner_id, (instance, stage) in assigned.items():
+            if runner_id not in self.runners:
+                self.runners[runner_id] = Runner(instance, stage, self.settings.stop_grace_ms)
+                self.revision += 1
+        for runner_id, runner in self.runners.items():
+            runner.wanted = runner_id in assigned
+
+    def _advance_one(self, now_ms: int, runner: Runner, world: World) -> list[Effect]:
+        """At most two steps lie between what a runner is and what it should be: stop, or go on."""
+        others = _neighbours(runner, world.reports)
+        generation = max([runner.attempt, *(other.report.attempt for other in others.values())])
+        if self._must_stop(runner, others, generation):
+            return self._step(runner, Stop())
+        if runner.state is RunnerState.FAILED and runner.retry_ms is not None and now_ms >= runner.retry_ms:
+            self._step(runner, Retry(generation + 1))
+        if runner.state is RunnerState.IDLE and not runner.has_process:
+            return self._begin(now_ms, runner, others, world)
+        if runner.state is RunnerState.CONNECTING and runner.linked_to is None:
+            return self._link(runner, others)
+        if runner.state in (RunnerState.CONNECTED, RunnerState.LOADED):
+            return self._step(runner, Proceed())
+        return []
+
+    def _must_stop(self, runner: Runner, others: dict[int, Neighbour], generation: int) -> bool:
+        if runner.state is RunnerState.SHUTTING_DOWN:
+            return False
+        if not runner.wanted:
+            return True
+        if not runner.has_process or runner.state not in STARTED_STATES:
+            return False
+        someone_failed = any(other.report.state is RunnerState.FAILED for other in others.values())
+        return someone_failed or generation > runner.attempt or self._lost_neighbour(runner, others)
+
+    @staticmethod
+    def _lost_neighbour(runner: Runner, others: dict[int, Neighbour]) -> bool:
+        """Whether the next stage's node was started anew since we linked to it."""
+        following = others.get(_next_index(runner))
+        return following is not None and runner.linked_to is not None and following.boot > runner.linked_to[0]
+
+    def _begin(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
+        path = world.paths.get(runner.instance.card.model_id)
+        last = runner.started_ms
+        too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
+        someone_failed = any(other.report.state is RunnerState.FAILED for other in others.values())
+        if path is None or too_soon or someone_failed:
+            return []
+        return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
+
+    def _link(self, runner: Runner, others: dict[int, Neighbour]) -> list[Effect]:
+        index = _next_index(runner)
+        own = Neighbour(self.boot, runner.report())
+        following = own if index == _index(runner) else others.get(index)
+        if following is None or following.report.attempt != runner.attempt or following.report.data_address is None:
+            return []
+        return self._step(runner, Link(following.boot, following.report.data_address))
+
+    def _step(self, runner: Runner, news: object) -> list[Effect]:
+        self.revision += 1
+        return step(runner, news)
+
+    def _spec(self, runner: Runner, path: str) -> RunnerSpec:
+        instance = runner.instance
+        return RunnerSpec(
+            runner_id=runner.stage.runner_id,
+            instance_id=instance.instance_id,
+            engine=instance.engine,
+            engine_options=self.settings.engine_options,
+            model_path=path,
+            shard=runner.stage.shard,
+            stage_index=_index(runner),
+            stage_count=len(instance.stages),
+            context_length=instance.context_length,
+            slot_count=instance.slot_count,
+            thread_count=self.settings.thread_count,
+            listen_host=self.settings.listen_host,
+        )
+
+
+def _index(runner: Runner) -> int:
+    return runner.instance.stages.index(runner.stage)
+
+
+def _next_index(runner: Runner) -> int:
+    return (_index(runner) + 1) % len(runner.instance.stages)
+
+
+def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, Neighbour]:
+    """The other runners of the instance that have been reported, by stage."""
+    found: dict[int, Neighbour] = {}
+    for index, stage in enumerate(runner.instance.stages):
+        report = reports.get(stage.node_id)
+        if stage == runner.stage or report is None:
+            continue
+        for each in report.runners:
+            if each.runner_id == stage.runner_id:
+                found[index] = Neighbour(report.boot, each)
+    return found
+
+
+def _open_generation(runner: Runner, others: dict[int, Neighbour]) -> int:
+    """The attempt that a new process of `runner` begins with: one that it has not used and that can be joined."""
+    latest = max((other.report.attempt for other in others.values()), default=0)
+    closed = any(other.report.attempt == latest and other.report.state in LINKED_STATES for other in others.values())
+    return max(runner.last_attempt + 1, runner.attempt, latest + closed)

@@ -1,0 +1,51 @@
+"""Every limit and interval of a node's control machine, named with its unit and its reason."""
+
+from typing import Final
+
+from msgspec import Struct
+
+from covey.schema.runner import Address
+
+NODES_REMEMBERED_MAX: Final = 1024  # (boot, sequence) of forgotten nodes; a home has a handful
+COMMANDS_REMEMBERED_MAX: Final = 1024  # outcomes kept for repeated requests; one is repeated for 10 s at most
+TOMBSTONES_MAX: Final = 4096  # deletions kept; a node that was away for longer than that can bring a key back
+
+
+class MachineSettings(Struct, frozen=True, kw_only=True):
+    """What one node's machine is told at its start."""
+
+    # A killed node must be shown as away in under 3 s. From its last heartbeat on that takes `away_ms` and the time a
+    # message is under way, so half a second is left for that. Heartbeats come five times as often, so that four lost
+    # or late ones in a row are survived.
+    heartbeat_ms: int = 500
+    away_ms: int = 2_500
+    forgotten_ms: int = 30_000
+    sleep_ms: int = 3_000  # a longer pause between two inputs means that this machine slept
+
+    # With no visible claim for this long the lowest visible id claims. Visibility has already taken `away_ms` to end.
+    leaderless_ms: int = 1_000
+    tidy_after_ms: int = 2_000  # a new leader hears the others' maps before it mends anything
+    tidy_ms: int = 1_000
+
+    intent_send_ms: int = 1_000  # a whole map goes to one node at most this often
+
+    report_spacing_ms: int = 200
+    report_idle_ms: int = 10_000
+    memory_step_bytes: int = 64 * 1024 * 1024  # a smaller change of free memory is not worth a report ...
+    memory_step_fraction: int = 50  # ... nor one below this fraction (a 50th) of all memory
+
+    command_timeout_ms: int = 10_000
+    command_retry_ms: int = 500
+    hardware_wait_ms: int = 3_000  # a leader places nothing while a node that it has seen for less has not reported
+
+    fetch_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000, 60_000)  # the last one for ever: a hub may come back
+    runner_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000)  # then the instance has failed
+    runner_spacing_ms: int = 1_000  # between two starts of one runner, for whatever reason
+    runner_healthy_ms: int = 60_000  # a runner that was ready for so long has its budget of failures back
+    stop_grace_ms: int = 3_000
+
+    listen_host: str = "127.0.0.1"  # the runners' data ports
+    thread_count: int = 1
+    engine: str = "onnx"
+    engine_options: dict[str, str] = {}
+    api_address: Address | None = None
