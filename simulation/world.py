@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
-
 from covey.schema.cluster import (
     Accepted,
     ClusterState,

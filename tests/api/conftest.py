@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 from fastapi.testclient import TestClient
-from tests.api.fake_backend import FakeBackend
 
 from covey.api.server import create_app
+from tests.api.fake_backend import FakeBackend
 
 
 @pytest.fixture

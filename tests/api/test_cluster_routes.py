@@ -5,7 +5,6 @@ import json
 import msgspec
 import pytest
 from fastapi.testclient import TestClient
-from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member
 
 from covey.api import cluster_state
 from covey.api.case import camel
@@ -22,6 +21,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import InstanceId, NodeId
 from covey.schema.runner import RunnerState
+from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member
 
 READY = RunnerState.READY
 

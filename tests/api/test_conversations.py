@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from tests.api.fake_backend import ANSWER, FakeBackend, cluster
-from tests.golden import check
 
 from covey.schema.cluster import Refused
 from covey.schema.generation import GenerationFailed
 from covey.schema.runner import RunnerState
+from tests.api.fake_backend import ANSWER, FakeBackend, cluster
+from tests.golden import check
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "Say hello."}]}
@@ -57,9 +57,7 @@ CONVERSATIONS: dict[str, tuple[FakeBackend, list[Call]]] = {
         [("GET", "/instance/await?model_id=Tiny-Chat&timeout_seconds=0.1", None)],
     ),
     "place_is_refused": (
-        FakeBackend(
-            outcome=Refused("Tiny-Chat needs 9 GB and the cluster has 2 GB free: anna 1 GB, berta 1 GB.", 409)
-        ),
+        FakeBackend(outcome=Refused("Tiny-Chat needs 9 GB and the cluster has 2 GB free: anna 1 GB, berta 1 GB.", 409)),
         [("POST", "/place_instance", {"model_id": "Tiny-Chat"})],
     ),
     "state": (FakeBackend(current=LOADING), [("GET", "/state", None), ("GET", "/node_id", None)]),

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import uvicorn
-from tests.api.fake_backend import FakeBackend, cluster
 
 from covey.api import event_stream
 from covey.api.server import create_app
+from tests.api.fake_backend import FakeBackend, cluster
 
 BODY = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
 WAIT_S = 10

@@ -6,11 +6,11 @@ from typing import Any
 import hypothesis.strategies as st
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
-from tests.api.fake_backend import FakeBackend
 
 from covey.api import body, openai_chat
 from covey.api.generation_body import GenerationBody
 from covey.api.server import create_app
+from tests.api.fake_backend import FakeBackend
 
 CLIENT = TestClient(create_app(FakeBackend()), raise_server_exceptions=False)
 FIELDS = sorted({*openai_chat.ChatBody.model_fields, *openai_chat.HARMLESS, *openai_chat.UNSUPPORTED})
@@ -20,9 +20,7 @@ NEAR_MESSAGE = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["user", "assistant", "system", "tool", ""]) | ANY_JSON,
-        "content": st.text()
-        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text()}))
-        | ANY_JSON,
+        "content": st.text() | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text()})) | ANY_JSON,
         "name": ANY_JSON,
     },
 )

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from tests.api.fake_backend import ANSWER, FakeBackend
 
 from covey.api import openai_chat
 from covey.api.errors import RequestError
 from covey.schema.generation import ChatMessage, FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
+from tests.api.fake_backend import ANSWER, FakeBackend
 
 SMALLEST: dict[str, Any] = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -189,9 +189,7 @@ def test_usage_is_streamed_only_if_asked_for(client: TestClient, *, include_usag
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert "".join(delta.get("content", "") for delta in deltas) == "Hello, world – 🐦"
     assert [chunk["usage"]["total_tokens"] for chunk in found if "usage" in chunk] == [11] * include_usage
-    finishes = [
-        choice["finish_reason"] for chunk in found for choice in chunk["choices"] if "finish_reason" in choice
-    ]
+    finishes = [choice["finish_reason"] for chunk in found for choice in chunk["choices"] if "finish_reason" in choice]
     assert finishes == ["stop"]
 
 

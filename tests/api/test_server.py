@@ -2,9 +2,9 @@
 
 import pytest
 from fastapi.testclient import TestClient
-from tests.api.fake_backend import FakeBackend
 
 from covey.api.body import BODY_BYTES_MAX
+from tests.api.fake_backend import FakeBackend
 
 
 def test_health(client: TestClient, backend: FakeBackend) -> None:

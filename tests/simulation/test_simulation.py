@@ -46,7 +46,11 @@ def test_different_seeds_do_different_things() -> None:
 
 BUGS: dict[str, tuple[type, str, Any]] = {
     "maps are never compared": (Replication, "compare", lambda *_: []),
-    "a deletion is forgotten": (Cluster, "_decide_deletion", lambda _, command: Decision((), Accepted(InstanceId("gone")))),
+    "a deletion is forgotten": (
+        Cluster,
+        "_decide_deletion",
+        lambda *_: Decision((), Accepted(InstanceId("gone"))),
+    ),
     "runners outlive their instance": (Runners, "_assign", lambda *_: None),
     "two are started at once": (Runners, "_must_stop", lambda *_: False),
     "a lost node's instances stay": (Tending, "mend", lambda *_: ()),

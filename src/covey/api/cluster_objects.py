@@ -68,9 +68,7 @@ def instance(case: Case, value: Instance, runners: dict[RunnerId, RunnerReport])
             instance_id=value.instance_id,
             shard_assignments=case(
                 model_id=value.card.model_id,
-                runner_to_shard={
-                    stage.runner_id: shard(case, value, rank) for rank, stage in enumerate(value.stages)
-                },
+                runner_to_shard={stage.runner_id: shard(case, value, rank) for rank, stage in enumerate(value.stages)},
                 node_to_runner={stage.node_id: stage.runner_id for stage in value.stages},
             ),
             hosts_by_node={stage.node_id: addresses for stage in value.stages},

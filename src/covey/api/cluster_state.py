@@ -56,9 +56,7 @@ def last_seen(member: Member, now: datetime) -> str:
 # ---- downloads ----
 
 
-def render_downloads(
-    state: ClusterState, report: NodeReport, cards: dict[ModelId, ModelCard]
-) -> list[dict[str, Any]]:
+def render_downloads(state: ClusterState, report: NodeReport, cards: dict[ModelId, ModelCard]) -> list[dict[str, Any]]:
     """The node's downloads and the models that lie complete on its disk."""
     shards = shards_on(state, report.node_id, cards)
     reported = {download.model_id for download in report.downloads}

@@ -1,7 +1,7 @@
 """A node's HTTP API as the commands need it. Everything that goes wrong becomes a `CliError` with one sentence."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -79,7 +79,7 @@ class NodeClient:
                     yield line.removeprefix("data:").strip().encode()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self) -> Generator[None]:
         try:
             yield
         except httpx.ConnectError as error:

@@ -4,7 +4,7 @@ import json
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def run_demo(options: DemoOptions) -> None:
 
 
 @contextmanager
-def _ends_by_signal() -> Iterator[None]:
+def _ends_by_signal() -> Generator[None]:
     """SIGTERM and a closed terminal end the demo the way Ctrl-C does."""
 
     def interrupt(*_: object) -> None:

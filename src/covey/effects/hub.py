@@ -141,9 +141,7 @@ async def _extend(client: httpx2.AsyncClient, file: HubFile, data: bytearray, ta
 
 
 @asynccontextmanager
-async def _ranged(
-    client: httpx2.AsyncClient, file: HubFile, first: int, last: int
-) -> AsyncGenerator[httpx2.Response]:
+async def _ranged(client: httpx2.AsyncClient, file: HubFile, first: int, last: int) -> AsyncGenerator[httpx2.Response]:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={first}-{last}"}
     async with client.stream("GET", _url(file.source), headers=headers) as response:
         response.raise_for_status()

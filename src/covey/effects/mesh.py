@@ -181,9 +181,7 @@ def _open(settings: MeshSettings) -> zenoh.Session:
     try:
         session = zenoh.open(_config(settings, endpoints, 0, has_scouting=False))
     except zenoh.ZError as error:
-        raise MeshError(
-            f"the network between nodes can't be opened ({error}); check the loopback interface"
-        ) from None
+        raise MeshError(f"the network between nodes can't be opened ({error}); check the loopback interface") from None
     _log.warning("this machine allows no discovery by multicast; name other nodes with --peer")
     return session
 

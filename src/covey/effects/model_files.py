@@ -142,9 +142,7 @@ def _card_of_file(name: str) -> ModelCard:
     except CheckpointError as error:
         raise ModelNotFoundError(f"{path} is no model that can be run: {error}", 400) from None
     except FileNotFoundError:
-        raise ModelNotFoundError(
-            f"there is no file {path}; check the path, which is looked up on this node"
-        ) from None
+        raise ModelNotFoundError(f"there is no file {path}; check the path, which is looked up on this node") from None
     except OSError as error:
         raise ModelNotFoundError(f"{path} can't be read: {error.strerror or error}", 400) from None
 

@@ -1,10 +1,11 @@
 """The engine on the real demo model: it has to say what the model says, and take no more than it promised.
 
-20 prompts (tokenised by llama.cpp) are continued greedily by llama.cpp for 32 tokens each. Our engine and the NumPy twin
-are then led along the same tokens, and at each one all three have to name the same next token, nearly always.
+20 prompts (tokenised by llama.cpp) are continued greedily by llama.cpp for 32 tokens each. Our engine and the NumPy
+twin are then led along the same tokens, and at each one all three have to name the same next token, nearly always.
 """
 
 import gc
+import itertools
 import json
 import re
 import subprocess
@@ -122,7 +123,7 @@ def test_it_agrees_with_plain_arithmetic(demo_model, continuations, ours):
 def test_one_two_and_three_stages_say_the_same(demo_model):
     answers = []
     for cuts in ([0, 30], [0, 13, 30], [0, 10, 21, 30]):
-        stages = [loaded(demo_model, start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+        stages = [loaded(demo_model, start, end) for start, end in itertools.pairwise(cuts)]
         answers.append([greedy(stages, prompt, 12) for prompt in PROMPTS[::5]])
         del stages
         gc.collect()
