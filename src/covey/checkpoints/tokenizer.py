@@ -18,14 +18,8 @@ from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary, read_vocabulary
 
+Part = tuple[str, bool]  # a text, and whether it is markup: only there the texts of control tokens are those tokens
 Span = tuple[int, int]
-
-
-class TextPart(Struct, frozen=True):
-    """A piece of a prompt; only in markup do the texts of control tokens become those tokens."""
-
-    text: str
-    is_markup: bool
 
 
 class TextTokenizer:
@@ -80,11 +74,11 @@ class TextTokenizer:
         """
         return [
             *self._ends(self._options.adds_bos and add_special, self._vocabulary.bos_id),
-            *self._encode_parts([TextPart(text, parse_special)]),
+            *self._encode_parts([(text, parse_special)]),
             *self._ends(self._options.adds_eos and add_special, self._vocabulary.eos_id),
         ]
 
-    def encode_chat(self, parts: Iterable[TextPart]) -> list[int]:
+    def encode_chat(self, parts: Iterable[Part]) -> list[int]:
         """Token ids of a rendered chat; begins with the token that the model wants there exactly once."""
         ids = self._encode_parts(parts)
         bos = self._ends(self._options.adds_bos, self._vocabulary.bos_id)
@@ -109,7 +103,7 @@ class TextTokenizer:
     def _ends(wanted: bool, token_id: int | None) -> list[int]:  # noqa: FBT001  # private and read in place
         return [token_id] if wanted and token_id is not None else []
 
-    def _encode_parts(self, parts: Iterable[TextPart]) -> list[int]:
+    def _encode_parts(self, parts: Iterable[Part]) -> list[int]:
         """Parts are joined before they are cut into words, as a word may reach from one part into the next."""
         text, markup = _joined(parts)
         ids: list[int] = []
@@ -203,16 +197,16 @@ def _any_of(texts: list[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, longest_first))})" if texts else "(?!)"
 
 
-def _joined(parts: Iterable[TextPart]) -> tuple[str, list[Span]]:
+def _joined(parts: Iterable[Part]) -> tuple[str, list[Span]]:
     """The whole text, and the spans of it that are markup, in order and not touching."""
     texts: list[str] = []
     markup: list[Span] = []
     position = 0
-    for part in parts:
-        text = _valid(part.text)
+    for part, is_markup in parts:
+        text = _valid(part)
         start, position = position, position + len(text)
         texts.append(text)
-        if part.is_markup and text:
+        if is_markup and text:
             begin = markup.pop()[0] if markup and markup[-1][1] == start else start
             markup.append((begin, position))
     return "".join(texts), markup
