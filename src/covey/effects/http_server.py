@@ -1,7 +1,9 @@
 """Listens for HTTP clients and runs an application for them, until told to stop; the signals stay with the node."""
 
+import asyncio
 import contextlib
 import errno
+import logging
 import socket
 from collections.abc import Generator
 from typing import Any, Final
@@ -67,8 +69,13 @@ class HttpServer:
 
     async def serve(self) -> None:
         await self._server.serve(sockets=[self._listener])
+        left = self._server.server_state.tasks  # cancelled by now, but not awaited
+        if left:
+            await asyncio.wait(left, timeout=GRACE_S)
 
     def stop(self) -> None:
+        """Answers that break from now on break by our own wish, which is nothing to report."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = True
 
 
