@@ -8,6 +8,7 @@ plain text; only what a chat template wrote is markup.
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -18,8 +19,14 @@ from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary, read_vocabulary
 
-Part = tuple[str, bool]  # a text, and whether it is markup: only there the texts of control tokens are those tokens
 Span = tuple[int, int]
+
+
+class TextPart(NamedTuple):
+    """A piece of a prompt; the text of a control token is that token only in markup."""
+
+    text: str
+    is_markup: bool
 
 
 class TextTokenizer:
@@ -74,12 +81,15 @@ class TextTokenizer:
         """
         return [
             *self._ends(self._options.adds_bos and add_special, self._vocabulary.bos_id),
-            *self._encode_parts([(text, parse_special)]),
+            *self._encode_parts([TextPart(text, parse_special)]),
             *self._ends(self._options.adds_eos and add_special, self._vocabulary.eos_id),
         ]
 
-    def encode_chat(self, parts: Iterable[Part]) -> list[int]:
-        """Token ids of a rendered chat; begins with the token that the model wants there exactly once."""
+    def encode_chat(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a rendered chat, in parts (see `TextPart`).
+
+        If the model wants a token before a text, they begin with it exactly once, whatever the template wrote.
+        """
         ids = self._encode_parts(parts)
         bos = self._ends(self._options.adds_bos, self._vocabulary.bos_id)
         return ids if ids[:1] == bos else bos + ids
@@ -103,7 +113,7 @@ class TextTokenizer:
     def _ends(wanted: bool, token_id: int | None) -> list[int]:  # noqa: FBT001  # private and read in place
         return [token_id] if wanted and token_id is not None else []
 
-    def _encode_parts(self, parts: Iterable[Part]) -> list[int]:
+    def _encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """Parts are joined before they are cut into words, as a word may reach from one part into the next."""
         text, markup = _joined(parts)
         ids: list[int] = []
@@ -197,7 +207,7 @@ def _any_of(texts: list[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, longest_first))})" if texts else "(?!)"
 
 
-def _joined(parts: Iterable[Part]) -> tuple[str, list[Span]]:
+def _joined(parts: Iterable[tuple[str, bool]]) -> tuple[str, list[Span]]:
     """The whole text, and the spans of it that are markup, in order and not touching."""
     texts: list[str] = []
     markup: list[Span] = []

@@ -1,11 +1,10 @@
 """Ends a text where one of its stop strings begins, though the text comes in pieces that may cut a stop string."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from msgspec import Struct
 
-
-class StopResult(Struct, frozen=True):
+class StopResult(NamedTuple):
     text: str  # may be shown
     stopped: bool
 
