@@ -154,7 +154,7 @@ class Runners:
         return []
 
     def _must_stop(self, runner: Runner, others: dict[int, Neighbour], generation: int) -> bool:
-        if runner.state is RunnerState.SHUTTING_DOWN:
+        if runner.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN):
             return False
         if not runner.wanted:
             return True

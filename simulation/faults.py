@@ -1,0 +1,62 @@
+"""What can go wrong in a world. Each seed first draws which faults exist: rare combinations hide bugs."""
+
+from random import Random
+
+from msgspec import Struct
+
+
+class Faults(Struct, frozen=True, kw_only=True):
+    """The defaults are a world in which nothing goes wrong."""
+
+    loss_percent: int = 0  # of messages
+    duplicate_percent: int = 0
+    delay_ms_max: int = 5
+    reorders: bool = False
+    partitions: bool = False
+    one_way_cuts: bool = False
+    crashes: bool = False
+    leaves: bool = False
+    sleeps: bool = False
+    late_joins: bool = False
+    fetch_failure_percent: int = 0
+    fetch_ms_max: int = 500
+    start_failure_percent: int = 0  # of runner processes that can't be started
+    phase_failure_percent: int = 0  # of the phases of a runner's life
+    hangs: bool = False  # failed runners wait to be stopped
+    link_loss_goes_unnoticed: bool = False
+    scarce_memory: bool = False
+    shared_machines: bool = False
+
+
+NONE = Faults()
+
+
+def draw(random: Random) -> Faults:
+    """Each fault exists in about a third of the worlds."""
+
+    def exists() -> bool:
+        return random.random() < 0.35
+
+    def amount(low: int, high: int, otherwise: int = 0) -> int:
+        return random.randint(low, high) if exists() else otherwise
+
+    return Faults(
+        loss_percent=amount(1, 30),
+        duplicate_percent=amount(1, 30),
+        delay_ms_max=amount(50, 1_500, NONE.delay_ms_max),
+        reorders=exists(),
+        partitions=exists(),
+        one_way_cuts=exists(),
+        crashes=exists(),
+        leaves=exists(),
+        sleeps=exists(),
+        late_joins=exists(),
+        fetch_failure_percent=amount(10, 60),
+        fetch_ms_max=amount(1_000, 10_000, NONE.fetch_ms_max),
+        start_failure_percent=amount(5, 30),
+        phase_failure_percent=amount(2, 15),
+        hangs=exists(),
+        link_loss_goes_unnoticed=exists(),
+        scarce_memory=exists(),
+        shared_machines=exists(),
+    )

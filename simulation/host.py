@@ -1,0 +1,198 @@
+"""One device of the world: it carries its machine's effects out, with fake files and processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from covey.control.machine import Machine
+from covey.schema.cluster import Command, Hardware
+from covey.schema.ids import ModelId, NodeId
+from covey.schema.machine import (
+    AnswerCommand,
+    CancelFetch,
+    CommandSubmitted,
+    DeadlinePassed,
+    Effect,
+    FetchFailed,
+    FetchFinished,
+    FetchProgressed,
+    HardwareProbed,
+    Input,
+    LeaveRequested,
+    Left,
+    ModelsListed,
+    Publish,
+    SendTo,
+    Started,
+    StartFetch,
+    StartRunner,
+    StopRunner,
+    TellRunner,
+)
+from simulation.processes import Process
+from simulation.safety import Safety
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+PROBE_MS = 3_000
+DISK_BYTES = 10**12
+FETCH_PARTS = 4
+
+
+class Host:
+    """A device, up or down. Its files outlive its node; its processes don't."""
+
+    def __init__(self, world: World, node_id: NodeId, name: str, machine_id: str, memory_bytes: int) -> None:
+        self.world, self.node_id, self.name = world, node_id, name
+        self.machine_id, self.memory_bytes = machine_id, memory_bytes
+        self.boot = 0
+        self.machine: Machine | None = None
+        self.asleep_until_ms = 0
+        self.deadline_ms: int | None = None
+        self.processes: list[Process] = []
+        self.files: dict[ModelId, int] = {}
+        self.fetches: dict[ModelId, int] = {}  # the attempt that is under way
+        self.safety = Safety(self)
+
+    # ---- its life ----
+
+    def start(self) -> None:
+        self.boot += 1
+        self.machine = Machine(self.node_id, self.boot, self.name, "0.1.0", self.world.settings_of(self))
+        self.safety.begin_life()
+        self.tell_machine(Started(), self.boot)
+        self.tell_machine(ModelsListed(tuple(sorted(self.files))), self.boot)
+        self.world.after(100, self.probe, self.boot)
+
+    def crash(self) -> None:
+        self.world.note(f"{self.name} crashes")
+        self.go()
+
+    def go(self) -> None:
+        """It is gone, with all its processes."""
+        self.machine, self.deadline_ms, self.asleep_until_ms = None, None, 0
+        self.fetches.clear()
+        for process in list(self.processes):
+            process.vanish()
+
+    def leave(self) -> None:
+        self.tell_machine(LeaveRequested(), self.boot)
+
+    def sleep(self, until_ms: int) -> None:
+        self.world.note(f"{self.name} sleeps until {until_ms}")
+        self.asleep_until_ms = until_ms
+
+    @property
+    def is_up(self) -> bool:
+        return self.machine is not None
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.world.now_ms < self.asleep_until_ms
+
+    def reaches(self, other: Host) -> bool:
+        return not self.world.network.is_cut(self.node_id, other.node_id) and not self.is_asleep
+
+    def probe(self, boot: int) -> None:
+        if boot == self.boot and self.is_up:
+            self.tell_machine(HardwareProbed(self.hardware()), boot)
+            self.world.at(self.world.now_ms + PROBE_MS, self.probe, boot)
+
+    def hardware(self) -> Hardware:
+        return Hardware(
+            machine_id=self.machine_id,
+            machine_model="model",
+            processor="processor",
+            physical_cores=4,
+            logical_cores=8,
+            os_name="Linux",
+            os_version="1",
+            memory_bytes_total=self.memory_bytes,
+            memory_bytes_available=max(0, self.memory_bytes * 9 // 10 - self.world.resident_bytes(self.machine_id)),
+            swap_bytes_total=0,
+            swap_bytes_available=0,
+            disk_bytes_total=DISK_BYTES,
+            disk_bytes_available=DISK_BYTES,
+        )
+
+    # ---- its machine ----
+
+    def submit(self, command_id: str, command: Command) -> None:
+        self.safety.submitted(command_id)
+        self.tell_machine(CommandSubmitted(command_id, command), self.boot)
+
+    def tell_machine(self, news: Input, boot: int) -> None:
+        """Now, or when it wakes; never to another life."""
+        if self.machine is None or boot != self.boot:
+            return
+        if self.is_asleep:
+            self.world.at(self.asleep_until_ms, self.tell_machine, news, boot)
+            return
+        now_ms = self.world.now_ms
+        effects = self.machine.handle(now_ms, news)
+        self.deadline_ms = self.machine.deadline()
+        self.world.record(self, news, effects)
+        self.safety.check(news, effects)
+        for effect in effects:
+            self.carry_out(effect)
+
+    def pass_deadline(self) -> None:
+        self.tell_machine(DeadlinePassed(), self.boot)
+
+    def carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, Publish):
+            self.world.publish(self, effect.message)
+        elif isinstance(effect, SendTo):
+            self.world.send(self, effect.target, effect.message)
+        elif isinstance(effect, AnswerCommand):
+            self.world.people.hear_answer(effect.command_id, effect.outcome)
+        elif isinstance(effect, Left):
+            self.world.note(f"{self.name} has left")
+            self.go()
+        else:
+            self.work(effect)
+
+    def work(self, effect: Effect) -> None:
+        """Files and processes."""
+        if isinstance(effect, StartFetch):
+            self.fetches[effect.card.model_id] = effect.attempt
+            self.world.after(50, self.fetch, effect, 0, self.boot)
+        elif isinstance(effect, CancelFetch):
+            self.fetches.pop(effect.model_id, None)
+        elif isinstance(effect, StartRunner):
+            self.start_process(effect)
+        elif isinstance(effect, TellRunner | StopRunner):
+            for process in self.processes:
+                if process.spec.runner_id == effect.runner_id and process.attempt == effect.attempt:
+                    self.pass_on(process, effect)
+
+    @staticmethod
+    def pass_on(process: Process, effect: TellRunner | StopRunner) -> None:
+        if isinstance(effect, TellRunner):
+            process.tell(effect.command)
+        else:
+            process.stop(effect.grace_ms)
+
+    def start_process(self, effect: StartRunner) -> None:
+        assert self.machine is not None
+        stages = self.machine.cluster.instances[effect.spec.instance_id].stages
+        process = Process(self, effect.spec, effect.attempt, stages[effect.spec.stage_index].memory_bytes)
+        self.processes.append(process)
+        process.start()
+
+    def fetch(self, effect: StartFetch, part: int, boot: int) -> None:
+        """A part at a time; a file that is there is found at once."""
+        model_id, size = effect.card.model_id, effect.card.file_bytes
+        if boot != self.boot or self.fetches.get(model_id) != effect.attempt:
+            return
+        if self.world.happens(self.world.faults.fetch_failure_percent // FETCH_PARTS) and model_id not in self.files:
+            del self.fetches[model_id]
+            self.tell_machine(FetchFailed(model_id, effect.attempt, "the connection was reset"), boot)
+        elif part == FETCH_PARTS or model_id in self.files:
+            del self.fetches[model_id]
+            self.files[model_id] = size
+            self.tell_machine(FetchFinished(model_id, effect.attempt, f"/models/{model_id}", size), boot)
+        else:
+            self.tell_machine(FetchProgressed(model_id, effect.attempt, size * part // FETCH_PARTS, size), boot)
+            self.world.after(self.world.faults.fetch_ms_max, self.fetch, effect, part + 1, boot)

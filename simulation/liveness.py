@@ -1,0 +1,127 @@
+"""What must be true some time after faults have stopped; a sentence says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from covey.control.placement.place import Options, place
+from covey.control.routing import InstancePhase, candidates, instance_status, visible_reports
+from covey.schema.cluster import ClusterState, Instance, Refused, Visibility, Wish
+
+if TYPE_CHECKING:
+    from covey.control.machine import Machine
+    from simulation.host import Host
+    from simulation.world import World
+
+
+def missing(world: World) -> str | None:
+    """The first thing that is not as it should be; None if all is well."""
+    return next(_all_missing(world), None)
+
+
+def _all_missing(world: World) -> Iterator[str]:
+    machines = [(host, host.machine) for host in world.up() if host.machine]
+    if not machines:
+        return
+    yield from _members(world, machines)
+    yield from _agreement(machines)
+    states = [machine.state(world.now_ms) for _, machine in machines]
+    for host, machine in machines:
+        yield from _nothing_lost(world, host, machine)
+        yield from _nothing_extra(host, machine)
+    for wish in states[0].wishes:
+        yield from _served(world, wish, states)
+    if world.people.waiting():
+        yield f"commands {world.people.waiting()} have no answer"
+
+
+def _members(world: World, machines: list[tuple[Host, Machine]]) -> Iterator[str]:
+    up = sorted(host.node_id for host in world.up())
+    for host, machine in machines:
+        members = machine.state(world.now_ms).members
+        if [member.node_id for member in members] != up:
+            yield f"{host.name} knows {len(members)} nodes, {len(up)} are up"
+        for member in members:
+            if member.visibility is not Visibility.VISIBLE:
+                yield f"{host.name} does not see {world.host(member.node_id).name}"
+
+
+def _agreement(machines: list[tuple[Host, Machine]]) -> Iterator[str]:
+    first, first_machine = machines[0]
+    for host, machine in machines:
+        if machine.leadership.leader is None:
+            yield f"{host.name} follows nobody"
+        if machine.leadership.leader != first_machine.leadership.leader:
+            yield f"{host.name} and {first.name} follow different leaders"
+        if machine.cluster.entries != first_machine.cluster.entries:
+            yield f"{host.name} and {first.name} hold different maps"
+        if machine.cluster.digest != first_machine.cluster.digest:
+            yield f"{host.name} and {first.name} hold equal maps with different digests"
+
+
+def _nothing_lost(world: World, host: Host, machine: Machine) -> Iterator[str]:
+    sentence = world.ledger.lost(host, machine.cluster.entries)
+    if sentence:
+        yield sentence
+
+
+def _nothing_extra(host: Host, machine: Machine) -> Iterator[str]:
+    """No process and no record of a runner that is not assigned."""
+    stages = [stage for instance in machine.cluster.instances.values() for stage in instance.stages]
+    assigned = [stage.runner_id for stage in stages if stage.node_id == host.node_id]
+    for runner_id in [*(process.spec.runner_id for process in host.processes), *machine.runners.runners]:
+        if runner_id not in assigned:
+            yield f"{host.name} still runs {runner_id}"
+    needed = [instance.card.model_id for instance in machine.cluster.instances.values()]
+    yield from (f"{host.name} still fetches {model_id}" for model_id in host.fetches if model_id not in needed)
+
+
+def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[str]:
+    instances = [each for each in states[0].instances if each.wish_id == wish.wish_id]
+    if len(instances) > 1:
+        yield f"{wish.wish_id} has {len(instances)} instances"
+    if not instances:
+        yield from _must_not_fit(wish, states[0])
+    for instance in instances:
+        for state in states:
+            status = instance_status(state, instance)
+            if status.phase is InstancePhase.FAILED and _used_up(world, instance):
+                continue
+            if status.phase is not InstancePhase.READY:
+                yield f"{instance.instance_id} is not ready but {status.text.splitlines()[0]}"
+        yield from _linked(world, instance)
+
+
+def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
+    options = Options(
+        node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
+    )
+    nodes = candidates(tuple(visible_reports(state).values()), state.instances)
+    if not isinstance(place(wish.card, nodes, options), Refused):
+        yield f"{wish.wish_id} fits, but is not assigned"
+
+
+def _used_up(world: World, instance: Instance) -> bool:
+    """Whether one of its runners has failed as often as it may."""
+    budget = len(world.settings.runner_back_off_ms)
+    for stage in instance.stages:
+        if len(world.host(stage.node_id).safety.failures.get(stage.runner_id, [])) > budget:
+            return True
+    return False
+
+
+def _linked(world: World, instance: Instance) -> Iterator[str]:
+    """The processes of a ready instance form one ring."""
+    processes = [
+        process
+        for stage in instance.stages
+        for process in world.host(stage.node_id).processes
+        if process.spec.runner_id == stage.runner_id
+    ]
+    if len(processes) != len(instance.stages):
+        return
+    for index, process in enumerate(processes):
+        following = processes[(index + 1) % len(processes)]
+        if process.linked_to is not following:
+            yield f"stage {index} of {instance.instance_id} is not linked to the next one"

@@ -1,0 +1,83 @@
+"""The people of the world: they place models, delete instances, and wait for answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from covey.schema.cluster import Command, CommandOutcome, DeleteInstance, PlaceModel
+from covey.schema.ids import InstanceId, ModelId
+from covey.schema.model import FileSource, ModelCard
+from simulation.failure import Failure
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+    from simulation.world import World
+
+MEGABYTE = 10**6
+
+
+def card(name: str, layer_count: int, layer_bytes: int) -> ModelCard:
+    """A model of so many equal layers."""
+    return ModelCard(
+        model_id=ModelId(name),
+        source=FileSource(f"/models/{name}"),
+        architecture="llama",
+        quantization="Q4_1",
+        layer_count=layer_count,
+        hidden_size=64,
+        attention_head_count=4,
+        kv_head_count=2,
+        head_size=16,
+        feed_forward_size=256,
+        vocabulary_size=1000,
+        context_length_max=4096,
+        file_bytes=layer_count * layer_bytes + 20 * MEGABYTE,
+        layer_bytes=(layer_bytes,) * layer_count,
+        embedding_bytes=10 * MEGABYTE,
+        output_bytes=10 * MEGABYTE,
+    )
+
+
+SMALL = card("small", 6, 10 * MEGABYTE)
+LARGE = card("large", 24, 100 * MEGABYTE)
+HUGE = card("huge", 40, 2_000 * MEGABYTE)
+
+
+class People:
+    """Asks at any node that is up. `answers` keeps every outcome."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.asked: dict[str, Command] = {}
+        self.answers: dict[str, CommandOutcome] = {}
+
+    def place(self, host: Host, model: ModelCard, node_count_min: int = 1) -> str:
+        return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min))
+
+    def delete(self, host: Host, instance_id: InstanceId) -> str:
+        return self._ask(host, DeleteInstance(instance_id))
+
+    def act(self, host: Host) -> None:
+        """Something at random."""
+        random = self.world.random
+        assert host.machine is not None
+        instances = list(host.machine.cluster.instances)
+        if instances and random.random() < 0.4:
+            self.delete(host, random.choice(instances))
+        else:
+            self.place(host, random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3)))
+
+    def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
+        if command_id in self.answers:
+            raise Failure(f"command {command_id} was answered twice: {self.answers[command_id]} and {outcome}")
+        self.answers[command_id] = outcome
+
+    def _ask(self, host: Host, command: Command) -> str:
+        command_id = f"c{len(self.asked) + 1}"
+        self.asked[command_id] = command
+        host.submit(command_id, command)
+        return command_id
+
+    def waiting(self) -> list[str]:
+        """Commands without an answer, asked at a life of a node that still goes on."""
+        return [command_id for host in self.world.up() for command_id in host.safety.waiting]

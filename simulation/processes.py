@@ -1,0 +1,184 @@
+"""Fake runner processes: they listen, link to one another, load, warm up, and sometimes fail, each at its own pace.
+
+A process accepts one link from the stage before it, once; what comes later, of another generation, is turned away.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from covey.schema.machine import RunnerExited, RunnerSaid, RunnerStarted
+from covey.schema.runner import (
+    Activity,
+    Address,
+    Connected,
+    ConnectTo,
+    Listening,
+    Load,
+    Loaded,
+    LoadProgressed,
+    PhaseFailed,
+    Ready,
+    RunnerCommand,
+    RunnerMessage,
+    RunnerSpec,
+    WarmUp,
+)
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+
+CONNECT_MS_MAX = 15_000
+PORTS = 12  # so few that they are soon used again
+
+
+class Process:
+    """One runner process. `memory_bytes` is what it takes once it has loaded."""
+
+    def __init__(self, host: Host, spec: RunnerSpec, attempt: int, memory_bytes: int) -> None:
+        self.host, self.world, self.boot = host, host.world, host.boot
+        self.spec, self.attempt, self.memory_bytes = spec, attempt, memory_bytes
+        self.alive = True
+        self.was_asked_to_stop = False
+        self.has_failed = False  # before it was asked to stop
+        self.resident_bytes = 0
+        self.address: Address | None = None
+        self.next_address: Address | None = None
+        self.connect_until_ms = 0
+        self.linked_to: Process | None = None
+        self.linked_from: Process | None = None
+        self.is_connected = False
+
+    # ---- what its node does to it ----
+
+    def start(self) -> None:
+        if self.world.happens(self.world.faults.start_failure_percent):
+            self.after(20, self.die, "could not be started: no such file")
+            return
+        self.after(20, self._started)
+
+    def tell(self, command: RunnerCommand) -> None:
+        if isinstance(command, ConnectTo):
+            self.next_address, self.connect_until_ms = command.next_stage, self.world.now_ms + CONNECT_MS_MAX
+            self.after(20, self._connect)
+        elif isinstance(command, Load):
+            self.after(200, self._load, 1)
+        elif isinstance(command, WarmUp):
+            self.after(200, self._phase, "warm up", Ready())
+
+    def stop(self, grace_ms: int) -> None:
+        self.was_asked_to_stop = True
+        self.after(2 * grace_ms if self.world.faults.hangs else 100, self.die, "exit status 0")
+
+    # ---- its life ----
+
+    def _started(self) -> None:
+        self.host.tell_machine(RunnerStarted(self.spec.runner_id, self.attempt, 1000 + self.attempt), self.boot)
+        self.after(300, self._listen)
+
+    def _listen(self) -> None:
+        free = [
+            Address(self.spec.listen_host, 9000 + port)
+            for port in range(PORTS)
+            if Address(self.spec.listen_host, 9000 + port) not in self.world.listeners
+        ]
+        self.address = self.world.random.choice(free)
+        self.world.listeners[self.address] = self
+        self.say(Listening(self.address.port))
+
+    def _connect(self) -> None:
+        """Tries until the next stage takes the link or time is up."""
+        assert self.next_address is not None
+        target = self.world.listeners.get(self.next_address)
+        if target and self.host.reaches(target.host) and target.accept(self):
+            self.linked_to = target
+            self.check_connected()
+            target.check_connected()
+        elif self.world.now_ms >= self.connect_until_ms:
+            self.fail("connect", "the next stage was not reached")
+        else:
+            self.after(200, self._connect)
+
+    def accept(self, source: Process) -> bool:
+        """Takes a link from the stage before this one."""
+        is_previous = (source.spec.stage_index + 1) % source.spec.stage_count == self.spec.stage_index
+        if self.linked_from or source.spec.instance_id != self.spec.instance_id or not is_previous:
+            return False
+        self.linked_from = source
+        return True
+
+    def check_connected(self) -> None:
+        if self.linked_to and self.linked_from and not self.is_connected:
+            self.is_connected = True
+            self.after(20, self._phase, "connect", Connected())
+
+    def _load(self, part: int) -> None:
+        layers = self.spec.shard.layer_end - self.spec.shard.layer_start
+        if part <= 3:
+            self.say(LoadProgressed(layers * part // 4, layers, part, 4))
+            self.after(400, self._load, part + 1)
+        else:
+            self.resident_bytes = self.memory_bytes
+            self._phase("load", Loaded(self.memory_bytes))
+
+    def _phase(self, phase: str, message: RunnerMessage) -> None:
+        if self.world.happens(self.world.faults.phase_failure_percent):
+            self.fail(phase, "something broke")
+            return
+        self.say(message)
+        if isinstance(message, Ready):
+            self.after(5_000, self._serve, 1)
+
+    def _serve(self, running: int) -> None:
+        """Now and then a request, and rarely a crash."""
+        if self.world.happens(self.world.faults.phase_failure_percent):
+            self.die("signal 9 (killed)")
+            return
+        if self.spec.stage_index == 0:
+            self.say(Activity(running, 0))
+        self.after(15_000, self._serve, 1 - running)
+
+    def fail(self, phase: str, reason: str) -> None:
+        """Says why, then ends by itself, or hangs until it is stopped."""
+        self.has_failed = self.has_failed or not self.was_asked_to_stop
+        self.say(PhaseFailed(phase, reason))
+        if self.alive and not self.world.faults.hangs:
+            self.after(50, self.die, "exit status 1")
+
+    def lose_link(self) -> None:
+        """A neighbour is gone. Some engines notice only when they next send."""
+        if not self.world.faults.link_loss_goes_unnoticed:
+            self.after(500, self.fail, "serve", "a neighbour is gone")
+
+    def die(self, description: str) -> None:
+        """Ends, and its node reaps it."""
+        if not self.alive:
+            return
+        self.vanish()
+        self.host.safety.process_ended(self)
+        self.host.tell_machine(
+            RunnerExited(self.spec.runner_id, self.attempt, description, "the last line"), self.boot
+        )
+
+    def vanish(self) -> None:
+        """Ends without anybody being told: with its node."""
+        self.alive = False
+        self.host.processes.remove(self)
+        if self.address:
+            del self.world.listeners[self.address]
+        for neighbour in (self.linked_to, self.linked_from):
+            if neighbour and neighbour.alive:
+                neighbour.lose_link()
+
+    def say(self, message: RunnerMessage) -> None:
+        if self.alive:
+            self.host.tell_machine(RunnerSaid(self.spec.runner_id, self.attempt, message), self.boot)
+
+    def after(self, delay_ms_max: int, action: object, *arguments: object) -> None:
+        """Does something within `delay_ms_max`, if it still lives then."""
+        self.world.after(delay_ms_max, self._if_alive, action, *arguments)
+
+    def _if_alive(self, action: object, *arguments: object) -> None:
+        if self.alive:
+            assert callable(action)
+            action(*arguments)

@@ -1,0 +1,171 @@
+"""One seed, from the draw of its faults to its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from msgspec import Struct
+
+from covey.control.runner_table import UnexpectedInputError
+from covey.schema.cluster import IntentUpdate
+from covey.schema.machine import Effect, Input, Publish, SendTo, StartFetch, StartRunner, StopRunner
+from simulation.failure import Failure
+from simulation.faults import Faults, draw
+from simulation.host import Host
+from simulation.liveness import missing
+from simulation.world import World
+
+GIGABYTE = 10**9
+TROUBLE_MS = 40_000  # how long faults last
+LIVENESS_MS = 150_000  # 30 s until the dead are forgotten, a minute of back-off, and time to load twice
+QUIET_MS = 4_000  # how long nothing may be done once all is well
+ACTION_MS = 2_000  # people and faults act about this often
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """How one seed ended. `problem` None: all was well."""
+
+    seed: int
+    problem: str | None
+    step_count: int
+    now_ms: int
+    digest: str
+
+    def line(self) -> str:
+        """The verdict in one line, from which the run can be reproduced."""
+        if self.problem is None:
+            return f"seed {self.seed}: ok, {self.step_count} steps, {self.now_ms / 1000:.1f} s, digest {self.digest}"
+        return (
+            f"seed {self.seed}: FAILED at step {self.step_count} (t={self.now_ms / 1000:.1f} s): {self.problem}; "
+            f"reproduce: python -m simulation --seed {self.seed} --trace"
+        )
+
+
+def run(seed: int, watch: Callable[[World], None] | None = None) -> Verdict:
+    """Lives through one seed. `watch` is shown the world before it begins."""
+    random = Random(seed)
+    world = World(random, draw(random))
+    if watch:
+        watch(world)
+    problem = None
+    try:
+        _live(world)
+    except (Failure, UnexpectedInputError) as failure:
+        problem = str(failure)
+    return Verdict(
+        seed=seed, problem=problem, step_count=world.step_count, now_ms=world.now_ms, digest=world.digest()
+    )
+
+
+def _live(world: World) -> None:
+    _populate(world)
+    while world.now_ms < TROUBLE_MS:
+        world.run_until(world.now_ms + world.random.randint(1, ACTION_MS))
+        _act(world)
+    _calm(world)
+    limit_ms = world.now_ms + LIVENESS_MS
+    sentence: str | None = "nothing was tried"
+    while sentence:
+        if world.now_ms >= limit_ms:
+            raise Failure(f"{LIVENESS_MS // 1000} s after faults stopped {sentence}")
+        world.run_until(world.now_ms + 500)
+        sentence = missing(world)
+    _stay_quiet(world)
+
+
+def _populate(world: World) -> None:
+    random, faults = world.random, world.faults
+    count = random.choice((1, 2, 2, 3, 3, 4, 5))
+    for number in range(count):
+        memory = random.choice((1, 2, 4)) if faults.scarce_memory else random.choice((8, 16, 32))
+        machine_id = f"machine {random.randint(1, 2)}" if faults.shared_machines else None
+        world.add(f"node{number + 1}", memory * GIGABYTE, machine_id)
+    if faults.shared_machines:  # one machine has one size
+        for host in world.hosts:
+            host.memory_bytes = next(each for each in world.hosts if each.machine_id == host.machine_id).memory_bytes
+    for host in world.hosts:
+        late = faults.late_joins and random.random() < 0.5
+        world.after(TROUBLE_MS if late else 300, _start, host)
+
+
+def _start(host: Host) -> None:
+    if not host.is_up:
+        host.start()
+
+
+def _act(world: World) -> None:
+    """People do something now and then, and so does misfortune."""
+    awake = [host for host in world.up() if not host.is_asleep]
+    if awake and world.random.random() < 0.3:
+        world.people.act(world.random.choice(awake))
+    if world.random.random() < 0.25:
+        _strike(world, world.faults)
+
+
+def _strike(world: World, faults: Faults) -> None:
+    random, host = world.random, world.random.choice(world.hosts)
+    kinds = [
+        ("crash", faults.crashes and host.is_up),
+        ("leave", faults.leaves and host.is_up and not host.is_asleep),
+        ("sleep", faults.sleeps and host.is_up and not host.is_asleep),
+        ("partition", faults.partitions),
+        ("one way", faults.one_way_cuts),
+    ]
+    possible = [kind for kind, is_possible in kinds if is_possible]
+    kind = random.choice(possible) if possible else ""
+    if kind == "crash":
+        host.crash()
+        world.after(random.choice((2_000, 20_000, 60_000)), _restart, host)
+    elif kind == "leave":
+        host.leave()
+        world.after(60_000, _restart, host)
+    elif kind == "sleep":
+        host.sleep(world.now_ms + random.choice((1_000, 5_000, 35_000)))
+    elif kind:
+        _cut(world, host, one_way=kind == "one way")
+
+
+def _restart(host: Host) -> None:
+    """What is still down when faults stop stays down."""
+    if not host.is_up and host.world.now_ms < TROUBLE_MS:
+        host.start()
+
+
+def _cut(world: World, host: Host, *, one_way: bool) -> None:
+    others = [other for other in world.hosts if other is not host and world.random.random() < 0.7]
+    pairs = [(host.node_id, other.node_id) for other in others]
+    pairs += [] if one_way else [(target, source) for source, target in pairs]
+    world.note(f"{host.name} is cut from {len(others)} nodes" + (", one way" if one_way else ""))
+    world.network.cuts.update(pairs)
+    world.after(world.random.choice((2_000, 8_000, 35_000)), world.network.cuts.difference_update, pairs)
+
+
+def _calm(world: World) -> None:
+    world.heal()
+    for host in world.hosts:
+        host.asleep_until_ms = min(host.asleep_until_ms, world.now_ms)
+    if not world.up():
+        world.hosts[0].start()
+
+
+def _stay_quiet(world: World) -> None:
+    """Where all is as it should be nobody does anything."""
+    outer = world.observer
+
+    def watch(host: Host | None, news: Input | str, effects: list[Effect]) -> None:
+        if outer:
+            outer(host, news, effects)
+        for effect in effects:
+            if host and _is_work(effect):
+                raise Failure(f"{host.name}: all was well, and yet it did {type(effect).__name__}")
+
+    world.observer = watch
+    world.run_until(world.now_ms + QUIET_MS)
+    world.observer = outer
+
+
+def _is_work(effect: Effect) -> bool:
+    if isinstance(effect, Publish | SendTo):
+        return isinstance(effect.message, IntentUpdate)
+    return isinstance(effect, StartRunner | StopRunner | StartFetch)

@@ -1,0 +1,236 @@
+"""What must hold after every step of every node, whatever the faults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from covey.control.machine import Machine
+from covey.control.membership import NEVER, Moment
+from covey.schema.cluster import (
+    Accepted,
+    CommandAnswer,
+    DeleteInstance,
+    Entry,
+    Heartbeat,
+    Instance,
+    IntentUpdate,
+    NodeReport,
+    PlaceModel,
+)
+from covey.schema.ids import ModelId, NodeId, RunnerId
+from covey.schema.machine import (
+    AnswerCommand,
+    Effect,
+    FetchFailed,
+    Input,
+    MessageReceived,
+    Publish,
+    SendTo,
+    StartFetch,
+    StartRunner,
+)
+from simulation.failure import Failure
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+    from simulation.processes import Process
+
+EFFECTS_MAX = 120  # of one step
+
+
+class Safety:
+    """Watches one host. What it remembers of a life ends with it; what nodes hold is remembered by the world."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.world = host.world
+        self.begin_life()
+
+    def begin_life(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.intent_revision = 0
+        self.members: dict[NodeId, Moment] = {}  # the latest moment of those who are members
+        self.forgotten: dict[NodeId, Moment] = {}  # and of those who were
+        self.reports: dict[NodeId, Moment] = {}
+        self.waiting: dict[str, int] = {}  # commands: when they were submitted
+        self.attempts: dict[RunnerId, tuple[int, int]] = {}  # (attempt, when it was started)
+        self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
+        self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
+        self.map_sent_ms: dict[NodeId, int] = {}
+        self.reported_ms: int | None = None
+        self.beats_ms: list[int] = []
+
+    # ---- what the world tells ----
+
+    def submitted(self, command_id: str) -> None:
+        self.waiting[command_id] = self.world.now_ms
+
+    def process_ended(self, process: Process) -> None:
+        if process.has_failed or not process.was_asked_to_stop:
+            self.failures.setdefault(process.spec.runner_id, []).append(self.world.now_ms)
+
+    # ---- after every step ----
+
+    def check(self, news: Input, effects: Sequence[Effect]) -> None:
+        machine = self.host.machine
+        assert machine is not None
+        self._check_deadline(machine, effects)
+        if isinstance(news, FetchFailed):
+            self.fetch_failures[news.model_id] = (self.world.now_ms, machine.cluster.revision)
+        if machine.cluster.revision != self.intent_revision:
+            self._check_intent(machine)
+        self._check_members(machine)
+        for effect in effects:
+            self._check_effect(machine, effect)
+        if not isinstance(news, MessageReceived):
+            self._check_decided(machine, effects)
+        self._check_waiting(machine)
+
+    def _check_deadline(self, machine: Machine, effects: Sequence[Effect]) -> None:
+        deadline_ms = machine.deadline()
+        if deadline_ms is not None and deadline_ms <= self.world.now_ms:
+            self._fail(f"its deadline {deadline_ms} has passed, it would spin")
+        if len(effects) > EFFECTS_MAX:
+            self._fail(f"one step had {len(effects)} effects")
+
+    def _check_intent(self, machine: Machine) -> None:
+        now = machine.cluster.entries
+        for key, entry in self.entries.items():
+            if key not in now:
+                self._fail(f"{key} vanished from its map")
+            if now[key].version < entry.version:
+                self._fail(f"{key} went back from {entry.version} to {now[key].version}")
+        written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
+        self.entries, self.intent_revision = now, machine.cluster.revision
+        for key, entry in written.items():
+            if isinstance(entry.value, Instance) and not self.world.ledger.knows(key):
+                self._check_memory(machine, entry.value)
+        self.world.ledger.hold(self.host, written)
+
+    def _check_memory(self, machine: Machine, instance: Instance) -> None:
+        """What a leader assigned, with all that it knew to be assigned, is no more than the machines have."""
+        for stage in instance.stages:
+            host = self.world.host(stage.node_id)
+            sharers = [each.node_id for each in self.world.hosts if each.machine_id == host.machine_id]
+            stages = [each for other in machine.cluster.instances.values() for each in other.stages]
+            taken = sum(each.memory_bytes for each in stages if each.node_id in sharers)
+            if taken > host.memory_bytes:
+                self._fail(f"{taken} bytes are assigned to {host.name}, which has {host.memory_bytes}")
+
+    def _check_members(self, machine: Machine) -> None:
+        peers = machine.membership.peers
+        for node_id, peer in peers.items():
+            latest = machine.membership.seen[node_id]
+            if node_id not in self.members and latest <= self.forgotten.get(node_id, NEVER):
+                self._fail(f"it took {node_id} back, though it said nothing new")
+            self.members[node_id] = latest
+            if peer.report:
+                moment = (peer.report.boot, peer.report.sequence)
+                if moment < self.reports.get(node_id, NEVER):
+                    self._fail(f"the report of {node_id} went back to {moment}")
+                self.reports[node_id] = moment
+        for node_id in [node_id for node_id in self.members if node_id not in peers]:
+            self.forgotten[node_id] = self.members.pop(node_id)
+
+    def _check_waiting(self, machine: Machine) -> None:
+        limit_ms = machine.settings.command_timeout_ms
+        for command_id, since_ms in self.waiting.items():
+            if self.world.now_ms - since_ms > limit_ms:
+                self._fail(f"command {command_id} was not answered within {limit_ms} ms")
+
+    # ---- effects ----
+
+    def _check_effect(self, machine: Machine, effect: Effect) -> None:
+        if isinstance(effect, StartRunner):
+            self._check_start(machine, effect)
+        elif isinstance(effect, StartFetch):
+            self._check_fetch(machine, effect)
+        elif isinstance(effect, AnswerCommand):
+            self.waiting.pop(effect.command_id, None)
+        elif isinstance(effect, SendTo):
+            self._check_sent(machine, effect)
+        elif isinstance(effect, Publish):
+            self._check_published(machine, effect)
+
+    def _check_start(self, machine: Machine, effect: StartRunner) -> None:
+        runner_id, now_ms = effect.runner_id, self.world.now_ms
+        assigned = [
+            stage.runner_id
+            for instance in machine.cluster.instances.values()
+            for stage in instance.stages
+            if stage.node_id == self.host.node_id
+        ]
+        if runner_id not in assigned:
+            self._fail(f"it starts {runner_id}, which is not assigned to it")
+        if any(process.spec.runner_id == runner_id for process in self.host.processes):
+            self._fail(f"it starts {runner_id} while a process of that runner lives")
+        attempt, started_ms = self.attempts.get(runner_id, (0, -(10**9)))
+        if effect.attempt <= attempt:
+            self._fail(f"attempt {effect.attempt} of {runner_id} follows attempt {attempt}")
+        if now_ms - started_ms < machine.settings.runner_spacing_ms:
+            self._fail(f"{runner_id} is started twice within {now_ms - started_ms} ms")
+        self.attempts[runner_id] = (effect.attempt, now_ms)
+        self._check_back_off(machine, runner_id)
+
+    def _check_back_off(self, machine: Machine, runner_id: RunnerId) -> None:
+        failures = self.failures.get(runner_id, [])
+        steps_ms = machine.settings.runner_back_off_ms
+        recent = [at_ms for at_ms in failures if at_ms > self.world.now_ms - machine.settings.runner_healthy_ms]
+        if failures and self.world.now_ms - failures[-1] < steps_ms[0]:
+            self._fail(f"{runner_id} is started {self.world.now_ms - failures[-1]} ms after it failed")
+        if len(recent) > len(steps_ms):
+            self._fail(f"{runner_id} is started again after {len(recent)} failures in a minute")
+
+    def _check_fetch(self, machine: Machine, effect: StartFetch) -> None:
+        model_id = effect.card.model_id
+        needed = [each.card.model_id for each in machine.cluster.instances.values()]
+        if model_id not in needed:
+            self._fail(f"it fetches {model_id}, which no assignment needs")
+        if model_id in self.host.fetches:
+            self._fail(f"it fetches {model_id} twice at once")
+        failed_ms, revision = self.fetch_failures.get(model_id, (-(10**9), -1))
+        too_soon = self.world.now_ms - failed_ms < machine.settings.fetch_back_off_ms[0]
+        if too_soon and revision == machine.cluster.revision:
+            self._fail(f"it fetches {model_id} {self.world.now_ms - failed_ms} ms after that failed")
+
+    def _check_decided(self, machine: Machine, effects: Sequence[Effect]) -> None:
+        """Answers that this node gave as leader to whoever asked here."""
+        for effect in effects:
+            if isinstance(effect, AnswerCommand) and machine.leadership.leads:
+                self._check_accepted(machine, effect)
+
+    def _check_accepted(self, machine: Machine, effect: AnswerCommand | CommandAnswer) -> None:
+        """Whoever decided has it in its map. (A node that passes an answer on need not have it yet.)"""
+        if not isinstance(effect.outcome, Accepted):
+            return
+        command = self.world.people.asked[effect.command_id]
+        key = f"instance/{effect.outcome.instance_id}"
+        entry = machine.cluster.entries.get(key)
+        if isinstance(command, PlaceModel) and entry is None and not self.world.ledger.knows(key):
+            self._fail(f"command {effect.command_id} was accepted, but {key} was never written")
+        if isinstance(command, DeleteInstance) and entry is not None and entry.value is not None:
+            self._fail(f"the deletion of {key} was accepted, but it is still there")
+
+    def _check_sent(self, machine: Machine, effect: SendTo) -> None:
+        if isinstance(effect.message, CommandAnswer):
+            self._check_accepted(machine, effect.message)
+        if isinstance(effect.message, IntentUpdate):
+            since_ms = self.world.now_ms - self.map_sent_ms.get(effect.target, -(10**9))
+            if since_ms < machine.settings.intent_send_ms and effect.target in machine.membership.peers:
+                self._fail(f"it sends its map to {effect.target} again after {since_ms} ms")
+            self.map_sent_ms[effect.target] = self.world.now_ms
+
+    def _check_published(self, machine: Machine, effect: Publish) -> None:
+        now_ms = self.world.now_ms
+        if isinstance(effect.message, NodeReport):
+            if self.reported_ms is not None and now_ms - self.reported_ms < machine.settings.report_spacing_ms:
+                self._fail(f"it reports again after {now_ms - self.reported_ms} ms")
+            self.reported_ms = now_ms
+        if isinstance(effect.message, Heartbeat):
+            self.beats_ms = [*(at_ms for at_ms in self.beats_ms if at_ms > now_ms - 10_000), now_ms]
+            if len(self.beats_ms) > 2 * 10_000 // machine.settings.heartbeat_ms:
+                self._fail(f"it sent {len(self.beats_ms)} heartbeats in 10 s")
+
+    def _fail(self, sentence: str) -> None:
+        raise Failure(f"{self.host.name}: {sentence}")

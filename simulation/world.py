@@ -1,0 +1,153 @@
+"""The world: hosts, the network between them, and the order in which things happen."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from hashlib import blake2b
+from random import Random
+from typing import Any
+
+import msgspec
+
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import MeshMessage
+from covey.schema.ids import NodeId
+from covey.schema.machine import Effect, Input, MessageReceived
+from covey.schema.runner import Address
+from simulation.faults import NONE, Faults
+from simulation.host import Host
+from simulation.ledger import Ledger
+from simulation.network import Network
+from simulation.people import People
+from simulation.processes import Process
+
+Moment = tuple[int, int, Callable[..., None], tuple[Any, ...]]
+
+
+class World:
+    """Virtual time in whole milliseconds, from 0. Everything random comes from one generator."""
+
+    def __init__(self, random: Random, faults: Faults = NONE, settings: MachineSettings | None = None) -> None:
+        self.random = random
+        self.faults = faults
+        self.settings = settings or MachineSettings(engine="fake")
+        self.network = Network(random, faults)
+        self.people = People(self)
+        self.ledger = Ledger()
+        self.hosts: list[Host] = []
+        self.listeners: dict[Address, Process] = {}
+        self.now_ms = 0
+        self.step_count = 0
+        self.observer: Callable[[Host | None, Input | str, list[Effect]], None] | None = None
+        self._queue: list[Moment] = []
+        self._queued = 0
+        self._hash = blake2b(digest_size=8)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    # ---- hosts ----
+
+    def add(self, name: str, memory_bytes: int, machine_id: str | None = None) -> Host:
+        """A device that is still off. Node ids are not in the order of names."""
+        node_id = NodeId(blake2b(name.encode(), digest_size=16).hexdigest())
+        host = Host(self, node_id, name, machine_id or f"machine of {name}", memory_bytes)
+        self.hosts.append(host)
+        return host
+
+    def host(self, node_id: str) -> Host:
+        return next(host for host in self.hosts if host.node_id == node_id)
+
+    def up(self) -> list[Host]:
+        """Hosts whose node runs, asleep or not."""
+        return [host for host in self.hosts if host.is_up]
+
+    def settings_of(self, host: Host) -> MachineSettings:
+        return msgspec.structs.replace(self.settings, listen_host=f"{host.machine_id}.test")
+
+    def resident_bytes(self, machine_id: str) -> int:
+        """What loaded runners take of a machine."""
+        return sum(
+            process.resident_bytes
+            for host in self.hosts
+            if host.machine_id == machine_id
+            for process in host.processes
+        )
+
+    def heal(self) -> None:
+        """From now on nothing goes wrong any more."""
+        self.note("faults stop")
+        self.faults = NONE
+        self.network.heal(NONE)
+
+    # ---- time ----
+
+    def at(self, when_ms: int, action: Callable[..., None], *arguments: Any) -> None:
+        self._queued += 1
+        heapq.heappush(self._queue, (when_ms, self._queued, action, arguments))
+
+    def after(self, delay_ms_max: int, action: Callable[..., None], *arguments: Any) -> None:
+        """Within so many milliseconds from now."""
+        self.at(self.now_ms + self.random.randint(1, delay_ms_max), action, *arguments)
+
+    def happens(self, percent: int) -> bool:
+        return percent > 0 and self.random.randrange(100) < percent
+
+    def run_until(self, until_ms: int) -> None:
+        """Lets everything happen that is due before `until_ms`."""
+        while True:
+            host = min(self.up(), key=_deadline_ms, default=None)
+            deadline_ms = _deadline_ms(host) if host else until_ms
+            queued_ms = self._queue[0][0] if self._queue else until_ms
+            if min(deadline_ms, queued_ms) >= until_ms:
+                break
+            if host and deadline_ms < queued_ms:
+                self.now_ms = max(self.now_ms, deadline_ms)
+                host.pass_deadline()
+            else:
+                when_ms, _, action, arguments = heapq.heappop(self._queue)
+                self.now_ms = max(self.now_ms, when_ms)
+                action(*arguments)
+        self.now_ms = until_ms
+
+    # ---- messages ----
+
+    def publish(self, source: Host, message: MeshMessage) -> None:
+        for target in self.hosts:
+            if target is not source:
+                self._carry(source, target, message)
+
+    def send(self, source: Host, target_id: NodeId, message: MeshMessage) -> None:
+        self._carry(source, self.host(target_id), message)
+
+    def _carry(self, source: Host, target: Host, message: MeshMessage) -> None:
+        for arrival_ms in self.network.arrivals_ms(self.now_ms, source.node_id, target.node_id):
+            self.at(arrival_ms, self._arrive, target, message)
+
+    @staticmethod
+    def _arrive(target: Host, message: MeshMessage) -> None:
+        if target.is_up and not target.is_asleep:
+            target.tell_machine(MessageReceived(message), target.boot)
+
+    # ---- the record ----
+
+    def record(self, host: Host, news: Input, effects: list[Effect]) -> None:
+        """Everything that a machine was told and answered goes into the digest of the run."""
+        self.step_count += 1
+        self._hash.update(self._encoder.encode((self.now_ms, host.node_id, news, effects)))
+        if self.observer:
+            self.observer(host, news, effects)
+
+    def note(self, sentence: str) -> None:
+        """Something that happened to the world itself."""
+        self._hash.update(f"{self.now_ms} {sentence}".encode())
+        if self.observer:
+            self.observer(None, sentence, [])
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _deadline_ms(host: Host) -> int:
+    """When a host that is up wants to be told that time has passed."""
+    assert host.deadline_ms is not None
+    return max(host.deadline_ms, host.asleep_until_ms)
