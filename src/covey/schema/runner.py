@@ -52,6 +52,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     slot_count: int  # requests that run at once
     thread_count: int
     listen_host: str  # the data port listens here
+    vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
 
 
 class Configure(Struct, frozen=True, tag=True):

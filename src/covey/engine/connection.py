@@ -1,0 +1,114 @@
+"""One connection from `serving` to the head: commands come in, events go out, and a slow reader holds nobody up."""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from covey.engine.link import tune
+from covey.schema.generation import Admit, Cancel, HeadEvent
+from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
+
+BACKLOG_BYTES_MAX: Final = 4 * 1024 * 1024  # over 30000 events that nobody read: the other side hangs
+RECEIVE_BYTES: Final = 64 * 1024
+COMMANDS_WAITING_MAX: Final = (
+    256  # more than a queue of requests and their cancellations; the rest waits in the socket
+)
+
+log = logging.getLogger(__name__)
+_commands = msgspec.msgpack.Decoder(Admit | Cancel)
+
+
+class ServeConnection:
+    """`owner` names it to the scheduler. Only the writer's thread ever waits for the other side to read."""
+
+    def __init__(self, connection: socket.socket, owner: int) -> None:
+        connection.settimeout(None)
+        tune(connection)
+        self.owner = owner
+        self._connection = connection
+        self._backlog = bytearray()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._credits = threading.Semaphore(COMMANDS_WAITING_MAX)
+        threading.Thread(target=self._write, name=f"writer {owner}", daemon=True).start()
+
+    def commands(self) -> Iterator[Admit | Cancel]:
+        """What the other side asks for, until it closes the connection or sends nonsense."""
+        frames = FrameBuffer()
+        try:
+            while data := self._connection.recv(RECEIVE_BYTES):
+                for body in frames.feed(data):
+                    self._credits.acquire()
+                    yield _commands.decode(body)
+        except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
+            log.warning("a connection for requests is closed: %s", error)
+
+    def handled(self) -> None:
+        """One of `commands` was carried out; so many more may be read."""
+        self._credits.release()
+
+    def send(self, events: Iterable[HeadEvent]) -> None:
+        """Sends at once what the socket takes, and leaves the rest to the writer. Never waits, never fails: whoever
+        reads the commands learns that the connection has ended.
+        """
+        data = b"".join(map(pack, events))
+        with self._changed:
+            if self._closed:
+                return
+            if not self._backlog:
+                data = data[self._send_now(data) :]
+            if len(self._backlog) + len(data) > BACKLOG_BYTES_MAX:
+                log.warning("a connection for requests is closed: it reads nothing")
+                self._shut()
+            elif data:
+                self._backlog += data
+                self._changed.notify()
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Gives the backlog up to `seconds` to leave."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while self._backlog and not self._closed and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._shut()
+        self._connection.close()
+
+    def _send_now(self, data: bytes) -> int:
+        try:
+            return self._connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._shut()
+            return len(data)
+
+    def _shut(self) -> None:
+        """Ends both directions, which wakes the threads that wait on them."""
+        with self._changed, contextlib.suppress(OSError):  # the other side may be gone already
+            self._closed = True
+            self._backlog.clear()
+            self._changed.notify_all()
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _write(self) -> None:
+        while data := self._wait_backlog():
+            try:
+                self._connection.sendall(data)
+            except OSError:
+                self._shut()
+            with self._changed:
+                del self._backlog[: len(data)]  # only now, so that nothing overtakes it
+                self._changed.notify_all()
+
+    def _wait_backlog(self) -> bytes:
+        """What is to be sent next; nothing once the connection is closed."""
+        with self._changed:
+            while not (self._backlog or self._closed):
+                self._changed.wait()
+            return bytes(self._backlog)

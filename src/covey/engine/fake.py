@@ -1,0 +1,124 @@
+"""A tiny engine without a model, for tests of all above it: its answers depend on every token of the slot so far.
+
+Each layer keeps a 32-bit hash per position, made of the layer before and its own hash one position earlier, as a
+layer of a model attends to its cache. The hash travels between stages in the first lanes of the activations. So a
+wrong slot, a lost chunk or one that comes twice changes the answer, or is refused; the number of stages does not.
+
+`engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long) and
+`load_delay_ms` (so does each layer's load).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
+from covey.schema.runner import RunnerSpec
+
+WORD: Final = 0xFFFFFFFF
+LANES: Final = 4  # of a byte each, which every float type holds exactly
+DEFAULTS: Final = {"vocabulary_size": 256, "hidden_size": 8, "step_delay_ms": 0, "load_delay_ms": 0}
+LOGITS_SPAN: Final = 8.0  # of the best to the worst: a distribution with a clear best and a long tail
+LAYER_BYTES: Final = 4
+
+
+class FakeStage:
+    def __init__(self, spec: RunnerSpec) -> None:
+        options = _options(spec.engine_options)
+        self._spec = spec
+        self._vocabulary_size = options["vocabulary_size"]
+        self._hidden_size = max(options["hidden_size"], LANES)
+        self._step_seconds = options["step_delay_ms"] / 1000
+        self._load_seconds = options["load_delay_ms"] / 1000
+        self._is_first = spec.shard.layer_start == 0
+        self._is_last = spec.shard.layer_end == spec.shard.layer_count
+        layers = range(spec.shard.layer_start, spec.shard.layer_end)
+        self._layers = [_Layer(layer, spec.slot_count) for layer in layers]
+        self._vocabulary = np.arange(self._vocabulary_size, dtype=np.uint32) * np.uint32(0x9E3779B1)
+
+    def load(self, progress: Callable[[LoadProgress], None]) -> None:
+        total = len(self._layers)
+        for count in range(1, total + 1):
+            time.sleep(self._load_seconds)
+            progress(LoadProgress(count, total, count * LAYER_BYTES, total * LAYER_BYTES))
+
+    def warm_up(self) -> None:
+        """There is nothing to warm."""
+
+    def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
+        if sum(piece.token_count for piece in pieces) != len(values):
+            raise EngineError("The step's pieces and its numbers do not fit together.")
+        time.sleep(self._step_seconds)
+        hashes = self._tokens(values) if self._is_first else _unpack(values)
+        start = 0
+        for piece in pieces:
+            end = start + piece.token_count
+            hashes[start:end] = self._run_piece(piece, hashes[start:end])
+            start = end
+        return self._logits(pieces, hashes) if self._is_last else _pack(hashes, self._hidden_size)
+
+    def _tokens(self, values: Activations) -> list[int]:
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < self._vocabulary_size:
+            raise EngineError(f"A token id is outside the vocabulary of {self._vocabulary_size}.")
+        return values.tolist()
+
+    def _run_piece(self, piece: Piece, hashes: list[int]) -> list[int]:
+        if not 0 <= piece.slot < self._spec.slot_count:
+            raise EngineError(f"Slot {piece.slot} does not exist.")
+        if piece.position + piece.token_count > self._spec.context_length:
+            raise EngineError(f"Slot {piece.slot} is full.")
+        for layer in self._layers:
+            hashes = layer.run(piece.slot, piece.position, hashes)
+        return hashes
+
+    def _logits(self, pieces: Sequence[Piece], hashes: list[int]) -> Logits:
+        ends = np.cumsum([piece.token_count for piece in pieces])
+        wanted = [hashes[end - 1] for piece, end in zip(pieces, ends, strict=True) if piece.wants_logits]
+        words = self._vocabulary + np.array(wanted, np.uint32)[:, None]
+        words ^= words >> np.uint32(15)
+        words *= np.uint32(0x85EBCA6B)
+        words ^= words >> np.uint32(13)
+        return words.astype(np.float32) * np.float32(LOGITS_SPAN / 2**32)
+
+
+class _Layer:
+    """One layer's cache: of each slot, the hash after each of its positions."""
+
+    def __init__(self, number: int, slot_count: int) -> None:
+        self._number = number
+        self._slots: list[list[int]] = [[] for _ in range(slot_count)]
+
+    def run(self, slot: int, position: int, hashes: list[int]) -> list[int]:
+        cache = self._slots[slot]
+        if position > len(cache):
+            raise EngineError(f"Slot {slot} holds {len(cache)} positions; a step began at {position}.")
+        del cache[position:]
+        before = cache[-1] if cache else 0
+        for value in hashes:
+            before = ((before * 31 + value + self._number + 1) * 0x9E3779B1) & WORD
+            before ^= before >> 15
+            cache.append(before)
+        return cache[position:]
+
+
+def _options(given: dict[str, str]) -> dict[str, int]:
+    unknown = sorted(given.keys() - DEFAULTS.keys())
+    if unknown:
+        raise EngineError(f"The fake engine has no option {unknown[0]}; it has {', '.join(DEFAULTS)}.")
+    try:
+        return DEFAULTS | {name: int(value) for name, value in given.items()}
+    except ValueError as error:
+        raise EngineError(f"An option of the fake engine is not a whole number: {error}.") from error
+
+
+def _pack(hashes: list[int], hidden_size: int) -> Activations:
+    values = np.zeros((len(hashes), hidden_size), np.float32)
+    values[:, :LANES] = np.array(hashes, "<u4").view(np.uint8).reshape(-1, LANES)
+    return values
+
+
+def _unpack(values: Activations) -> list[int]:
+    lanes = np.ascontiguousarray(values[:, :LANES]).astype(np.uint8)
+    return lanes.view("<u4")[:, 0].tolist()

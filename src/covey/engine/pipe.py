@@ -1,0 +1,72 @@
+"""The runner's line to its node: commands on standard input, messages on standard output.
+
+A library that prints would corrupt the line, so the runner keeps both for itself: what anybody else reads from
+standard input is empty, and what it prints goes to standard error.
+"""
+
+import os
+import signal
+import sys
+import threading
+from typing import Final, NoReturn
+
+import msgspec
+
+from covey.engine.mailbox import Mailbox
+from covey.schema.runner import RunnerCommand, RunnerMessage, ShutDown
+from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
+
+READ_BYTES: Final = 64 * 1024
+INPUT, OUTPUT, ERROR = 0, 1, 2  # file descriptors
+
+_commands = msgspec.msgpack.Decoder(RunnerCommand)
+
+
+class NodePipe:
+    def __init__(self) -> None:
+        """Takes the process's standard input and output. Made by the main thread."""
+        self._main_thread = threading.get_ident()
+        self._input = os.dup(INPUT)
+        self._output = os.dup(OUTPUT)
+        self._is_ending = False
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, INPUT)
+        os.close(empty)
+        os.dup2(ERROR, OUTPUT)
+
+    def listen(self, mailbox: Mailbox) -> None:
+        """Passes on commands from a thread of its own, which ends the process at once when the node is gone."""
+        threading.Thread(target=self._read, args=(mailbox,), name="node pipe", daemon=True).start()
+
+    def tell(self, message: RunnerMessage) -> None:
+        data = pack(message)
+        try:
+            while data:
+                data = data[os.write(self._output, data) :]
+        except BrokenPipeError:
+            self._vanish("the node reads no more")
+
+    def _read(self, mailbox: Mailbox) -> None:
+        frames = FrameBuffer()
+        while data := os.read(self._input, READ_BYTES):
+            try:
+                for body in frames.feed(data):
+                    self._pass_on(_commands.decode(body), mailbox)
+            except (msgspec.MsgspecError, FrameTooLargeError) as error:
+                self._vanish(f"the node's commands can't be read: {error}")
+        self._vanish("the node is gone")
+
+    def _pass_on(self, command: RunnerCommand, mailbox: Mailbox) -> None:
+        if isinstance(command, ShutDown):
+            # The same as SIGTERM, which interrupts the main thread in whatever phase it is.
+            self._is_ending = True
+            signal.pthread_kill(self._main_thread, signal.SIGTERM)
+        else:
+            mailbox.put(command)
+
+    def _vanish(self, reason: str) -> NoReturn:
+        """Ends the process even while the main thread computes: nobody is left whom a clean end would serve."""
+        if not self._is_ending:
+            sys.stderr.write(f"runner: {reason}\n")
+            sys.stderr.flush()
+        os._exit(0 if self._is_ending else 1)

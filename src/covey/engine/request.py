@@ -1,0 +1,82 @@
+"""One request as the scheduler sees it: its tokens, how far they are planned, and when it must be refused or ends."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from covey.schema.generation import Admit, Broken, Ended, FinishReason, Timings
+from covey.schema.ids import RequestId
+
+Key = tuple[int, RequestId, int]  # owner, request, attempt
+NO_SLOT: Final = -1  # it waits for one
+
+
+@dataclass
+class Request:
+    owner: int  # the connection that it came by
+    admit: Admit
+    arrived: float  # seconds, as are the next two
+    begun: float | None = None  # its first step was planned
+    answered: float | None = None  # its first token came
+    tokens: list[int] = field(init=False)  # prompt and generated
+    slot: int = NO_SLOT
+    sent: int = 0  # tokens that are planned already: their keys and values are cached, or will be
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.admit.token_ids)
+
+    @property
+    def key(self) -> Key:
+        return self.owner, self.admit.request_id, self.admit.attempt
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated tokens, those of earlier attempts included."""
+        return len(self.tokens) - self.admit.prompt_length
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to compute that no step in flight computes."""
+        return self.sent < len(self.tokens)
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.answered is not None
+
+    def finish_reason(self, context_length: int) -> FinishReason | None:
+        """Why it is complete with the tokens that it has, if it is."""
+        if self.completion_tokens > 0 and self.tokens[-1] in self.admit.stop_token_ids:
+            return FinishReason.STOP
+        if self.completion_tokens >= self.admit.token_count_max or len(self.tokens) >= context_length:
+            return FinishReason.LENGTH
+        return None
+
+    def end(self, reason: FinishReason, now: float) -> Ended:
+        admit = self.admit
+        return Ended(admit.request_id, admit.attempt, reason, self.completion_tokens, self._timings(now))
+
+    def broken(self, message: str, status: int) -> Broken:
+        return Broken(self.admit.request_id, self.admit.attempt, message, status)
+
+    def _timings(self, now: float) -> Timings:
+        begun = now if self.begun is None else self.begun
+        answered = now if self.answered is None else self.answered
+        return Timings(1000 * (begun - self.arrived), 1000 * (answered - begun), 1000 * (now - answered))
+
+
+def refusal(admit: Admit, context_length: int, vocabulary_size: int) -> str | None:
+    """Why no engine of this size can run `admit`, in one sentence. `vocabulary_size` 0: unknown."""
+    if not 0 < admit.prompt_length <= len(admit.token_ids):
+        return "The prompt is empty; send at least one token."
+    if admit.prompt_length >= context_length:
+        return (
+            f"The prompt has {admit.prompt_length} tokens, but the context holds {context_length} with the answer;"
+            " shorten the prompt or place the model with a longer context."
+        )
+    lowest, highest = min(admit.token_ids), max(admit.token_ids)
+    if lowest < 0 or (vocabulary_size and highest >= vocabulary_size):
+        odd = lowest if lowest < 0 else highest
+        return (
+            f"The prompt holds token id {odd}, which the model does not know; tokenise it with the model's tokenizer."
+        )
+    return None

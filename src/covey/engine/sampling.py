@@ -1,0 +1,155 @@
+"""Picks the next token from one row of logits: pure NumPy, no state and no generator of its own.
+
+The order is that of Hugging Face's `generate`: penalties, temperature, then top-k, top-p and min-p, each over what
+the one before left. (llama.cpp applies the temperature last.) One of the kept tokens is then drawn by the Gumbel-max
+trick (Gumbel 1954; Maddison et al., "A* Sampling", 2014): the largest `logit / temperature + noise` is a draw from
+their softmax. The noise of a token is a hash of (seed, position, token id), so the choice depends on neither the
+machine, the batch nor the order of calls, and a resumed request goes on as it would have.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covey.engine.contract import EngineError
+from covey.schema.generation import Sampling
+
+Row = NDArray[np.float32]  # [vocabulary]
+Ids = NDArray[np.int64]
+Scaled = NDArray[np.float64]  # logits over temperature, relative to the best (which is 0)
+
+WORD: Final = 2**64 - 1
+GOLDEN: Final = 0x9E3779B97F4A7C15  # the constants of SplitMix64 (Steele, Lea, Flood 2014)
+MIX_1: Final = 0xBF58476D1CE4E5B9
+MIX_2: Final = 0x94D049BB133111EB
+
+# Noise made of 53 random bits (what a float64 holds exactly) lies between -3.63 and 37.43, so a token that is further
+# than the difference below the best is never drawn.
+NOISE_SPAN: Final = 41.1
+TEMPERATURE_MAX: Final = 1e30  # infinity would make not-a-number of a masked token's -infinity
+LOGIT_MAX: Final = 1e30  # keeps absurd penalties finite, so that one token is still the best
+
+
+def pick(logits: Row, sampling: Sampling, position: int) -> int:
+    """The token for `position` of the sequence, penalties being applied already. Odd settings mean the nearest
+    sensible ones; a temperature that is not above 0 is greedy. Raises `EngineError` if no logit is a finite best.
+    """
+    best = int(logits.argmax())  # the first not-a-number counts as the largest
+    if not math.isfinite(logits[best]):
+        raise EngineError("The model computed logits that are not numbers: its weights overflow on this prompt.")
+    if not sampling.temperature > 0:
+        return best
+    ids = _top_k(logits, sampling.top_k)
+    scaled = _scale(logits[ids], float(logits[best]), sampling.temperature)
+    ids, scaled = _top_p(ids, scaled, sampling.top_p)
+    ids, scaled = _above(ids, scaled, _floor(sampling.min_p))
+    return int(ids[(scaled + gumbel_noise(sampling.seed, position, ids)).argmax()])
+
+
+def gumbel_noise(seed: int, position: int, ids: Ids) -> NDArray[np.float64]:
+    """Standard Gumbel noise of each token, the same whenever and wherever it is asked for."""
+    uniform = (_hash(_mix(_mix(seed) + position), ids) >> np.uint64(11)) + 0.5
+    uniform *= 2.0**-53
+    np.log(uniform, out=uniform)
+    np.negative(uniform, out=uniform)
+    np.log(uniform, out=uniform)
+    return np.negative(uniform, out=uniform)
+
+
+def _mix(word: int) -> int:
+    """One output of SplitMix64 for one state, in Python's integers."""
+    word = (word + GOLDEN) & WORD
+    word = ((word ^ (word >> 30)) * MIX_1) & WORD
+    word = ((word ^ (word >> 27)) * MIX_2) & WORD
+    return word ^ (word >> 31)
+
+
+def _hash(key: int, ids: Ids) -> NDArray[np.uint64]:
+    """Outputs number `ids` of the SplitMix64 generator that starts at `key`."""
+    words = ids.astype(np.uint64)
+    words *= np.uint64(GOLDEN)
+    words += np.uint64(key)
+    shifted = words >> np.uint64(30)
+    words ^= shifted
+    words *= np.uint64(MIX_1)
+    words ^= np.right_shift(words, np.uint64(27), out=shifted)
+    words *= np.uint64(MIX_2)
+    words ^= np.right_shift(words, np.uint64(31), out=shifted)
+    return words
+
+
+def _top_k(logits: Row, count: int) -> Ids:
+    """The `count` best tokens (more where the last are equal), or all if `count` is 0. Before the temperature, which
+    keeps their order.
+    """
+    if not 0 < count < logits.size:
+        return np.arange(logits.size)
+    place = logits.size - count
+    return np.flatnonzero(logits >= np.partition(logits, place)[place])
+
+
+def _scale(logits: Row, best: float, temperature: float) -> Scaled:
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -infinity, as it should
+        return (logits.astype(np.float64) - best) / min(temperature, TEMPERATURE_MAX)
+
+
+def _top_p(ids: Ids, scaled: Scaled, mass: float) -> tuple[Ids, Scaled]:
+    """The fewest best tokens that hold `mass` of the probability, at least one, and those equal to the last of them.
+
+    Tokens under `(1 - mass) / count` of it hold less than `1 - mass` together, so none of them can be needed; what is
+    left is few enough to sort.
+    """
+    if not mass < 1.0:
+        return ids, scaled
+    weights = np.exp(scaled)
+    total = float(weights.sum())
+    share = total * (1.0 - max(mass, 0.0)) / scaled.size
+    few = np.sort(scaled[weights >= min(share, 1.0)])[::-1]
+    last = int(np.searchsorted(np.cumsum(np.exp(few)), mass * total))
+    return _above(ids, scaled, float(few[min(last, few.size - 1)]))
+
+
+def _floor(min_p: float) -> float:
+    """How far below the best a token may be: by `min_p`, and by what noise can make up for."""
+    return max(math.log(min(min_p, 1.0)), -NOISE_SPAN) if min_p > 0 else -NOISE_SPAN
+
+
+def _above(ids: Ids, scaled: Scaled, floor: float) -> tuple[Ids, Scaled]:
+    kept = np.flatnonzero(scaled >= floor)
+    return (ids, scaled) if kept.size == ids.size else (ids[kept], scaled[kept])
+
+
+class History:
+    """The tokens that the penalties of one request look at.
+
+    The repetition penalty counts prompt and generated tokens (Keskar et al., "CTRL", 2019, as in `generate`);
+    presence and frequency penalties count the generated ones only (OpenAI's definition, as vLLM has it).
+    """
+
+    def __init__(self, vocabulary_size: int, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> None:
+        self._seen = np.zeros(vocabulary_size, np.bool_)
+        self._counts = np.zeros(vocabulary_size, np.int32)
+        self._seen[list(prompt_ids)] = True
+        for token_id in generated_ids:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> None:
+        self._seen[token_id] = True
+        self._counts[token_id] += 1
+
+    def penalize(self, logits: Row, sampling: Sampling) -> Row:
+        """A copy of `logits` with the penalties taken off."""
+        ids = np.flatnonzero(self._seen)
+        values = logits[ids].astype(np.float64)
+        counts = self._counts[ids]
+        factor = sampling.repetition_penalty
+        if factor > 0:  # anything else has no meaning
+            values = np.where(values > 0, values / factor, values * factor)
+        values -= np.clip(sampling.frequency_penalty, -LOGIT_MAX, LOGIT_MAX) * counts
+        values -= np.clip(sampling.presence_penalty, -LOGIT_MAX, LOGIT_MAX) * (counts > 0)
+        penalized = logits.copy()
+        penalized[ids] = np.clip(values, -LOGIT_MAX, LOGIT_MAX)
+        return penalized

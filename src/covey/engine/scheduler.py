@@ -1,0 +1,221 @@
+"""Decides what the next step computes: pure, told the time, without I/O.
+
+A request waits in a bounded queue for a KV slot and keeps that slot until it ends. What it has to compute is always
+`tokens[sent:]`: at first its prompt, sent in chunks, later the one token that was sampled last. So a request that
+waits for its token has nothing to send: at most one decode of it is in flight, while the chunks of a prompt follow
+one another without waiting. Prefill and decode steps take turns: a long prompt stalls nobody who is being answered.
+
+With n stages up to n steps are in flight, and the decoding requests are dealt into n groups, one for each stage. A
+slot is given away as soon as its request ends: links keep the order, so what is in flight for the old one runs first.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from covey.engine.contract import Piece
+from covey.engine.plan import PlannedStep, SamplingStart, StepOutcome, StepPlan
+from covey.engine.request import Key, Request, refusal
+from covey.engine.sampler import is_penalized
+from covey.engine.slots import Slots
+from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, Queued, TokenSampled
+
+QUEUE_MAX: Final = 64  # requests; who comes after so many would wait for minutes and is better told so
+PREFILL_CHUNK_TOKENS: Final = 256  # nearly a long prompt's full speed, while others wait for one chunk only
+
+
+class OwnedEvent(NamedTuple):
+    """An event, and the connection that it is for."""
+
+    owner: int
+    event: HeadEvent
+
+
+Events = list[OwnedEvent]
+
+
+class StepOrderError(Exception):
+    """An outcome is not that of the oldest step in flight; a stage has lost or repeated one."""
+
+
+class Scheduler:
+    def __init__(self, *, slot_count: int, context_length: int, stage_count: int, vocabulary_size: int = 0) -> None:
+        self._context_length = context_length
+        self._stage_count = stage_count
+        self._vocabulary_size = vocabulary_size  # 0: unknown
+        self._slots = Slots(slot_count)
+        self._queue: dict[Key, Request] = {}
+        self._running: dict[Key, Request] = {}  # whose last step is the oldest comes first
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._released: list[int] = []  # slots that the last stage may forget, told with the next plan
+        self._steps = 0
+        self._prefilled_last = False
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def queued_count(self) -> int:
+        return len(self._queue)
+
+    # ---- requests come and go ----
+
+    def admit(self, owner: int, admit: Admit, now: float) -> Events:
+        """Takes a request in or refuses it. One that is known already is ignored."""
+        request = Request(owner, admit, now)
+        if request.key in self._running or request.key in self._queue:
+            return []
+        if reason := refusal(admit, self._context_length, self._vocabulary_size):
+            return [OwnedEvent(owner, request.broken(reason, 400))]
+        if finished := request.finish_reason(self._context_length):
+            return [OwnedEvent(owner, request.end(finished, now))]
+        if self._slots.is_any_free:
+            self._start(request)
+            return []
+        if len(self._queue) >= QUEUE_MAX:
+            reason = f"The model is busy: {QUEUE_MAX} requests are waiting for it already; try again later."
+            return [OwnedEvent(owner, request.broken(reason, 429))]
+        self._queue[request.key] = request
+        return self._places()[-1:]
+
+    def cancel(self, owner: int, cancel: Cancel, now: float) -> Events:
+        """Ends a request. One that is unknown has ended already."""
+        key = (owner, cancel.request_id, cancel.attempt)
+        return self._cancel(lambda request: request.key == key, now)
+
+    def drop(self, owner: int, now: float) -> Events:
+        """Cancels all requests of a connection that is gone."""
+        return self._cancel(lambda request: request.owner == owner, now)
+
+    def break_all(self, message: str, status: int) -> Events:
+        """Ends all requests, because the runner ends."""
+        requests = (*self._running.values(), *self._queue.values())
+        self._queue.clear()
+        for request in requests:
+            self._leave(request)
+        return [OwnedEvent(request.owner, request.broken(message, status)) for request in requests]
+
+    def _cancel(self, is_meant: Callable[[Request], bool], now: float) -> Events:
+        meant = [request for request in (*self._running.values(), *self._queue.values()) if is_meant(request)]
+        for request in meant:
+            self._leave(request)
+        ends = [OwnedEvent(request.owner, request.end(FinishReason.CANCELLED, now)) for request in meant]
+        return ends + self._refill() if meant else []
+
+    def _start(self, request: Request) -> None:
+        request.slot, request.sent = self._slots.take(request.tokens)
+        self._running[request.key] = request
+
+    def _leave(self, request: Request, *, is_cache_good: bool = True) -> None:
+        request.ended = True
+        self._queue.pop(request.key, None)
+        if self._running.pop(request.key, None):
+            self._slots.give_back(request.slot, request.tokens[: request.sent] if is_cache_good else ())
+            self._released.append(request.slot)
+
+    def _refill(self) -> Events:
+        """Gives free slots to those who wait, and tells the others their new places."""
+        while self._queue and self._slots.is_any_free:
+            self._start(self._queue.pop(next(iter(self._queue))))
+        return self._places()
+
+    def _places(self) -> Events:
+        return [
+            OwnedEvent(request.owner, Queued(request.admit.request_id, request.admit.attempt, place))
+            for place, request in enumerate(self._queue.values())
+        ]
+
+    # ---- steps ----
+
+    def schedule(self, now: float) -> PlannedStep | None:
+        """The next step, or None while nothing can be done but wait for an outcome or a request."""
+        if len(self._in_flight) >= self._stage_count:
+            return None
+        chosen = self._choose()
+        return self._plan(chosen, now) if chosen else None
+
+    def _choose(self) -> list[Request]:
+        """Either one prompt's next chunk, or the next token of a group."""
+        pending = [request for request in self._running.values() if request.is_pending]
+        decoding = [request for request in pending if request.is_decoding]
+        prefilling = [request for request in pending if not request.is_decoding]
+        self._prefilled_last = bool(prefilling) and not (decoding and self._prefilled_last)
+        return prefilling[:1] if self._prefilled_last else decoding[: self._group_size()]
+
+    def _group_size(self) -> int:
+        decoding = sum(request.is_decoding for request in self._running.values())
+        return -(-decoding // self._stage_count)
+
+    def _plan(self, requests: list[Request], now: float) -> PlannedStep:
+        begun = tuple(_sampling_start(request) for request in requests if request.begun is None)
+        pieces: list[Piece] = []
+        token_ids: list[int] = []
+        for request in requests:
+            piece = _next_piece(request)
+            pieces.append(piece)
+            token_ids += request.tokens[piece.position : piece.position + piece.token_count]
+            request.sent += piece.token_count
+            request.begun = now if request.begun is None else request.begun
+            self._running[request.key] = self._running.pop(request.key)  # to the end of the round
+        self._steps += 1
+        plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released))
+        self._released.clear()
+        self._in_flight.append((plan, requests))
+        return PlannedStep(plan, np.array(token_ids, np.int64))
+
+    def learn(self, outcome: StepOutcome, now: float) -> Events:
+        """Takes in what became of the oldest step in flight. Raises `StepOrderError`."""
+        if not self._in_flight or outcome.step != self._in_flight[0][0].step:
+            raise StepOrderError(f"Step {outcome.step} came back out of turn.")
+        plan, requests = self._in_flight.popleft()
+        token_ids = iter(outcome.token_ids)
+        events: Events = []
+        running_before = len(self._running)
+        for piece, request in zip(plan.pieces, requests, strict=True):
+            token_id = next(token_ids) if piece.wants_logits else None
+            if request.ended:
+                continue
+            if not request.is_decoding:
+                events.append(_progress(request, piece))
+            if piece.wants_logits:
+                events += self._take_token(request, token_id, outcome.failure, now)
+        return events + self._refill() if len(self._running) < running_before else events
+
+    def _take_token(self, request: Request, token_id: int | None, failure: str, now: float) -> Events:
+        if token_id is None:
+            self._leave(request, is_cache_good=False)
+            return [OwnedEvent(request.owner, request.broken(failure, 500))]
+        request.answered = now if request.answered is None else request.answered
+        request.tokens.append(token_id)
+        finished = request.finish_reason(self._context_length)
+        events: Events = []
+        if finished is not FinishReason.STOP:
+            position = len(request.tokens) - 1
+            sampled = TokenSampled(request.admit.request_id, request.admit.attempt, position, token_id)
+            events.append(OwnedEvent(request.owner, sampled))
+        if finished is not None:
+            self._leave(request)
+            events.append(OwnedEvent(request.owner, request.end(finished, now)))
+        return events
+
+
+def _next_piece(request: Request) -> Piece:
+    left = len(request.tokens) - request.sent
+    count = min(left, PREFILL_CHUNK_TOKENS)
+    return Piece(request.slot, request.sent, count, wants_logits=count == left)
+
+
+def _sampling_start(request: Request) -> SamplingStart:
+    admit = request.admit
+    prompt = admit.token_ids[: admit.prompt_length] if admit.sampling.repetition_penalty != 1.0 else ()
+    generated = admit.token_ids[admit.prompt_length :] if is_penalized(admit.sampling) else ()
+    return SamplingStart(request.slot, admit.sampling, prompt, generated)
+
+
+def _progress(request: Request, piece: Piece) -> OwnedEvent:
+    admit = request.admit
+    done = piece.position + piece.token_count
+    return OwnedEvent(request.owner, Prefilled(admit.request_id, admit.attempt, done, len(admit.token_ids)))
