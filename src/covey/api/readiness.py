@@ -17,14 +17,16 @@ def runner_reports(state: ClusterState) -> dict[RunnerId, RunnerReport]:
 
 
 def is_ready(state: ClusterState, instance: Instance) -> bool:
-    """Whether every stage is up, on a node that is visible."""
+    """Whether every stage is up, on a node that is visible, and all belong to the same attempt."""
     visible = {member.node_id for member in state.members if member.visibility is Visibility.VISIBLE}
     runners = runner_reports(state)
+    attempts: set[int] = set()
     for stage in instance.stages:
         runner = runners.get(stage.runner_id)
         if stage.node_id not in visible or runner is None or runner.state not in ANSWERING:
             return False
-    return bool(instance.stages)
+        attempts.add(runner.attempt)
+    return len(attempts) == 1
 
 
 def describe(state: ClusterState, instance: Instance) -> str:
@@ -41,4 +43,4 @@ def describe(state: ClusterState, instance: Instance) -> str:
             return f"The runner on {name} failed: {runner.reason}"
         elif runner.state not in ANSWERING:
             waiting = waiting or f"The runner on {name} is in state {runner.state}."
-    return waiting or "A node of the instance is away."
+    return waiting or "A node of the instance is away, or a runner is starting anew."

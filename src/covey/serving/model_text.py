@@ -1,0 +1,99 @@
+"""What a model's file says about text: its chat template and tokenizer, read once and kept.
+
+The files of large vocabularies take a second to read, so it happens in a thread; so does tokenising a prompt, which
+may be megabytes long.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final, Protocol
+
+from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
+from covey.schema.generation import ChatMessage
+from covey.schema.ids import ModelId
+from covey.schema.model import ModelCard
+from covey.serving.refusal import RefusedError
+from covey.text import chat
+
+BAD_REQUEST: Final = 400
+SERVER_ERROR: Final = 500
+KEPT_MAX: Final = 16  # models; a tokenizer takes some 50 MB
+
+
+class ModelText(Protocol):
+    """One model's way with text. Its methods are called from several threads."""
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]: ...
+
+    def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The prompt as the model's template writes it. Raises `RefusedError` if the template refuses it."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class FileText:
+    """The text of a model whose file carries its tokenizer and, mostly, its chat template."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return self._tokenizer.stop_token_ids
+
+    def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        tokenizer = self._tokenizer
+        try:
+            parts = chat.render_parts(
+                tokenizer.chat_template or chat.PLAIN_TEMPLATE,
+                messages,
+                bos=tokenizer.bos,
+                eos=tokenizer.eos,
+                control_positions=tokenizer.control_positions,
+                now=datetime.now().astimezone(),
+            )
+        except chat.TemplateRefusedError as error:
+            raise RefusedError(f"{str(error).rstrip('.')}.", BAD_REQUEST) from None
+        return tokenizer.encode_chat(parts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+
+def load_model_text(path: Path) -> ModelText:
+    """Reads the header of a GGUF file. Raises `RefusedError`."""
+    try:
+        return FileText(load_tokenizer(read_header(path)))
+    except (CheckpointError, OSError) as error:
+        raise RefusedError(f"The tokenizer in {path.name} can't be read: {error}.", SERVER_ERROR) from None
+
+
+class ModelTexts:
+    """The texts of the models that were asked for last. `file_of` makes a file present, `load` reads one (slow)."""
+
+    def __init__(
+        self, file_of: Callable[[ModelCard], Awaitable[Path]], load: Callable[[Path], ModelText] = load_model_text
+    ) -> None:
+        self._file_of = file_of
+        self._load = load
+        self._kept: dict[ModelId, tuple[ModelCard, ModelText]] = {}  # the last used is the last
+        self._locks: defaultdict[ModelId, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def of(self, card: ModelCard) -> ModelText:
+        """Reads the file at most once for a card. Raises `RefusedError`, as do `file_of` and `load`."""
+        async with self._locks[card.model_id]:
+            kept = self._kept.pop(card.model_id, None)
+            if kept is None or kept[0] != card:
+                path = await self._file_of(card)
+                kept = card, await asyncio.to_thread(self._load, path)
+            self._kept[card.model_id] = kept
+        while len(self._kept) > KEPT_MAX:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+        return kept[1]

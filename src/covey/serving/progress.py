@@ -1,0 +1,92 @@
+"""What a head says about a request, as the events that its client sees. No I/O."""
+
+from collections.abc import Callable, Iterable
+
+from covey.schema.generation import (
+    Admit,
+    Broken,
+    Ended,
+    FinishReason,
+    GenerationEvent,
+    GenerationFailed,
+    GenerationFinished,
+    GenerationStarted,
+    HeadEvent,
+    Prefilled,
+    PrefillProgressed,
+    Queued,
+    Timings,
+    TokenSampled,
+    Usage,
+)
+from covey.serving.answer import AnswerText, OutOfOrderError
+
+
+class Progress:
+    """One attempt, from its admission to the last event. `clock` gives seconds."""
+
+    def __init__(self, admit: Admit, answer: AnswerText, clock: Callable[[], float]) -> None:
+        self._admit = admit
+        self._answer = answer
+        self._clock = clock
+        self._admitted_s = clock()
+        self._answered_s: float | None = None  # the first token came
+        self._started = False
+        self.done = False
+
+    def take(self, event: HeadEvent) -> Iterable[GenerationEvent]:
+        """The events that follow from what the head said."""
+        if event.attempt != self._admit.attempt:
+            return
+        if isinstance(event, Broken):
+            yield self._fail(event.message, event.status)
+            return
+        if not self._started:  # only now is it known that the head does not refuse it
+            self._started = True
+            yield GenerationStarted(self._admit.request_id, self._admit.prompt_length, self._admit.sampling.seed)
+        match event:
+            case Queued():
+                pass  # the client hears keep-alives; its place in the queue is nobody else's business
+            case Prefilled():
+                yield PrefillProgressed(event.processed_tokens, event.total_tokens)
+            case TokenSampled():
+                yield from self._take_token(event)
+            case Ended():
+                yield from self._end(event)
+
+    def _take_token(self, sampled: TokenSampled) -> Iterable[GenerationEvent]:
+        if self._answered_s is None:
+            self._answered_s = self._clock()
+        try:
+            told = self._answer.push(sampled)
+        except OutOfOrderError:
+            yield self._fail("The model's head skipped a token, so the rest of the answer would be wrong.", 500)
+            return
+        if told:
+            yield told
+        if self._answer.stopped:
+            yield self._finish(FinishReason.STOP, self._answer.token_count, self._timings())
+
+    def _end(self, ended: Ended) -> Iterable[GenerationEvent]:
+        if ended.reason is FinishReason.CANCELLED:  # not by us: we no longer listen after we cancel
+            yield self._fail("The request was cancelled by the model's head.", 503)
+            return
+        told = self._answer.finish()
+        if told:
+            yield told
+        reason = FinishReason.STOP if self._answer.stopped else ended.reason
+        yield self._finish(reason, ended.completion_tokens, ended.timings)
+
+    def _finish(self, reason: FinishReason, completion_tokens: int, timings: Timings) -> GenerationFinished:
+        self.done = True
+        return GenerationFinished(reason, Usage(self._admit.prompt_length, completion_tokens), timings)
+
+    def _fail(self, message: str, status: int) -> GenerationFailed:
+        self.done = True
+        return GenerationFailed(message, status)
+
+    def _timings(self) -> Timings:
+        """As measured here, where a stop string ends the answer and the head's own figures don't come."""
+        now = self._clock()
+        answered = now if self._answered_s is None else self._answered_s
+        return Timings(0.0, 1000 * (answered - self._admitted_s), 1000 * (now - answered))

@@ -1,0 +1,10 @@
+"""How anything in this room says that a request can't be served: it becomes the request's `GenerationFailed`."""
+
+
+class RefusedError(Exception):
+    """`message` is one sentence for a person; `status` is the HTTP status that fits."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status

@@ -1,0 +1,158 @@
+"""One request's life on the node that holds its HTTP connection: from messages to the last word of the answer.
+
+Pick an instance, write the prompt, send it to the head, turn what comes back into text, and leave nothing running:
+the request is cancelled at the head whenever its iterator is closed before the end. Prompts are never logged.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from covey.control import routing
+from covey.schema.cluster import ClusterState, Instance, Refused
+from covey.schema.generation import Admit, GenerationEvent, GenerationFailed, GenerationRequest
+from covey.schema.ids import ModelId, RequestId
+from covey.serving.answer import AnswerText
+from covey.serving.head import HeadConnection, HeadLostError, Heads
+from covey.serving.model_text import ModelTexts
+from covey.serving.progress import Progress
+from covey.serving.refusal import RefusedError
+from covey.text.detokenize import IncrementalDecoder
+from covey.text.stop import StopStrings
+
+READY_S_MAX: Final = 120.0  # how long a request waits for a model that is placed and still loading
+SEED_BITS: Final = 63
+GONE: Final = 503  # HTTP: try again, another instance may be up
+FIRST_ATTEMPT: Final = 1
+
+_log = logging.getLogger(__name__)
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A request that can be sent to a head."""
+
+    instance: Instance
+    admit: Admit
+    answer: AnswerText
+
+
+class Serving:
+    """Answers requests on this node. Used as `async with`, which ends its connections.
+
+    `state` and `wait_changed` are the node's view of the cluster; `texts` knows the models' tokenizers and templates.
+    """
+
+    def __init__(
+        self,
+        state: Callable[[], ClusterState],
+        wait_changed: Callable[[int, float], Awaitable[None]],
+        texts: ModelTexts,
+    ) -> None:
+        self._state = state
+        self._wait_changed = wait_changed
+        self._texts = texts
+        self._readers: TaskGroup = anyio.create_task_group()
+        self._heads = Heads(self._start_reader)
+
+    async def __aenter__(self) -> Self:
+        await self._readers.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        self._readers.cancel_scope.cancel()
+        return await self._readers.__aexit__(kind, error, trace)
+
+    def _start_reader(self, connection: HeadConnection) -> None:
+        self._readers.start_soon(connection.read)
+
+    # ---- one request ----
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
+        try:
+            prepared = await self._prepare(request)
+            connection = await self._connect(prepared.instance)
+            progress = Progress(prepared.admit, prepared.answer, time.monotonic)
+            async with connection.admitted(prepared.admit) as stream:
+                while not progress.done:
+                    for event in progress.take(await stream.next()):
+                        yield event
+        except RefusedError as refused:
+            _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
+            yield GenerationFailed(refused.message, refused.status)
+        except HeadLostError as lost:
+            _log.warning("a request for %s is lost: %s", request.model_id, lost)
+            yield GenerationFailed(f"{lost} Send the request again.", GONE)
+
+    async def _prepare(self, request: GenerationRequest) -> Prepared:
+        """Raises `RefusedError`."""
+        instance = await self._ready_instance(request.model_id)
+        text = await self._texts.of(instance.card)
+        token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
+        seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+        admit = Admit(
+            request_id=RequestId(uuid.uuid4().hex),
+            attempt=FIRST_ATTEMPT,
+            token_ids=tuple(token_ids),
+            prompt_length=len(token_ids),
+            sampling=msgspec.structs.replace(request.sampling, seed=seed),
+            token_count_max=token_count_max(request, len(token_ids), instance),
+            stop_token_ids=tuple(sorted(text.stop_token_ids)),
+        )
+        answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), admit)
+        return Prepared(instance, admit, answer)
+
+    async def _ready_instance(self, model_id: ModelId) -> Instance:
+        """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
+        deadline = time.monotonic() + READY_S_MAX
+        while True:
+            state = self._state()
+            picked = routing.pick(state, model_id)
+            if isinstance(picked, Instance):
+                return picked
+            left = deadline - time.monotonic()
+            if left <= 0 or not is_coming(state, model_id):
+                raise refusal(picked)
+            await self._wait_changed(state.revision, left)
+
+    async def _connect(self, instance: Instance) -> HeadConnection:
+        """Raises `HeadLostError`."""
+        address = routing.head_address(self._state(), instance)
+        if address is None:
+            raise HeadLostError(f"The head of {instance.card.model_id} has gone.")
+        return await self._heads.connect(instance.instance_id, address)
+
+
+def is_coming(state: ClusterState, model_id: ModelId) -> bool:
+    """Whether an instance of the model may become ready by itself."""
+    placed = [instance for instance in state.instances if instance.card.model_id == model_id]
+    failed = routing.InstancePhase.FAILED
+    return any(routing.instance_status(state, instance).phase is not failed for instance in placed)
+
+
+def refusal(refused: Refused) -> RefusedError:
+    hint = " POST /place_instance does the same." if refused.status == 404 else ""  # noqa: PLR2004 - HTTP
+    return RefusedError(refused.reason + hint, refused.status)
+
+
+def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:
+    """As many as were asked for, and as the context holds. Raises `RefusedError` if it holds none."""
+    room = instance.context_length - prompt_tokens
+    if room <= 0:
+        raise RefusedError(
+            f"The prompt has {prompt_tokens} tokens, and the context of {request.model_id} holds"
+            f" {instance.context_length} with the answer. Shorten the prompt, or place the model with more context.",
+            400,
+        )
+    return room if request.token_count_max is None else min(room, request.token_count_max)

@@ -1,0 +1,80 @@
+"""A head that says what a test wants, over a real socket, and remembers what it was told."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from covey.schema.generation import (
+    Admit,
+    Cancel,
+    Ended,
+    FinishReason,
+    HeadEvent,
+    Prefilled,
+    ServeCommand,
+    ServeHello,
+    Timings,
+    TokenSampled,
+)
+from covey.schema.runner import Address
+from covey.schema.wire import FrameBuffer, pack
+
+TIMINGS = Timings(1.0, 20.0, 30.0)
+_commands = msgspec.msgpack.Decoder(ServeCommand)
+
+
+def answer(admit: Admit, token_ids: Sequence[int]) -> list[HeadEvent]:
+    """What a well-behaved head says: the prompt is read, the tokens, the end."""
+    name, attempt, first = admit.request_id, admit.attempt, len(admit.token_ids)
+    tokens = [TokenSampled(name, attempt, first + i, token_id) for i, token_id in enumerate(token_ids)]
+    end = Ended(name, attempt, FinishReason.STOP, len(token_ids) + 1, TIMINGS)
+    return [Prefilled(name, attempt, first, first), *tokens, end]
+
+
+@dataclass
+class FakeHead:
+    say: Callable[[Admit], list[HeadEvent]]
+    port: int = 0
+    connections: int = 0
+    hellos: list[ServeHello] = field(default_factory=list)
+    admits: list[Admit] = field(default_factory=list)
+    cancels: list[Cancel] = field(default_factory=list)
+    hang_up_after: int | None = None  # events of the first request, then the connection ends
+
+    @property
+    def address(self) -> Address:
+        return Address("127.0.0.1", self.port)
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator["FakeHead"]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        frames = FrameBuffer()
+        while data := await reader.read(4096):
+            for body in frames.feed(data):
+                self._hear(_commands.decode(body), writer)
+        writer.close()
+
+    def _hear(self, command: ServeCommand, writer: asyncio.StreamWriter) -> None:
+        match command:
+            case ServeHello():
+                self.hellos.append(command)
+            case Cancel():
+                self.cancels.append(command)
+            case Admit():
+                self.admits.append(command)
+                for event in self.say(command)[: self.hang_up_after]:
+                    writer.write(pack(event))
+                if self.hang_up_after is not None:
+                    writer.close()

@@ -1,0 +1,377 @@
+"""A request goes to a head over a real socket and comes back as text; whoever leaves early leaves nothing running."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.api.fake_backend import CARD, cluster
+from tests.serving.fake_head import TIMINGS, FakeHead, answer
+
+from covey.schema.cluster import ClusterState, Member
+from covey.schema.generation import (
+    Admit,
+    Broken,
+    ChatMessage,
+    Ended,
+    FinishReason,
+    GenerationEvent,
+    GenerationFailed,
+    GenerationFinished,
+    GenerationRequest,
+    GenerationStarted,
+    HeadEvent,
+    PrefillProgressed,
+    Queued,
+    TextGenerated,
+    TokenSampled,
+    Usage,
+)
+from covey.schema.model import ModelCard
+from covey.schema.runner import Address, RunnerState
+from covey.serving import serving as serving_module
+from covey.serving.model_text import ModelTexts
+from covey.serving.refusal import RefusedError
+from covey.serving.serving import Serving
+
+READY = RunnerState.READY
+WAIT_S = 10
+
+
+class Letters:
+    """A model whose tokens are the bytes of its text."""
+
+    stop_token_ids = frozenset({0, 3})
+
+    def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        if messages[0].role == "system":
+            raise RefusedError("This model's template takes no system message.", 400)
+        return list("".join(message.content for message in messages).encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+def request(text: str = "Hi", **changes: Any) -> GenerationRequest:
+    messages = (ChatMessage(changes.pop("role", "user"), text),)
+    return GenerationRequest(model_id=CARD.model_id, messages=messages, **changes)
+
+
+class Node:
+    """What serving sees of a node: one instance, whose head listens at an address."""
+
+    def __init__(self, address: Address, *states: RunnerState) -> None:
+        self.state = at(cluster(*states), address)
+        self.loads = 0
+
+    async def wait_changed(self, revision: int, timeout_s: float) -> None:
+        async with asyncio.timeout(min(timeout_s, WAIT_S)):
+            while self.state.revision == revision:  # noqa: ASYNC110 - tests replace the snapshot freely
+                await asyncio.sleep(0.01)
+
+    async def file_of(self, card: ModelCard) -> Path:
+        return Path(card.model_id)
+
+    def load(self, _: Path) -> Letters:
+        self.loads += 1
+        return Letters()
+
+    def serving(self) -> Serving:
+        return Serving(lambda: self.state, self.wait_changed, ModelTexts(self.file_of, self.load))
+
+
+def at(state: ClusterState, address: Address) -> ClusterState:
+    def moved(member: Member) -> Member:
+        assert member.report is not None
+        runners = tuple(msgspec.structs.replace(each, data_address=address) for each in member.report.runners)
+        return msgspec.structs.replace(member, report=msgspec.structs.replace(member.report, runners=runners))
+
+    return msgspec.structs.replace(state, members=tuple(moved(each) for each in state.members))
+
+
+def says(text: str) -> Callable[[Admit], list[HeadEvent]]:
+    return lambda admit: answer(admit, list(text.encode()))
+
+
+async def all_of(serving: Serving, asked: GenerationRequest) -> list[GenerationEvent]:
+    return [event async for event in serving.generate(asked)]
+
+
+def text_of(events: list[GenerationEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextGenerated))
+
+
+def ids_of(events: list[GenerationEvent]) -> bytes:
+    return bytes(i for event in events if isinstance(event, TextGenerated) for i in event.token_ids)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - the other side of a socket
+            await asyncio.sleep(0.005)
+
+
+def told(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(story(), WAIT_S))
+
+
+Story = Callable[[FakeHead, Node, Serving], Awaitable[None]]
+
+
+def with_head(head: FakeHead, story: Story) -> None:
+    async def run() -> None:
+        async with head.listening():
+            node = Node(head.address, READY, READY)
+            async with node.serving() as serving:
+                await story(head, node, serving)
+
+    told(run)
+
+
+# ---- the way it should go ----
+
+
+def test_an_answer_from_the_first_event_to_the_last() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request(seed=9, token_count_max=50))
+        started, prefilled, *texts, finished = events
+        assert started == GenerationStarted(head.admits[0].request_id, 2, 9)
+        assert prefilled == PrefillProgressed(2, 2)
+        assert all(isinstance(event, TextGenerated) for event in texts)
+        assert text_of(events) == "Grüße 🐦"
+        assert ids_of(events) == "Grüße 🐦".encode()
+        assert finished == GenerationFinished(FinishReason.STOP, Usage(2, 13), TIMINGS)
+        assert head.hellos[0].instance_id == "inst-1"
+        admit = head.admits[0]
+        assert (admit.attempt, admit.token_ids, admit.prompt_length) == (1, (72, 105), 2)
+        assert (admit.sampling.seed, admit.token_count_max, admit.stop_token_ids) == (9, 50, (0, 3))
+        assert head.cancels == []
+
+    with_head(FakeHead(says("Grüße 🐦")), story)
+
+
+def test_each_request_gets_a_seed_of_its_own_and_all_share_a_connection_and_a_tokenizer() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        answers = await asyncio.gather(*(all_of(serving, request(f"Hi {number}")) for number in range(10)))
+        assert {text_of(events) for events in answers} == {"Hello"}
+        assert len({admit.sampling.seed for admit in head.admits}) == 10
+        assert len({admit.request_id for admit in head.admits}) == 10
+        assert head.connections == 1
+        assert node.loads == 1
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_without_a_limit_the_answer_may_fill_the_context_and_never_more() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        await all_of(serving, request("x" * 1000))
+        await all_of(serving, request("x" * 1000, token_count_max=500))
+        assert [admit.token_count_max for admit in head.admits] == [24, 24]
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_a_stop_string_ends_the_answer_and_the_request_at_the_head() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request(stop=("END", "never")))
+        assert text_of(events) == "one two "
+        assert ids_of(events) == b"one two END"
+        assert isinstance(events[-1], GenerationFinished)
+        assert events[-1].reason is FinishReason.STOP
+        assert events[-1].usage == Usage(2, 11)
+        await until(lambda: head.cancels)
+        assert head.cancels[0].request_id == head.admits[0].request_id
+
+    with_head(FakeHead(says("one two END three")), story)
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert text_of(await all_of(serving, request(stop=("END",)))) == "the EN"
+
+    with_head(FakeHead(says("the EN")), story)
+
+
+# ---- leaving ----
+
+
+def test_leaving_early_cancels_at_the_head() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        async with aclosing(serving.generate(request())) as events:
+            async for event in events:
+                if isinstance(event, TextGenerated):
+                    break
+        await until(lambda: head.cancels)
+        assert head.cancels[0].request_id == head.admits[0].request_id
+        assert head.cancels[0].attempt == head.admits[0].attempt
+
+    with_head(FakeHead(lambda admit: answer(admit, b"Hello")[:3]), story)
+
+
+def test_a_cancelled_task_cancels_at_the_head() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: head.cancels)
+
+    with_head(FakeHead(lambda _: []), story)
+
+
+# ---- what can go wrong ----
+
+
+def test_a_lost_connection_is_a_failure_and_the_next_request_opens_another() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request())
+        assert isinstance(events[-1], GenerationFailed)
+        assert events[-1].status == 503
+        assert events[-1].message.endswith("ended. Send the request again.")
+        head.hang_up_after = None
+        assert text_of(await all_of(serving, request())) == "Hello"
+        assert head.connections == 2
+
+    with_head(FakeHead(says("Hello"), hang_up_after=3), story)
+
+
+def test_a_head_that_is_not_there() -> None:
+    async def run() -> None:
+        async with FakeHead(says("")).listening() as head:
+            gone = head.address
+        async with Node(gone, READY, READY).serving() as serving:
+            events = await all_of(serving, request())
+            assert isinstance(events[0], GenerationFailed)
+            assert f"The head at 127.0.0.1:{gone.port} can't be reached" in events[0].message
+
+    told(run)
+
+
+def test_a_head_that_refuses_before_anything_else() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert await all_of(serving, request()) == [GenerationFailed("Busy.", 429)]
+
+    with_head(FakeHead(lambda admit: [Broken(admit.request_id, 1, "Busy.", 429)]), story)
+
+
+def test_a_head_that_breaks_after_it_queued_the_request() -> None:
+    def say(admit: Admit) -> list[HeadEvent]:
+        name = admit.request_id
+        return [Queued(name, 1, 3), Broken(name, 1, "The node berta is lost.", 503)]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request())
+        assert isinstance(events[0], GenerationStarted)
+        assert events[1:] == [GenerationFailed("The node berta is lost.", 503)]
+
+    with_head(FakeHead(say), story)
+
+
+def test_late_tokens_are_dropped_and_a_missing_one_is_a_failure() -> None:
+    def doubled(admit: Admit) -> list[HeadEvent]:
+        events = answer(admit, b"Hello")
+        late = TokenSampled(admit.request_id, 0, 3, 88)
+        return [*events[:3], events[2], late, *events[3:]]
+
+    def gap(admit: Admit) -> list[HeadEvent]:
+        events = answer(admit, b"Hello")
+        return [*events[:2], *events[3:]]
+
+    async def whole(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert text_of(await all_of(serving, request())) == "Hello"
+
+    async def broken(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request())
+        assert isinstance(events[-1], GenerationFailed)
+        assert "skipped a token" in events[-1].message
+
+    with_head(FakeHead(doubled), whole)
+    with_head(FakeHead(gap), broken)
+
+
+def test_a_cancellation_that_nobody_asked_for_does_not_look_complete() -> None:
+    def say(admit: Admit) -> list[HeadEvent]:
+        return [Ended(admit.request_id, 1, FinishReason.CANCELLED, 0, TIMINGS)]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert isinstance((await all_of(serving, request()))[-1], GenerationFailed)
+
+    with_head(FakeHead(say), story)
+
+
+def test_a_prompt_longer_than_the_context_is_told_both_numbers() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        (failed,) = await all_of(serving, request("x" * 1024))
+        assert isinstance(failed, GenerationFailed)
+        assert failed.status == 400
+        assert "The prompt has 1024 tokens" in failed.message
+        assert "holds 1024 with the answer" in failed.message
+        assert head.admits == []
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_messages_that_the_template_refuses() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        failed = GenerationFailed("This model's template takes no system message.", 400)
+        assert await all_of(serving, request(role="system")) == [failed]
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+# ---- not ready ----
+
+
+def test_a_model_that_loads_is_waited_for() -> None:
+    async def run() -> None:
+        async with FakeHead(says("Hello")).listening() as head:
+            node = Node(head.address, READY, RunnerState.LOADING)
+            async with node.serving() as serving:
+                task = asyncio.create_task(all_of(serving, request()))
+                await asyncio.sleep(0.05)
+                assert not task.done()
+                node.state = at(cluster(READY, READY, revision=8), head.address)
+                assert text_of(await task) == "Hello"
+
+    told(run)
+
+
+def test_a_model_that_loads_for_too_long_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "READY_S_MAX", 0.0)
+
+    async def run() -> None:
+        async with Node(Address("127.0.0.1", 9), READY, RunnerState.LOADING).serving() as serving:
+            (failed,) = await all_of(serving, request())
+            assert isinstance(failed, GenerationFailed)
+            assert (failed.status, "loading" in failed.message) == (503, True)
+
+    told(run)
+
+
+def test_a_model_that_failed_is_told_at_once() -> None:
+    async def run() -> None:
+        node = Node(Address("127.0.0.1", 9), READY, READY)
+        node.state = cluster(READY, RunnerState.FAILED, reason="Out of memory.")
+        async with node.serving() as serving:
+            (failed,) = await all_of(serving, request())
+            assert isinstance(failed, GenerationFailed)
+            assert (failed.status, "Out of memory." in failed.message) == (503, True)
+
+    told(run)
+
+
+def test_a_model_that_is_not_placed_is_told_how_to_place_it() -> None:
+    async def run() -> None:
+        node = Node(Address("127.0.0.1", 9))
+        async with node.serving() as serving:
+            (failed,) = await all_of(serving, request())
+            assert isinstance(failed, GenerationFailed)
+            assert failed.status == 404
+            assert "covey place Tiny-Chat" in failed.message
+            assert "POST /place_instance" in failed.message
+
+    told(run)
