@@ -9,8 +9,9 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,7 @@ from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
 from covey.effects import clock, identity, mesh, paths, processes
 from covey.effects.driver import Driver
+from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
@@ -34,9 +36,13 @@ from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
 from covey.effects.watching import watch_hardware, watch_models
 from covey.schema.cluster import ClusterState, Command, CommandOutcome, Hardware
+from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address
+from covey.serving.model_text import ModelTexts
+from covey.serving.refusal import RefusedError
+from covey.serving.serving import Serving
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
@@ -135,6 +141,7 @@ class Node:
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
+        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._file_of))
         self._server = HttpServer(create_app(self), listener)
         self._server_ended = anyio.Event()
 
@@ -151,7 +158,7 @@ class Node:
 
     async def run(self, announce: Callable[[NodeReady], None]) -> None:
         """Until a signal asks it to leave and all has ended, or has been ended."""
-        async with anyio.create_task_group() as tasks:
+        async with self._serving, anyio.create_task_group() as tasks:
             tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
@@ -203,6 +210,20 @@ class Node:
 
     async def submit(self, command: Command) -> CommandOutcome:
         return await self._driver.submit(command)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        return self._serving.generate(request)
+
+    async def _file_of(self, card: ModelCard) -> Path:
+        """For the tokenizer. On disk already, unless this node holds no part of the instance."""
+        try:
+            return await self._files.ensure(card, _ignore_progress)
+        except FetchError as error:
+            raise RefusedError(f"{error}.", HTTPStatus.SERVICE_UNAVAILABLE) from None
+
+
+def _ignore_progress(_: int, __: int) -> None:
+    """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
 
 
 def _reachable(host: str, hardware: Hardware) -> str:

@@ -13,6 +13,8 @@ import uvicorn
 BACKLOG: Final = 128
 GRACE_S: Final = 2  # for answers under way when the node ends; by then no runner is left to continue them
 
+_log = logging.getLogger("uvicorn.error")
+
 
 class ListenError(Exception):
     """The address can't be listened at; the message is one sentence for a person."""
@@ -72,10 +74,11 @@ class HttpServer:
         left = self._server.server_state.tasks  # cancelled by now, but not awaited
         if left:
             await asyncio.wait(left, timeout=GRACE_S)
+        _log.setLevel(logging.NOTSET)
 
     def stop(self) -> None:
         """Answers that break from now on break by our own wish, which is nothing to report."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        _log.setLevel(logging.CRITICAL)
         self._server.should_exit = True
 
 
