@@ -69,11 +69,11 @@ class FakeMachine:
         self.deadline_ms: int | None = None
         self.revision = 0
 
-    def handle(self, now_ms: int, input: Input) -> list[Effect]:  # noqa: A002, ARG002 - the real one's shape
-        self.inputs.append(input)
-        if isinstance(input, DeadlinePassed):
+    def handle(self, now_ms: int, news: Input) -> list[Effect]:  # noqa: ARG002 - the real one's shape
+        self.inputs.append(news)
+        if isinstance(news, DeadlinePassed):
             self.deadline_ms = None
-        return [Left()] if isinstance(input, LeaveRequested) else self.rules(input)
+        return [Left()] if isinstance(news, LeaveRequested) else self.rules(news)
 
     def deadline(self) -> int | None:
         return self.deadline_ms

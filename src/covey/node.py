@@ -1,0 +1,234 @@
+"""Introduces the rooms to one another: builds what touches the world, gives it a control machine, runs both.
+
+One task group holds all that a node does. A signal makes it leave: runners end first, then the API, then the mesh.
+"""
+
+import math
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+from msgspec import Struct
+
+from covey.api.backend import ListedModel
+from covey.api.errors import RequestError
+from covey.api.server import create_app
+from covey.control.machine import Machine
+from covey.control.settings import MachineSettings
+from covey.effects import clock, identity, mesh, paths, processes
+from covey.effects.driver import Driver
+from covey.effects.fetching import FetchError
+from covey.effects.http_server import HttpServer, ListenError, listen, port_of
+from covey.effects.identity import Identity, IdentityError
+from covey.effects.mailbox import Mailbox
+from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
+from covey.effects.model_files import ModelFiles, ModelNotFoundError
+from covey.effects.probe import Probe, user_name
+from covey.effects.watching import watch_hardware, watch_models
+from covey.schema.cluster import ClusterState, Command, CommandOutcome, Hardware
+from covey.schema.generation import GenerationEvent, GenerationRequest
+from covey.schema.ids import NodeId
+from covey.schema.model import ModelCard
+from covey.schema.runner import Address
+from covey.serving.model_text import ModelTexts
+from covey.serving.refusal import RefusedError
+from covey.serving.serving import Serving
+
+EXIT_OK: Final = 0
+EXIT_REFUSED: Final = 1
+LEAVE_S_MAX: Final = 12.0  # runners get twice their grace of 3 s, answers 2 s, the mesh 2 s; then all is cancelled
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised, not listened at
+
+
+class NodeOptions(Struct, frozen=True, kw_only=True):
+    """What a person may choose about a node."""
+
+    host: str = "127.0.0.1"
+    port: int = API_PORT_DEFAULT  # 0: any
+    data_dir: Path | None = None
+    name: str | None = None  # None: the machine's
+    peers: tuple[str, ...] = ()
+    cluster: str | None = None  # None: COVEY_CLUSTER, or this user's
+    engine: str = "onnx"
+    engine_options: dict[str, str] = {}
+
+
+class NodeReady(Struct, frozen=True, kw_only=True):
+    """A node that listens."""
+
+    node_id: NodeId
+    name: str
+    url: str
+    data_folder: Path
+
+
+def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int:
+    """Runs a node until SIGINT or SIGTERM. Returns the exit status, after a sentence where the node can't start.
+
+    `announce` is called once, when clients can connect.
+    """
+    try:
+        with ExitStack() as held:
+            folder = paths.node_folder(options.data_dir)
+            mine = held.enter_context(identity.claimed(folder))
+            listener = held.enter_context(listen(options.host, options.port))
+            anyio.run(_run, options, folder, mine, listener, announce)
+    except (IdentityError, ListenError, MeshError) as error:
+        sys.stderr.write(f"covey: {error}\n")
+        return EXIT_REFUSED
+    return EXIT_OK
+
+
+def cluster_name(chosen: str | None) -> str:
+    """Nodes of other clusters, and of other users of this machine, are not seen."""
+    return chosen or os.environ.get("COVEY_CLUSTER") or f"user-{user_name()}"
+
+
+async def _run(
+    options: NodeOptions,
+    folder: Path,
+    mine: Identity,
+    listener: socket.socket,
+    announce: Callable[[NodeReady], None],
+) -> None:
+    mailbox = Mailbox()
+    settings = MeshSettings(
+        cluster=cluster_name(options.cluster), port=mesh.mesh_port(port_of(listener)), peers=options.peers
+    )
+    async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
+        node = Node(options, folder, mine, opened, mailbox, listener)
+        await node.run(announce)
+    mailbox.close()
+
+
+class Node:
+    """One node, put together. To the API it is a `Backend`."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        folder: Path,
+        mine: Identity,
+        opened: mesh.Mesh,
+        mailbox: Mailbox,
+        listener: socket.socket,
+    ) -> None:
+        self.node_id = mine.node_id
+        self._folder = folder
+        self._mailbox = mailbox
+        self._mesh = opened
+        self._name = options.name or platform.node().partition(".")[0] or "node"
+        self._files = ModelFiles(paths.models_folder())
+        self._probe = Probe(paths.models_folder())
+        settings = self._settings(options, port_of(listener))
+        self._address = Address(options.host, port_of(listener))
+        self._driver = Driver(
+            Machine(mine.node_id, mine.boot, self._name, version("covey"), settings),
+            mailbox,
+            opened,
+            self._files,
+            clock=clock.now_ms,
+            command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
+        )
+        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._file_of))
+        self._server = HttpServer(create_app(self), listener)
+        self._server_ended = anyio.Event()
+
+    def _settings(self, options: NodeOptions, port: int) -> MachineSettings:
+        hardware = self._probe.hardware()
+        return MachineSettings(
+            thread_count=hardware.physical_cores,
+            engine=options.engine,
+            engine_options=options.engine_options,
+            api_address=Address(_reachable(options.host, hardware), port),
+        )
+
+    # ---- its life ----
+
+    async def run(self, announce: Callable[[NodeReady], None]) -> None:
+        """Until a signal asks it to leave and all has ended, or has been ended."""
+        async with self._serving, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
+            tasks.start_soon(self._mesh.run)
+            tasks.start_soon(watch_hardware, self._probe, self._mailbox)
+            tasks.start_soon(watch_models, self._files, self._mailbox)
+            tasks.start_soon(self._serve)
+            announce(self._ready())
+            await self._driver.run(self._open_runners)
+            self._server.stop()
+            await self._server_ended.wait()
+            tasks.cancel_scope.cancel()
+
+    def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
+        return processes.Processes(tasks, self._mailbox.put, self._folder / "logs")
+
+    async def _serve(self) -> None:
+        await self._server.serve()
+        self._server_ended.set()
+
+    async def _leave_on_signal(self, life: anyio.CancelScope) -> None:
+        """The first signal asks, within a bound; a second one ends everything now, though still in order."""
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                if life.deadline < math.inf:
+                    life.cancel()
+                life.deadline = anyio.current_time() + LEAVE_S_MAX
+                await self._driver.leave()
+
+    def _ready(self) -> NodeReady:
+        host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host
+        url = f"http://{host}:{self._address.port}"
+        return NodeReady(node_id=self.node_id, name=self._name, url=url, data_folder=self._folder)
+
+    # ---- what the API asks ----
+
+    def state(self) -> ClusterState:
+        return self._driver.state()
+
+    async def wait_changed(self, revision: int, timeout_s: float) -> None:
+        await self._driver.wait_changed(revision, timeout_s)
+
+    async def resolve_model(self, name: str) -> ModelCard:
+        try:
+            return await self._files.resolve(name)
+        except ModelNotFoundError as error:
+            raise RequestError(str(error), status=error.status) from None
+
+    def models(self) -> Sequence[ListedModel]:
+        return [ListedModel(card, self._files.is_on_disk(card)) for card in self._files.known()]
+
+    async def submit(self, command: Command) -> CommandOutcome:
+        return await self._driver.submit(command)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        return self._serving.generate(request)
+
+    async def _file_of(self, card: ModelCard) -> Path:
+        """For the tokenizer. On disk already, unless this node holds no part of the instance."""
+        try:
+            return await self._files.ensure(card, _ignore_progress)
+        except FetchError as error:
+            raise RefusedError(f"{error}.", HTTPStatus.SERVICE_UNAVAILABLE) from None
+
+
+def _ignore_progress(_: int, __: int) -> None:
+    """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
+
+
+def _reachable(host: str, hardware: Hardware) -> str:
+    """What to tell others about an API that listens at `host`: all addresses is none to connect to."""
+    if host not in WILDCARDS:
+        return host
+    others = [address for _, address in hardware.interfaces if ":" not in address and address not in LOOPBACK]
+    return others[0] if others else "127.0.0.1"

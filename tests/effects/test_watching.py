@@ -1,0 +1,48 @@
+"""What a node notices of itself without being asked."""
+
+from pathlib import Path
+
+import anyio
+import pytest
+from tiny_model import card, write_model
+
+from covey.checkpoints import catalogue
+from covey.effects import watching
+from covey.effects.mailbox import Mailbox
+from covey.effects.model_files import ModelFiles
+from covey.effects.probe import Probe
+from covey.schema.machine import HardwareProbed, ModelsListed
+from covey.schema.model import HubSource
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_hardware_is_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "LOOK_S", 0.01)
+    mailbox = Mailbox()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox)
+        seen = [await mailbox.take(5) for _ in range(3)]
+        tasks.cancel_scope.cancel()
+    assert all(isinstance(item, HardwareProbed) for item in seen)
+    mailbox.close()
+
+
+async def test_a_model_deleted_by_hand_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(watching, "LOOK_S", 0.01)
+    monkeypatch.setattr(catalogue, "listed", lambda: (listed,))
+    model = write_model(tmp_path / "model.gguf")
+    listed = card(model, "tiny", HubSource("owner/repo", "model.gguf"))
+    files, mailbox = ModelFiles(tmp_path / "models"), Mailbox()
+    path = files.path_of(listed.source)
+    path.parent.mkdir(parents=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watching.watch_models, files, mailbox)
+        assert await mailbox.take(5) == ModelsListed(())
+        path.write_bytes(model.read_bytes())
+        assert await mailbox.take(5) == ModelsListed((listed.model_id,))
+        path.unlink()
+        assert await mailbox.take(5) == ModelsListed(())
+        assert await mailbox.take(0.05) is None  # nothing new is not told
+        tasks.cancel_scope.cancel()
+    mailbox.close()
