@@ -12,10 +12,10 @@ from typing import Any, Self
 
 import msgspec
 
+from covey.engine.contract import Piece
 from covey.engine.fake import FakeStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
-from covey.engine.contract import Piece
 from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, Sampling, ServeHello, TokenSampled
 from covey.schema.ids import RequestId, RunnerId
 from covey.schema.model import Shard
@@ -68,7 +68,10 @@ class Runner:
 
     def __init__(self, spec: RunnerSpec) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "covey.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-m", "covey.engine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.messages: list[RunnerMessage] = []
         self.seen: list[RunnerMessage] = []

@@ -4,13 +4,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.api.fake_backend import CARD
-from tests.serving.test_serving import Letters
 
 from covey.schema.generation import ChatMessage
 from covey.schema.model import ModelCard
 from covey.serving.model_text import KEPT_MAX, ModelText, ModelTexts, load_model_text
 from covey.serving.refusal import RefusedError
+from tests.api.fake_backend import CARD
+from tests.serving.test_serving import Letters
 
 
 def card(name: str, file_bytes: int = 1) -> ModelCard:

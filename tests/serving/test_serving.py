@@ -8,8 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.api.fake_backend import CARD, cluster
-from tests.serving.fake_head import TIMINGS, FakeHead, answer
 
 from covey.schema.cluster import ClusterState, Member
 from covey.schema.generation import (
@@ -36,6 +34,8 @@ from covey.serving import serving as serving_module
 from covey.serving.model_text import ModelTexts
 from covey.serving.refusal import RefusedError
 from covey.serving.serving import Serving
+from tests.api.fake_backend import CARD, cluster
+from tests.serving.fake_head import TIMINGS, FakeHead, answer
 
 READY = RunnerState.READY
 WAIT_S = 10

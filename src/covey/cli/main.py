@@ -68,10 +68,16 @@ def up(
     peer: Annotated[list[str] | None, typer.Option(help="Address of another node, HOST or HOST:PORT.")] = None,
 ) -> None:
     """Run one node in the foreground."""
-    from covey.node import NodeOptions, run_node  # noqa: PLC0415 (the other commands start faster without a node)
+    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (the other commands start faster so)
+
+    def announce(ready: NodeReady) -> None:
+        out.print(
+            f"[bold]{escape(ready.name)}[/] is up (node {ready.node_id[:8]}, data in {escape(str(ready.data_folder))})."
+        )
+        out.print(f"The API is at [bold]{ready.url}/v1[/]. Ctrl-C ends the node.")
 
     options = NodeOptions(host=host, port=port, data_dir=data_dir, name=name, peers=tuple(peer or ()))
-    raise typer.Exit(run_node(options))
+    raise typer.Exit(run_node(options, announce))
 
 
 @app.command()

@@ -28,9 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ListenError(
-            f"{host!r} is no address of this machine ({error.strerror}); name one with --host"
-        ) from None
+        raise ListenError(f"{host!r} is no address of this machine ({error.strerror}); name one with --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # those who left a moment ago don't count
         listener.bind(address)

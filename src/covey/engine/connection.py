@@ -16,9 +16,7 @@ from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
 
 BACKLOG_BYTES_MAX: Final = 4 * 1024 * 1024  # over 30000 events that nobody read: the other side hangs
 RECEIVE_BYTES: Final = 64 * 1024
-COMMANDS_WAITING_MAX: Final = (
-    256  # more than a queue of requests and their cancellations; the rest waits in the socket
-)
+COMMANDS_WAITING_MAX: Final = 256  # more than a queue of requests and their cancellations; the rest waits in the socket
 
 log = logging.getLogger(__name__)
 _commands = msgspec.msgpack.Decoder(Admit | Cancel)
