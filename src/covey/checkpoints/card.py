@@ -1,0 +1,187 @@
+"""From the header of a GGUF file to a `ModelCard`: what placement and clients need to know, without the weights.
+
+Keys and tensor names are those of the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Whether an engine can compute the architecture is not asked here.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Final
+
+from msgspec import Struct
+
+from covey.checkpoints import metadata as read
+from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry
+from covey.schema.ids import ModelId
+from covey.schema.model import ModelCard, ModelSource, Shard
+
+# More than any model has; a value beyond is damage, and would only fail later and less clearly.
+LAYERS_MAX: Final = 10_000
+SIZE_MAX: Final = 1 << 24  # hidden, feed-forward and vocabulary sizes, and heads
+CONTEXT_MAX: Final = 1 << 40
+
+_LAYER_TENSOR: Final = re.compile(r"blk\.(\d{1,6})\.")
+_EMBEDDING: Final = "token_embd.weight"
+_EMBEDDING_PREFIXES: Final = ("token_embd", "position_embd", "token_types")
+_OUTPUT: Final = "output.weight"
+
+
+def card_from_header(header: GgufHeader, model_id: ModelId, source: ModelSource) -> ModelCard:
+    """Raises `CheckpointError` that names the metadata key or tensor that is missing or absurd."""
+    _expect_whole(header)
+    architecture = read.text(header.metadata, "general.architecture")
+    sizes = _sizes(header, architecture)
+    layers, embedding, output = _bytes_by_place(header.tensors.values(), sizes.layer_count)
+    return ModelCard(
+        model_id=model_id,
+        source=source,
+        architecture=architecture,
+        quantization=_main_type(header.tensors.values()),
+        layer_count=sizes.layer_count,
+        hidden_size=sizes.hidden,
+        attention_head_count=sizes.heads,
+        kv_head_count=sizes.kv_heads,
+        head_size=sizes.head,
+        feed_forward_size=sizes.feed_forward,
+        vocabulary_size=sizes.vocabulary,
+        context_length_max=sizes.context,
+        file_bytes=header.file_bytes,
+        layer_bytes=layers,
+        embedding_bytes=embedding,
+        output_bytes=output,
+    )
+
+
+def shard_bytes(card: ModelCard, shard: Shard) -> int:
+    """Bytes of the tensors that the runner of `shard` reads; a tied embedding counts at both ends."""
+    layers = sum(card.layer_bytes[shard.layer_start : shard.layer_end])
+    first = card.embedding_bytes if shard.layer_start == 0 else 0
+    last = card.output_bytes if shard.layer_end == card.layer_count else 0
+    return min(first + layers + last, card.file_bytes)  # a shard with both ends reads a tied embedding once
+
+
+class _Sizes(Struct, frozen=True):
+    layer_count: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    feed_forward: int
+    vocabulary: int
+    context: int
+
+
+def _expect_whole(header: GgufHeader) -> None:
+    parts = header.metadata.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(
+            f"the GGUF file is one of {parts} parts ('split.count'); join them with llama-gguf-split --merge first"
+        )
+
+
+def _sizes(header: GgufHeader, architecture: str) -> _Sizes:
+    values = header.metadata
+    hidden = read.count(values, f"{architecture}.embedding_length", SIZE_MAX)
+    heads = read.count(values, f"{architecture}.attention.head_count", SIZE_MAX)
+    return _Sizes(
+        layer_count=read.count(values, f"{architecture}.block_count", LAYERS_MAX),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_count_or(header, f"{architecture}.attention.head_count_kv", heads),
+        head=_head_size(header, architecture, hidden, heads),
+        feed_forward=_feed_forward(header, architecture),
+        vocabulary=_vocabulary(header, architecture, hidden),
+        context=read.count(values, f"{architecture}.context_length", CONTEXT_MAX),
+    )
+
+
+def _count_or(header: GgufHeader, key: str, default: int) -> int:
+    return read.count(header.metadata, key, SIZE_MAX) if key in header.metadata else default
+
+
+def _head_size(header: GgufHeader, architecture: str, hidden: int, heads: int) -> int:
+    key = f"{architecture}.attention.key_length"
+    if key not in header.metadata and hidden < heads:
+        raise CheckpointError(
+            f"the GGUF file is damaged: its '{architecture}.attention.head_count' of {heads} is above its "
+            f"'{architecture}.embedding_length' of {hidden}"
+        )
+    return _count_or(header, key, hidden // heads)
+
+
+def _feed_forward(header: GgufHeader, architecture: str) -> int:
+    """A model that has nothing but experts may state the size of one expert alone."""
+    key, expert_key = f"{architecture}.feed_forward_length", f"{architecture}.expert_feed_forward_length"
+    stated_key = expert_key if key not in header.metadata and expert_key in header.metadata else key
+    return read.count(header.metadata, stated_key, SIZE_MAX)
+
+
+def _vocabulary(header: GgufHeader, architecture: str, hidden: int) -> int:
+    """Rows of the embedding; they must agree with what the metadata says, since the tokens index them."""
+    embedding = header.tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"the GGUF file has no tensor {_EMBEDDING!r}, so it is no complete language model")
+    if len(embedding.shape) != 2 or embedding.shape[1] != hidden:  # noqa: PLR2004  # rows and columns
+        raise CheckpointError(
+            f"the GGUF file is damaged: {_EMBEDDING!r} measures {embedding.shape}, which does not fit its "
+            f"'{architecture}.embedding_length' of {hidden}"
+        )
+    stated = _count_or(header, f"{architecture}.vocab_size", embedding.shape[0])
+    if stated != embedding.shape[0]:
+        raise CheckpointError(
+            f"the GGUF file is damaged: its '{architecture}.vocab_size' is {stated} but {_EMBEDDING!r} has "
+            f"{embedding.shape[0]} rows"
+        )
+    return stated
+
+
+def _bytes_by_place(tensors: Collection[TensorEntry], layer_count: int) -> tuple[tuple[int, ...], int, int]:
+    """Bytes of each layer, of what the first stage needs besides, and of what the last needs besides."""
+    layers = [0] * layer_count
+    first = last = 0
+    for tensor in tensors:
+        match = _LAYER_TENSOR.match(tensor.name)
+        if match:
+            layers[_layer_index(tensor.name, int(match[1]), layer_count)] += tensor.byte_count
+        else:
+            first += tensor.byte_count if _belongs_to_first(tensor.name) else 0
+            last += tensor.byte_count if _belongs_to_last(tensor.name) else 0
+    names = {tensor.name: tensor.byte_count for tensor in tensors}
+    if _OUTPUT not in names:
+        last += names[_EMBEDDING]
+    _expect_no_gap(layers)
+    return tuple(layers), first, last
+
+
+def _belongs_to_first(name: str) -> bool:
+    """What is of neither end (rope factors, say) any stage may need, so both ends count it."""
+    return not name.startswith("output")
+
+
+def _belongs_to_last(name: str) -> bool:
+    return not name.startswith(_EMBEDDING_PREFIXES)
+
+
+def _layer_index(name: str, layer: int, layer_count: int) -> int:
+    if layer >= layer_count:
+        raise CheckpointError(
+            f"the GGUF file is damaged: it has a tensor {name!r} but its metadata ('block_count') says that it has "
+            f"{layer_count} layers"
+        )
+    return layer
+
+
+def _expect_no_gap(layers: list[int]) -> None:
+    if 0 in layers:
+        raise CheckpointError(
+            f"the GGUF file is damaged: its metadata ('block_count') says that it has {len(layers)} layers, "
+            f"but layer {layers.index(0)} has no tensors"
+        )
+
+
+def _main_type(tensors: Collection[TensorEntry]) -> str:
+    bytes_by_type: Counter[str] = Counter()
+    for tensor in tensors:
+        bytes_by_type[tensor.type] += tensor.byte_count
+    return max(sorted(bytes_by_type), key=lambda name: bytes_by_type[name])

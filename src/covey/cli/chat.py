@@ -1,0 +1,128 @@
+"""Prompts in, text out: one answer, or a conversation."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Struct
+
+from covey.cli.client import CliError, NodeClient
+from covey.cli.console import err, out
+from covey.schema.generation import (
+    GenerationFailed,
+    GenerationFinished,
+    GenerationStarted,
+    TextGenerated,
+)
+
+INTERRUPTED_EXIT: Final = 130
+HELP: Final = "Ctrl-C stops an answer, Ctrl-D leaves."
+
+
+class Answer(Struct):
+    """What came back. `finished` is None while it runs, or when it was interrupted."""
+
+    text: str = ""
+    token_ids: list[int] = []
+    prompt_tokens: int = 0
+    first_token_seconds: float = 0.0
+    finished: GenerationFinished | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        assert self.finished is not None, "an answer that has ended"
+        return self.prompt_tokens / max(self.finished.timings.prefill_ms / 1000, 1e-6)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first (which prefill gives) by the time that they took."""
+        assert self.finished is not None, "an answer that has ended"
+        count = self.finished.usage.completion_tokens - 1
+        return max(count, 0) / max(self.finished.timings.decode_ms / 1000, 1e-6)
+
+
+def ask(node: NodeClient, body: dict[str, Any], show: Callable[[str], None]) -> Answer:
+    """Streams one answer into `show`. Raises `CliError` with the reason if it could not be completed."""
+    answer, started = Answer(), time.monotonic()
+    for event in node.generate(body):
+        match event:
+            case GenerationStarted():
+                answer.prompt_tokens = event.prompt_tokens
+            case TextGenerated():
+                answer.first_token_seconds = answer.first_token_seconds or time.monotonic() - started
+                answer.text += event.text
+                answer.token_ids += event.token_ids
+                show(event.text)
+            case GenerationFinished():
+                answer.finished = event
+            case GenerationFailed():
+                raise CliError(event.message)
+            case _:
+                pass
+    if answer.finished is None:
+        raise CliError("The answer broke off before its end: the connection to the node was lost.")
+    return answer
+
+
+def write(text: str) -> None:
+    """Straight to standard output: an answer is not markup."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def figures(answer: Answer) -> str:
+    """One line on how fast it was."""
+    assert answer.finished is not None, "an answer that has ended"
+    usage = answer.finished.usage
+    return (
+        f"{answer.decode_tokens_per_second:.1f} tokens/s ({usage.completion_tokens} tokens), prompt "
+        f"{answer.prefill_tokens_per_second:.0f} tokens/s ({usage.prompt_tokens} tokens), "
+        f"first token after {answer.first_token_seconds:.2f} s"
+    )
+
+
+def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any]) -> None:
+    """One question, one answer; the figures go to standard error, where they disturb no pipe."""
+    messages = [{"role": "user", "content": prompt}]
+    answer = ask(node, {"model": model, "messages": messages, **options}, write)
+    write("\n")
+    if err.is_terminal:
+        err.print(figures(answer), style="dim")
+
+
+def conversation(node: NodeClient, model: str, options: dict[str, Any]) -> None:
+    """Asks and answers until the person leaves; the whole conversation goes with each question."""
+    err.print(f"{model}. {HELP}", style="dim")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            prompt = out.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if prompt:
+            messages.append({"role": "user", "content": prompt})
+            _turn(node, model, messages, options)
+
+
+def _turn(node: NodeClient, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
+    """One answer, added to `messages`; what was interrupted is kept as far as it came."""
+    said: list[str] = []
+
+    def show(text: str) -> None:
+        said.append(text)
+        write(text)
+
+    try:
+        answer = ask(node, {"model": model, "messages": messages, **options}, show)
+        write("\n")
+        err.print(figures(answer), style="dim")
+    except KeyboardInterrupt:
+        write("\n")
+        err.print("stopped", style="dim")
+    except CliError as error:
+        err.print(str(error), style="red")
+        messages.pop()
+        return
+    messages.append({"role": "assistant", "content": "".join(said)})

@@ -1,0 +1,106 @@
+"""A node's HTTP API as the commands need it. Everything that goes wrong becomes a `CliError` with one sentence."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import httpx
+import msgspec
+
+from covey.schema.cluster import ClusterState
+from covey.schema.generation import GenerationEvent
+
+CONNECT_SECONDS_MAX: Final = 5.0
+ANSWER_SECONDS_MAX: Final = 60.0  # a hub may have to be asked before a placement is answered
+SILENCE_SECONDS_MAX: Final = 30.0  # streams say something every 10 s
+
+
+class CliError(Exception):
+    """What a person is told before the command ends with exit status 1."""
+
+
+class NodeAwayError(CliError):
+    """Nobody answers at the address."""
+
+
+class NodeClient:
+    """The node at `url`. Use it as a context manager."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        timeout = httpx.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> "NodeClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def cluster(self) -> ClusterState:
+        """The cluster as the node sees it."""
+        with self._explained():
+            return msgspec.json.decode(_checked(self._http.get("/cluster")).content, type=ClusterState)
+
+    def changes(self) -> Iterator[ClusterState]:
+        """The cluster now, and again after each change; ends when the node does."""
+        for data in self._stream("GET", "/cluster/changes", None):
+            yield msgspec.json.decode(data, type=ClusterState)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The listed models, in OpenAI's shape."""
+        with self._explained():
+            return list(_checked(self._http.get("/v1/models")).json()["data"])
+
+    def place(self, model: str, **options: Any) -> dict[str, Any]:
+        """Asks for an instance; the answer has `instance_id` and `model_card`."""
+        with self._explained():
+            return dict(_checked(self._http.post("/place_instance", json={"model_id": model, **options})).json())
+
+    def delete(self, instance_id: str) -> None:
+        with self._explained():
+            _checked(self._http.delete(f"/instance/{instance_id}"))
+
+    def generate(self, body: dict[str, Any]) -> Iterator[GenerationEvent]:
+        """The answer, event by event. Closing the iterator cancels it."""
+        for data in self._stream("POST", "/generate", body):
+            yield msgspec.json.decode(data, type=GenerationEvent)
+
+    def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
+        """The data of each server-sent event."""
+        timeout = httpx.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX, read=SILENCE_SECONDS_MAX)
+        with self._explained(), self._http.stream(method, path, json=body, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+            _checked(response)
+            for line in response.iter_lines():
+                if line.startswith("data:") and line != "data: [DONE]":
+                    yield line.removeprefix("data:").strip().encode()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            sentence = f"No node answers at {self.url}. Start one with `covey up`, or name another with --url."
+            raise NodeAwayError(sentence) from error
+        except httpx.InvalidURL as error:
+            raise CliError(f"{self.url!r} is not an address of a node: {error}.") from error
+        except httpx.UnsupportedProtocol as error:
+            raise CliError(f"{self.url!r} is not an address of a node: write it as http://HOST:PORT.") from error
+        except httpx.HTTPError as error:
+            raise CliError(f"The node at {self.url} broke off: {error or type(error).__name__}.") from error
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise CliError(f"{self.url} does not answer like a Covey node of this version: {error}.") from error
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    """The answer, if it is one. Raises `CliError` with the node's own sentence."""
+    if response.is_success:
+        return response
+    try:
+        message = str(response.json()["error"]["message"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        message = f"The node answered with status {response.status_code}."
+    raise CliError(message)

@@ -1,0 +1,116 @@
+"""The main job on one machine: nodes that find each other, one model over all of them, one answer."""
+
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from covey.cli import chat
+from covey.cli.client import NodeClient
+from covey.cli.console import err, out
+from covey.cli.local_nodes import LocalNode, end_nodes, start_nodes, wait_together
+from covey.cli.placing import ensure_ready
+from covey.cli.tables import layers_table, node_names, stage_rows
+from covey.schema.cluster import Instance
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+class DemoOptions(Struct, frozen=True, kw_only=True):
+    """As `covey demo` was called."""
+
+    nodes: int
+    once: bool
+    prompt: str
+    max_tokens: int
+    temperature: float
+    as_json: bool
+    port: int
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Until the answer (`once`) or until Ctrl-C. Raises `CliError`; leaves no process behind in any case."""
+    nodes: list[LocalNode] = []
+    with tempfile.TemporaryDirectory(prefix="covey-demo-") as folder, _ends_by_signal():
+        try:
+            start_nodes(Path(folder), options.nodes, options.port, nodes)
+            with NodeClient(nodes[0].url) as client:
+                _play(options, nodes, client)
+        finally:
+            end_nodes(nodes)
+
+
+@contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the demo the way Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> None:
+    err.print(f"Starting {len(nodes)} node{'s' * (len(nodes) > 1)} on this machine …", style="dim")
+    wait_together(nodes, client)
+    instance = ensure_ready(client, MODEL, len(nodes))
+    rows = stage_rows(instance, node_names(client.cluster()))
+    if not options.as_json:
+        out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")
+        out.print(layers_table(rows))
+        out.print(f"\n[bold]> {options.prompt}[/]")
+    answer = _ask(options, client, instance)
+    if options.as_json:
+        chat.write(json.dumps(_report(answer, rows)) + "\n")
+    else:
+        out.print(f"\n[dim]{chat.figures(answer)}[/]\n")
+    if not options.once:
+        _serve(options, nodes)
+
+
+def _ask(options: DemoOptions, client: NodeClient, instance: Instance) -> chat.Answer:
+    body = {
+        "model": instance.card.model_id,
+        "messages": [{"role": "user", "content": options.prompt}],
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+    }
+
+    def silent(_: str) -> None:
+        """With --json the text is in the object."""
+
+    return chat.ask(client, body, silent if options.as_json else chat.write)
+
+
+def _report(answer: chat.Answer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "prefill_tokens_per_second": round(answer.prefill_tokens_per_second, 2),
+        "decode_tokens_per_second": round(answer.decode_tokens_per_second, 2),
+        "nodes": [{key: row[key] for key in ("name", "layers", "memory_bytes")} for row in rows],
+    }
+
+
+def _serve(options: DemoOptions, nodes: list[LocalNode]) -> None:
+    """Until Ctrl-C, or until a node ends by itself."""
+    if not options.as_json:
+        out.print(f"The API is at [bold]{nodes[0].url}/v1[/] (OpenAI's chat completions). Try in another terminal:\n")
+        out.print(f"  covey run {MODEL} --url {nodes[0].url}\n")
+        out.print("Ctrl-C ends all nodes.", style="dim")
+    pause = threading.Event()
+    while not pause.wait(1.0):
+        for node in nodes:
+            node.check()

@@ -1,0 +1,111 @@
+"""Nodes that the demo starts on this machine, and ends again, whatever happens."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from covey.cli.client import CliError, NodeAwayError, NodeClient
+from covey.schema.cluster import Visibility
+
+HOST: Final = "127.0.0.1"
+START_SECONDS_MAX: Final = 40.0  # small boards import slowly
+POLL_SECONDS: Final = 0.05
+STOP_SECONDS_MAX: Final = 15.0  # a node ends its runners within 10 s
+LOG_LINES_SHOWN: Final = 15
+
+
+class LocalNode:
+    """One `covey up` process, its address and its log."""
+
+    def __init__(self, folder: Path, name: str, port: int, cluster: str) -> None:
+        self.name = name
+        self.url = f"http://{HOST}:{port}"
+        self._log = folder / f"{name}.log"
+        command = [sys.executable, "-m", "covey.cli", "up", "--host", HOST, "--port", str(port)]
+        command += ["--name", name, "--data-dir", str(folder / name)]
+        with self._log.open("wb") as log:
+            # A session of its own: Ctrl-C reaches the demo alone, which then ends its nodes in order.
+            self._process = subprocess.Popen(  # noqa: S603 (our own program)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "COVEY_CLUSTER": cluster},
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raises `CliError` with the end of its log if the process is gone."""
+        status = self._process.poll()
+        if status is not None:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+            raise CliError(f"{self.name} ended with status {status}:\n{tail}")
+
+    def ask_to_end(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self, seconds: float) -> None:
+        """Waits for the end; kills what does not come to one."""
+        try:
+            self._process.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its runners end with it: they watch their standard input
+            self._process.wait()
+
+
+def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
+    """Starts `count` nodes that form a cluster of their own; each is in `into` as soon as it exists."""
+    cluster = f"demo-{os.getpid()}"
+    for number in range(1, count + 1):  # not a comprehension: a failure must find those before it in `into`
+        into.append(  # noqa: PERF401
+            LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0), cluster)
+        )
+
+
+def end_nodes(nodes: list[LocalNode]) -> None:
+    """All at once, within `STOP_SECONDS_MAX`."""
+    for node in nodes:
+        node.ask_to_end()
+    deadline = time.monotonic() + STOP_SECONDS_MAX
+    for node in nodes:
+        node.end(deadline - time.monotonic())
+
+
+def wait_together(nodes: list[LocalNode], client: NodeClient) -> None:
+    """Until the first node sees all others. Raises `CliError` if one ends, or if it takes too long."""
+    deadline = time.monotonic() + START_SECONDS_MAX
+    while time.monotonic() < deadline:
+        for node in nodes:
+            node.check()
+        if _seen(client) == len(nodes):
+            return
+        time.sleep(POLL_SECONDS)
+    raise CliError(
+        f"After {START_SECONDS_MAX:.0f} s the first node sees {_seen(client)} of {len(nodes)} nodes: "
+        "is multicast on the loopback interface blocked?"
+    )
+
+
+def _seen(client: NodeClient) -> int:
+    try:
+        state = client.cluster()
+    except NodeAwayError:
+        return 0
+    return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in state.members)
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` if nobody has it, else one that is free now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, wanted))
+        except OSError:
+            listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,206 @@
+"""The commands. Each is a client of a node's HTTP API, but for `up`, which is a node, and `demo`, which starts some."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Final, ParamSpec
+
+import typer
+from rich.markup import escape
+
+from covey.cli import chat, tables
+from covey.cli.client import CliError, NodeClient
+from covey.cli.console import err, out
+from covey.cli.demo import DemoOptions, run_demo
+from covey.cli.placing import ensure_ready, wait_ready
+
+DEFAULT_PORT: Final = 52415
+DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
+FAILURE_EXIT: Final = 1
+
+app = typer.Typer(
+    name="covey",
+    help="Runs large language models on the devices you already own, joined into one cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to talk to.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
+Arguments = ParamSpec("Arguments")
+
+
+def explained(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A failure is one sentence on standard error and exit status 1."""
+
+    @wraps(command)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
+        try:
+            command(*arguments, **options)
+        except CliError as error:
+            err.print(escape(str(error)), style="red", soft_wrap=True)
+            raise typer.Exit(FAILURE_EXIT) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(chat.INTERRUPTED_EXIT) from None
+        except BrokenPipeError:  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(FAILURE_EXIT) from None
+
+    return run
+
+
+def print_json(value: Any) -> None:
+    chat.write(json.dumps(value, indent=2) + "\n")
+
+
+@app.command()
+def up(
+    host: Annotated[str, typer.Option(help="Where the HTTP API listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The HTTP API's port.")] = DEFAULT_PORT,
+    data_dir: Annotated[Path | None, typer.Option(help="Identity and logs of this node.")] = None,
+    name: Annotated[str | None, typer.Option(help="What people call this node; default: the host's name.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Address of another node, HOST or HOST:PORT.")] = None,
+) -> None:
+    """Run one node in the foreground."""
+    from covey.node import NodeOptions, run_node  # noqa: PLC0415 (the other commands start faster without a node)
+
+    options = NodeOptions(host=host, port=port, data_dir=data_dir, name=name, peers=tuple(peer or ()))
+    raise typer.Exit(run_node(options))
+
+
+@app.command()
+@explained
+def run(
+    model: str,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Without one: a conversation.")] = None,
+    url: Url = DEFAULT_URL,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+) -> None:
+    """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {key: value for key, value in given.items() if value is not None}
+    question = " ".join(prompt or ())
+    if not question and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+        if not question:
+            raise CliError("There is no prompt: standard input is empty.")
+    with NodeClient(url) as node:
+        model_id = ensure_ready(node, local_path(model)).card.model_id
+        if question:
+            chat.single(node, model_id, question, options)
+        else:
+            chat.conversation(node, model_id, options)
+
+
+@app.command()
+@explained
+def place(
+    model: str,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Spread it over at least so many nodes.")] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
+) -> None:
+    """Make a model ready on the cluster, and wait until it is."""
+    with NodeClient(url) as node:
+        options = {} if nodes is None else {"min_nodes": nodes}
+        instance = wait_ready(node, str(node.place(local_path(model), **options)["instance_id"]))
+        rows = tables.stage_rows(instance, tables.node_names(node.cluster()))
+    if as_json:
+        print_json({"instance_id": instance.instance_id, "model_id": instance.card.model_id, "nodes": rows})
+    else:
+        out.print(f"{instance.card.model_id} is ready as [bold]{instance.instance_id}[/]:\n")
+        out.print(tables.layers_table(rows))
+
+
+@app.command()
+@explained
+def stop(instance: str, url: Url = DEFAULT_URL) -> None:
+    """Remove an instance; `covey ps` lists them."""
+    with NodeClient(url) as node:
+        node.delete(instance)
+    out.print(f"{instance} is stopped.")
+
+
+@app.command()
+@explained
+def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
+    """List the instances."""
+    with NodeClient(url) as node:
+        rows = tables.instance_rows(node.cluster())
+    if as_json:
+        print_json(rows)
+    elif rows:
+        out.print(tables.instances_table(rows))
+    else:
+        out.print("No model is placed. `covey place MODEL` places one; `covey models` lists them.")
+
+
+@app.command()
+@explained
+def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
+    """List the nodes of the cluster."""
+    with NodeClient(url) as node:
+        rows = tables.node_rows(node.cluster())
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(tables.nodes_table(rows))
+
+
+@app.command()
+@explained
+def models(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
+    """List the models that can be named."""
+    with NodeClient(url) as node:
+        listed = node.models()
+    if as_json:
+        print_json(listed)
+    else:
+        out.print(tables.models_table(listed))
+
+
+@app.command()
+@explained
+def demo(
+    nodes: Annotated[int, typer.Option(min=1, max=16, help="How many nodes to start.")] = 2,
+    once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,  # noqa: FBT002
+    prompt: Annotated[str, typer.Option(help="The first question.")] = "What is the capital of France?",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy.")] = 0.0,
+    as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
+) -> None:
+    """Start nodes on this machine, split the demo model over them, and ask it something."""
+    options = DemoOptions(
+        nodes=nodes,
+        once=once,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        as_json=as_json,
+        port=DEFAULT_PORT,
+    )
+    try:
+        run_demo(options)
+    except KeyboardInterrupt:
+        if once:
+            raise
+        err.print("All nodes have ended.", style="dim")
+
+
+def local_path(model: str) -> str:
+    """A path is meant from where the command runs, and the node runs elsewhere."""
+    if model.startswith("hf:") or not (model.endswith(".gguf") or "/" in model):
+        return model
+    return str(Path(model).expanduser().absolute())
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,125 @@
+"""What the listing commands show, as tables for people and as plain data for `--json`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from covey.cli.console import size
+from covey.control.routing import instance_status
+from covey.schema.cluster import ClusterState, Instance, Member
+
+Row = dict[str, Any]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table: a line under the titles and no frame."""
+    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    for title in titles:
+        drawn.add_column(title, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def node_names(state: ClusterState) -> dict[str, str]:
+    """What people call each node; its id until it has said its name."""
+    return {m.node_id: m.report.name if m.report else m.node_id[:8] for m in state.members}
+
+
+def instance_rows(state: ClusterState) -> list[Row]:
+    names = node_names(state)
+    return [
+        {
+            "instance_id": instance.instance_id,
+            "model_id": instance.card.model_id,
+            "status": instance_status(state, instance).text,
+            "context_length": instance.context_length,
+            "slots": instance.slot_count,
+            "nodes": stage_rows(instance, names),
+        }
+        for instance in state.instances
+    ]
+
+
+def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
+    """Which node holds which layers (half open), and the memory that placement counted."""
+    return [
+        {
+            "name": names.get(stage.node_id, stage.node_id[:8]),
+            "node_id": stage.node_id,
+            "layers": [stage.shard.layer_start, stage.shard.layer_end],
+            "memory_bytes": stage.memory_bytes,
+        }
+        for stage in instance.stages
+    ]
+
+
+def instances_table(rows: Sequence[Row]) -> Table:
+    drawn = [
+        (
+            row["instance_id"],
+            row["model_id"],
+            row["status"],
+            str(row["context_length"]),
+            ", ".join(f"{node['name']} {node['layers'][0]}–{node['layers'][1] - 1}" for node in row["nodes"]),
+        )
+        for row in rows
+    ]
+    return table(("instance", "model", "status", "context", "layers"), drawn)
+
+
+def layers_table(rows: Sequence[Row]) -> Table:
+    drawn = [
+        (node["name"], f"{node['layers'][0]}–{node['layers'][1] - 1}", size(node["memory_bytes"])) for node in rows
+    ]
+    return table(("node", "layers", "memory"), drawn)
+
+
+def node_rows(state: ClusterState) -> list[Row]:
+    return [_node_row(state, member) for member in state.members]
+
+
+def _node_row(state: ClusterState, member: Member) -> Row:
+    report = member.report
+    hardware = report.hardware if report else None
+    return {
+        "name": report.name if report else None,
+        "node_id": member.node_id,
+        "visibility": member.visibility.value,
+        "heard_ms_ago": member.heard_ms_ago,
+        "leader": state.leader == member.node_id,
+        "this_node": state.node_id == member.node_id,
+        "processor": hardware.processor if hardware else None,
+        "cores": hardware.physical_cores if hardware else None,
+        "memory_bytes_available": hardware.memory_bytes_available if hardware else None,
+        "memory_bytes_total": hardware.memory_bytes_total if hardware else None,
+        "os": f"{hardware.os_name} {hardware.os_version}" if hardware else None,
+    }
+
+
+def nodes_table(rows: Sequence[Row]) -> Table:
+    return table(("node", "id", "seen", "processor", "memory free", "role"), [_node_cells(row) for row in rows])
+
+
+def _node_cells(row: Row) -> tuple[str, ...]:
+    seen = row["visibility"] if row["visibility"] == "visible" else f"away for {row['heard_ms_ago'] // 1000} s"
+    known = row["memory_bytes_total"] is not None
+    memory = f"{size(row['memory_bytes_available'])} of {size(row['memory_bytes_total'])}" if known else "unknown"
+    roles = [word for word, holds in (("leader", row["leader"]), ("this node", row["this_node"])) if holds]
+    processor = f"{row['processor']}, {row['cores']} cores" if row["processor"] else "unknown"
+    return (row["name"] or "unknown", row["node_id"][:8], seen, processor, memory, ", ".join(roles))
+
+
+def models_table(models: Sequence[Row]) -> Table:
+    drawn = [
+        (
+            model["id"],
+            f"{model['storage_size_megabytes']} MB",
+            model["quantization"],
+            str(model["context_length"]),
+            "yes" if model["downloaded"] else "no",
+        )
+        for model in models
+    ]
+    return table(("model", "size", "quantization", "context", "on disk"), drawn)

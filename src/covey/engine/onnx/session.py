@@ -1,0 +1,117 @@
+"""The ONNX Runtime session of one stage and the KV cache that it writes in place."""
+
+import ctypes
+import sys
+from collections import OrderedDict
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from covey.engine.onnx import graph
+from covey.engine.onnx.graph import StageGraph
+
+PROVIDER: Final = "CPUExecutionProvider"
+LOG_ERRORS: Final = 3
+BINDINGS_MAX: Final = 32  # ranges of slots whose cache slices stay bound; a binding names two arrays for each layer
+
+
+class KvCache:
+    """Keys and values of all layers and slots, float32. Pages that no token has reached yet take no memory."""
+
+    def __init__(self, names: tuple[str, ...], shape: tuple[int, int, int, int]) -> None:
+        self._arrays = {name: np.zeros(shape, np.float32) for name in names}  # [slots, heads, context, head size]
+
+    def slices(self, slot: int, count: int) -> dict[str, NDArray[np.float32]]:
+        """The part of `count` slots from `slot` on, contiguous."""
+        return {name: array[slot : slot + count] for name, array in self._arrays.items()}
+
+
+class StageSession:
+    """Runs sequences of equal length that lie in neighbouring slots."""
+
+    def __init__(self, built: StageGraph, cache: KvCache, *, thread_count: int, result_size: int) -> None:
+        self._session = _open(built, thread_count)
+        self._cache = cache
+        self._result_size = result_size
+        self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+
+    def run(self, slot: int, positions: list[int], hidden: NDArray[np.float32], rows: NDArray[np.int64] | None) -> Any:
+        """`hidden`: [sequences x tokens, hidden], sequence by sequence; `positions`: where each sequence goes on.
+
+        Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary].
+        """
+        binding = self._binding(slot, len(positions))
+        token_count = len(hidden) // len(positions)
+        result = np.empty((len(hidden) if rows is None else len(rows), self._result_size), np.float32)
+        binding.set_step(np.array(positions) + token_count, token_count)
+        binding.set_values(hidden, rows, result)
+        self._session.run_with_iobinding(binding.binding)
+        return result
+
+    def _binding(self, slot: int, count: int) -> "_Binding":
+        key = (slot, count)
+        if key not in self._bindings:
+            self._bindings[key] = _Binding(self._session.io_binding(), self._cache.slices(slot, count), count)
+            if len(self._bindings) > BINDINGS_MAX:
+                self._bindings.popitem(last=False)
+        self._bindings.move_to_end(key)
+        return self._bindings[key]
+
+
+class _Binding:
+    """The inputs and outputs of a run on one range of slots; only what changes is bound again."""
+
+    def __init__(self, binding: Any, cache: dict[str, NDArray[np.float32]], count: int) -> None:
+        self.binding = binding
+        self._ends = np.zeros(count, np.int32)
+        self._longest = np.zeros(1, np.int32)
+        self._layout = np.array([count, 0, -1], np.int64)
+        for name, value in ((graph.ENDS, self._ends), (graph.LONGEST, self._longest), (graph.LAYOUT, self._layout)):
+            binding.bind_ortvalue_input(name, _shared(value))
+        for name, value in cache.items():
+            # The same memory as input and as output is how the operator knows to append in place.
+            both = _shared(value)
+            binding.bind_ortvalue_input(name, both)
+            binding.bind_ortvalue_output(graph.updated(name), both)
+
+    def set_step(self, lengths: NDArray[Any], token_count: int) -> None:
+        """`lengths`: of each sequence, this step's tokens included."""
+        self._ends[:] = lengths - 1
+        self._longest[0] = lengths.max()
+        self._layout[1] = token_count
+
+    def set_values(
+        self, hidden: NDArray[np.float32], rows: NDArray[np.int64] | None, result: NDArray[np.float32]
+    ) -> None:
+        self.binding.bind_ortvalue_input(graph.HIDDEN, _shared(hidden))
+        if rows is not None:
+            self.binding.bind_ortvalue_input(graph.ROWS, _shared(rows))
+        self.binding.bind_ortvalue_output(graph.RESULT, _shared(result))
+
+
+def _shared(array: NDArray[Any]) -> Any:
+    """An OrtValue over the array's own memory, which it keeps alive."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _open(built: StageGraph, thread_count: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count
+    options.inter_op_num_threads = 1
+    options.log_severity_level = LOG_ERRORS
+    # Steps differ in length, and a plan of memory is kept for each length that comes up.
+    options.enable_mem_pattern = False
+    # Threads wait actively between the operators of a step, which pays, but not between steps.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    names = list(built.weights)
+    options.add_external_initializers(names, [_shared(built.weights[name]) for name in names])
+    return onnxruntime.InferenceSession(built.model, options, providers=[PROVIDER])
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system where the C library has to be asked to (glibc on Linux)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,150 @@
+"""One stage of a Llama model on ONNX Runtime."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covey.checkpoints.gguf_file import read_header
+from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
+from covey.engine.onnx.graph import LlamaGraph, StageGraph
+from covey.engine.onnx.session import KvCache, StageSession, give_back_memory
+from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
+from covey.engine.onnx.weights import EmbeddingTable, HeadWeights, StageFile
+from covey.schema.runner import RunnerSpec
+
+WARM_UP_TOKENS: Final = 16
+
+
+class OnnxStage:
+    """Implements `StageEngine`."""
+
+    def __init__(self, spec: RunnerSpec) -> None:
+        self._spec = spec
+        self._is_last = spec.shard.layer_end == spec.shard.layer_count
+        self._hidden_size = 0
+        self._result_size = 0  # of the vocabulary on the last stage, else the hidden size
+        self._embedding: EmbeddingTable | None = None
+        self._session: StageSession | None = None
+        self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
+
+    def load(self, progress: Callable[[LoadProgress], None]) -> None:
+        self._open(progress)
+        give_back_memory()  # what reading and packing used, about as much as the weights
+
+    def warm_up(self) -> None:
+        prompt = min(WARM_UP_TOKENS, self._spec.context_length - 1)
+        self.run([Piece(0, 0, prompt, wants_logits=False)], self._blank(prompt))
+        self.run([Piece(0, prompt, 1, wants_logits=True)], self._blank(1))
+        self._lengths = [0] * self._spec.slot_count
+
+    def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
+        self._check(pieces, values)
+        hidden = self._embed(values)
+        starts = [0, *accumulate(piece.token_count for piece in pieces)]
+        results: list[NDArray[np.float32]] = [hidden] * len(pieces)
+        for group in neighbours(pieces):
+            rows = [hidden[starts[index] : starts[index + 1]] for index in group]
+            for index, result in zip(group, self._run_group([pieces[index] for index in group], rows), strict=True):
+                results[index] = result
+        for piece in pieces:
+            self._lengths[piece.slot] = piece.position + piece.token_count
+        return self._collect(pieces, results)
+
+    def _open(self, progress: Callable[[LoadProgress], None]) -> None:
+        header = read_header(self._spec.model_path)
+        settings = read_settings(header)
+        if settings.layer_count != self._spec.shard.layer_count:
+            expected = self._spec.shard.layer_count
+            raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
+        with Path(self._spec.model_path).open("rb", buffering=0) as opened:
+            file = StageFile(opened, header, settings, self._spec.shard)
+            self._embedding, head = file.read_ends()
+            built = self._build(file, settings, head, progress)
+        self._hidden_size = settings.hidden_size
+        self._result_size = settings.hidden_size if head is None else head.vocabulary_size
+        cache_shape = (self._spec.slot_count, settings.kv_head_count, self._spec.context_length, settings.head_size)
+        self._session = StageSession(
+            built,
+            KvCache(built.caches, cache_shape),
+            thread_count=self._spec.thread_count,
+            result_size=self._result_size,
+        )
+
+    def _build(
+        self,
+        file: StageFile,
+        settings: LlamaSettings,
+        head: HeadWeights | None,
+        progress: Callable[[LoadProgress], None],
+    ) -> StageGraph:
+        shard = self._spec.shard
+        rotary = rotary_tables(settings, self._spec.context_length, file.read_rope_divisors())
+        llama = LlamaGraph(settings, rotary)
+        for layer in range(shard.layer_start, shard.layer_end):
+            llama.add_layer(layer, file.read_layer(layer))
+            loaded, total = layer + 1 - shard.layer_start, shard.layer_end - shard.layer_start
+            progress(LoadProgress(loaded, total, file.bytes_read, file.bytes_total))
+        return llama.finish(head)
+
+    def _embed(self, values: Activations) -> NDArray[np.float32]:
+        if self._embedding is not None:
+            return self._embedding.gather(values)
+        return values.astype(np.float32, copy=False)
+
+    def _run_group(self, pieces: list[Piece], rows: list[NDArray[np.float32]]) -> Iterable[NDArray[np.float32]]:
+        """Pieces of equal length in neighbouring slots; yields each one's activations, or its last token's logits."""
+        if self._session is None:
+            raise EngineError("the stage was asked to run before it was loaded")
+        token_count = pieces[0].token_count
+        hidden = np.concatenate(rows) if len(rows) > 1 else rows[0]
+        positions = [piece.position for piece in pieces]
+        wanted = np.arange(token_count - 1, len(hidden), token_count) if self._is_last else None
+        result = self._session.run(pieces[0].slot, positions, np.ascontiguousarray(hidden), wanted)
+        return result if self._is_last else result.reshape(len(pieces), token_count, -1)
+
+    def _collect(self, pieces: Sequence[Piece], results: list[NDArray[np.float32]]) -> Activations | Logits:
+        if not self._is_last:
+            return np.concatenate(results)
+        wanted = [result for piece, result in zip(pieces, results, strict=True) if piece.wants_logits]
+        return np.stack(wanted) if wanted else np.empty((0, self._result_size), np.float32)
+
+    def _blank(self, token_count: int) -> Activations:
+        if self._embedding is not None:
+            return np.zeros(token_count, np.int64)
+        return np.zeros((token_count, self._hidden_size), np.float32)
+
+    def _check(self, pieces: Sequence[Piece], values: Activations) -> None:
+        """A step that would read what was never written is our mistake somewhere; it must not become an answer."""
+        if len(values) != sum(piece.token_count for piece in pieces):
+            raise EngineError(f"a step of {sum(piece.token_count for piece in pieces)} tokens came with {len(values)}")
+        if len({piece.slot for piece in pieces}) < len(pieces):
+            raise EngineError("a step names one slot twice")
+        for piece in pieces:
+            self._check_piece(piece)
+
+    def _check_piece(self, piece: Piece) -> None:
+        if not 0 <= piece.slot < self._spec.slot_count or piece.token_count < 1:
+            raise EngineError(f"a step names slot {piece.slot} with {piece.token_count} tokens; it can't be run")
+        if not 0 <= piece.position <= self._lengths[piece.slot]:
+            raise EngineError(
+                f"slot {piece.slot} holds {self._lengths[piece.slot]} tokens; {piece.position} leaves a gap"
+            )
+        if piece.position + piece.token_count > self._spec.context_length:
+            raise EngineError(f"slot {piece.slot} is full: it holds {self._spec.context_length} tokens")
+
+
+def neighbours(pieces: Sequence[Piece]) -> list[list[int]]:
+    """Indices of pieces that run together: single tokens in adjacent slots share one reading of the weights."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(pieces)), key=lambda index: pieces[index].slot):
+        before = pieces[groups[-1][-1]] if groups else None
+        piece = pieces[index]
+        if before is not None and piece.token_count == before.token_count == 1 and piece.slot == before.slot + 1:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,79 @@
+"""A Llama in plain NumPy over weights dequantised by the `gguf` package: slow and obvious."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+class LlamaTwin:
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
+        self.layers = fields["llama.block_count"]
+        self.heads = fields["llama.attention.head_count"]
+        self.kv_heads = fields["llama.attention.head_count_kv"]
+        self.epsilon = fields["llama.attention.layer_norm_rms_epsilon"]
+        self.base = fields["llama.rope.freq_base"]
+        self.position_scale = fields.get("llama.rope.scaling.factor", 1.0)
+        self.weights = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            for tensor in reader.tensors
+        }
+        self.head_size = self.weights["blk.0.attn_q.weight"].shape[0] // self.heads
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """[tokens, vocabulary]"""
+        hidden = self.weights["token_embd.weight"][token_ids]
+        for layer in range(self.layers):
+            hidden = hidden + self._attention(layer, self._norm(hidden, f"blk.{layer}.attn_norm.weight"))
+            normed = self._norm(hidden, f"blk.{layer}.ffn_norm.weight")
+            gate = self._linear(normed, f"blk.{layer}.ffn_gate.weight")
+            with np.errstate(over="ignore"):  # exp of a very negative gate: the quotient is rightly 0
+                gate = gate / (1 + np.exp(-gate))
+            up = self._linear(normed, f"blk.{layer}.ffn_up.weight")
+            hidden = hidden + self._linear(gate * up, f"blk.{layer}.ffn_down.weight")
+        output = "output.weight" if "output.weight" in self.weights else "token_embd.weight"
+        return self._linear(self._norm(hidden, "output_norm.weight"), output)
+
+    def _linear(self, values: np.ndarray, name: str) -> np.ndarray:
+        return values @ self.weights[name].T
+
+    def _norm(self, values: np.ndarray, name: str) -> np.ndarray:
+        return values / np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + self.epsilon) * self.weights[name]
+
+    def _attention(self, layer: int, values: np.ndarray) -> np.ndarray:
+        count = len(values)
+        query = self._rotate(self._linear(values, f"blk.{layer}.attn_q.weight").reshape(count, self.heads, -1))
+        key = self._rotate(self._linear(values, f"blk.{layer}.attn_k.weight").reshape(count, self.kv_heads, -1))
+        value = self._linear(values, f"blk.{layer}.attn_v.weight").reshape(count, self.kv_heads, -1)
+        future = np.triu(np.full((count, count), -np.inf, np.float32), 1)
+        outputs = []
+        for head in range(self.heads):
+            shared = head // (self.heads // self.kv_heads)
+            scores = query[:, head] @ key[:, shared].T / np.sqrt(self.head_size) + future
+            odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            outputs.append(odds / odds.sum(axis=-1, keepdims=True) @ value[:, shared])
+        return self._linear(np.concatenate(outputs, axis=-1), f"blk.{layer}.attn_output.weight")
+
+    def _rotate(self, values: np.ndarray) -> np.ndarray:
+        """Neighbouring pairs are rotated, as GGUF's permuted Llama weights want it."""
+        frequencies = self.base ** (-np.arange(0, self.head_size, 2) / self.head_size)
+        if "rope_freqs.weight" in self.weights:
+            frequencies = frequencies / self.weights["rope_freqs.weight"]
+        angles = np.outer(np.arange(len(values)) / self.position_scale, frequencies)[:, np.newaxis]
+        pairs = values[..., 0::2] + 1j * values[..., 1::2]
+        turned = pairs * np.exp(1j * angles)
+        return np.stack((turned.real, turned.imag), axis=-1).reshape(values.shape).astype(np.float32)
+
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def mean_divergence(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence in nats, over rows of logits."""
+    expected, actual = log_odds(expected), log_odds(actual)
+    return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())

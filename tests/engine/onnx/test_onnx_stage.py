@@ -1,0 +1,279 @@
+"""The ONNX engine on tiny random checkpoints: right numbers, right slots, right refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_twin import LlamaTwin, mean_divergence
+from tiny_llama import HEAD, HIDDEN, LAYERS, VOCABULARY, shapes, write_tiny_llama
+
+from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.engine.contract import EngineError, LoadProgress, Piece
+from covey.engine.onnx.stage import OnnxStage, neighbours
+from covey.schema.ids import RunnerId
+from covey.schema.model import Shard
+from covey.schema.runner import RunnerSpec
+
+TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 40).astype(np.int64)
+
+
+def spec(path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: int = 64) -> RunnerSpec:
+    return RunnerSpec(
+        runner_id=RunnerId("runner"),
+        instance_id="instance",
+        engine="onnx",
+        model_path=str(path),
+        shard=Shard(layers.start, layers.stop, LAYERS),
+        stage_index=0,
+        stage_count=1,
+        context_length=context,
+        slot_count=slots,
+        thread_count=2,
+        listen_host="127.0.0.1",
+    )
+
+
+def loaded(path: Path, **options) -> OnnxStage:
+    stage = OnnxStage(spec(path, **options))
+    stage.load(lambda _: None)
+    return stage
+
+
+def piece(slot: int, position: int, token_count: int = 1) -> Piece:
+    return Piece(slot, position, token_count, wants_logits=True)
+
+
+def silent(slot: int, position: int, token_count: int) -> Piece:
+    return Piece(slot, position, token_count, wants_logits=False)
+
+
+def each_logits(stage: OnnxStage, tokens: np.ndarray, slot: int = 0) -> np.ndarray:
+    """Logits after every token, fed one by one."""
+    steps = [stage.run([piece(slot, at)], tokens[at : at + 1]) for at in range(len(tokens))]
+    return np.concatenate(steps)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", {"token_embd": "Q8_0"}, default="Q4_1")
+
+
+@pytest.fixture(scope="module")
+def stage(tiny) -> OnnxStage:
+    return loaded(tiny)
+
+
+@pytest.mark.parametrize(
+    "tensor_type",
+    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"],
+)
+def test_each_type_against_the_twin(tensor_type, tmp_path):
+    path = write_tiny_llama(tmp_path / "tiny.gguf", {}, default=tensor_type)
+    expected = LlamaTwin(path).logits(TOKENS.tolist())
+    actual = each_logits(loaded(path), TOKENS)
+    spread = expected.std()
+    if tensor_type in {"F32", "F16", "BF16"}:
+        assert np.abs(actual - expected).max() < 1e-4 * spread
+    else:  # the operator rounds activations to 8 bits per block, as llama.cpp does
+        assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.03 * spread
+        assert mean_divergence(expected, actual) < 1e-3
+
+
+def test_types_mixed_as_quantisers_mix_them(tmp_path):
+    types = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "Q5_K", "token_embd": "Q6_K", "output": "F16"}
+    path = write_tiny_llama(tmp_path / "mixed.gguf", types, default="Q4_K", tied=False)
+    expected = LlamaTwin(path).logits(TOKENS.tolist())
+    actual = each_logits(loaded(path), TOKENS)
+    assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.03 * expected.std()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"texts": {"llama.rope.scaling.type": "linear"}, "floats": {"llama.rope.scaling.factor": 4.0}},
+        {"tensors": {"rope_freqs.weight": np.linspace(1, 8, HEAD // 2).astype(np.float32)}},
+    ],
+    ids=["linear", "divisors of Llama 3"],
+)
+def test_scaled_positions(extra, tmp_path):
+    path = write_tiny_llama(tmp_path / "scaled.gguf", {}, default="F32", extra=extra)
+    expected = LlamaTwin(path).logits(TOKENS.tolist())
+    assert np.abs(each_logits(loaded(path), TOKENS) - expected).max() < 1e-4 * expected.std()
+
+
+def test_a_prompt_in_chunks_is_the_prompt_in_one(stage):
+    whole = stage.run([piece(0, 0, 40)], TOKENS)
+    for start, end in ((0, 7), (7, 8), (8, 31), (31, 40)):
+        last = stage.run([piece(1, start, end - start)], TOKENS[start:end])
+    assert np.abs(last - whole).max() < 1e-4 * whole.std()
+
+
+def test_several_pieces_in_one_step_are_several_steps(tiny):
+    """A prompt is being read in slot 1 while others decode in slots 0, 2 and 3; order must not matter."""
+    stage = loaded(tiny, slots=4)
+    alone = {slot: each_logits(stage, TOKENS[slot : slot + 12], slot) for slot in range(4)}
+    for slot, length in ((0, 4), (2, 11), (3, 7)):
+        stage.run([silent(slot, 0, length)], TOKENS[slot : slot + length])
+    pieces = [piece(3, 7, 1), piece(1, 0, 12), silent(0, 4, 1), piece(2, 11, 1)]
+    values = np.concatenate([TOKENS[p.slot + p.position : p.slot + p.position + p.token_count] for p in pieces])
+    together = stage.run(pieces, values)
+    expected = np.stack([alone[3][7], alone[1][11], alone[2][11]])
+    assert together.shape == (3, VOCABULARY)
+    assert np.abs(together - expected).max() < 1e-3 * expected.std()
+    following = stage.run([piece(0, 5, 1)], TOKENS[5:6])
+    assert np.abs(following - alone[0][5]).max() < 1e-3 * expected.std()
+
+
+def test_neighbours_that_decode_run_together():
+    pieces = [
+        piece(5, 9, 1),
+        piece(1, 0, 8),
+        piece(0, 3, 1),
+        piece(2, 1, 1),
+        piece(4, 0, 1),
+    ]
+    assert neighbours(pieces) == [[2], [1], [3], [4, 0]]
+
+
+def test_going_back_drops_what_was_cached(stage):
+    expected = each_logits(stage, TOKENS[:10], 0)
+    stage.run([silent(1, 0, 30)], TOKENS[10:40])
+    stage.run([silent(1, 0, 9)], TOKENS[:9])
+    again = stage.run([piece(1, 9, 1)], TOKENS[9:10])
+    assert np.abs(again - expected[9]).max() < 1e-3 * expected.std()
+
+
+def test_stages_one_after_another_are_the_whole(tiny):
+    whole = each_logits(loaded(tiny), TOKENS)
+    parts = [loaded(tiny, layers=layers) for layers in (range(1), range(1, 2), range(2, 3))]
+    for at in range(len(TOKENS)):
+        values = TOKENS[at : at + 1]
+        for part in parts:
+            values = part.run([piece(0, at)], values)
+        assert np.array_equal(values[0], whole[at])
+
+
+def test_a_stage_reads_no_other_tensors(tiny, tmp_path):
+    """The rest of the file may be noise, or not there at all."""
+    header = read_header(tiny)
+    for layers in (range(1), range(1, 2), range(2, 3)):
+        content = bytearray(tiny.read_bytes())
+        noise = np.random.default_rng(9)
+        for name, entry in header.tensors.items():
+            if not belongs(name, layers):
+                content[entry.offset : entry.offset + entry.byte_count] = noise.bytes(entry.byte_count)
+        noisy = tmp_path / f"noisy{layers.start}.gguf"
+        noisy.write_bytes(content)
+        values = TOKENS if layers.start == 0 else np.random.default_rng(4).standard_normal((40, HIDDEN), np.float32)
+        pieces = [piece(0, 0, 40)]
+        answers = [loaded(path, layers=layers).run(pieces, values) for path in (tiny, noisy)]
+        assert np.array_equal(*answers)
+
+
+def belongs(name: str, layers: range) -> bool:
+    if name.startswith("blk."):
+        return int(name.split(".")[1]) in layers
+    return layers.stop == LAYERS or (layers.start == 0 and name == "token_embd.weight")
+
+
+def test_progress_counts_layers_and_bytes(tiny):
+    seen: list[LoadProgress] = []
+    OnnxStage(spec(tiny, layers=range(1, 3))).load(seen.append)
+    assert [(step.layers_loaded, step.layers_total) for step in seen] == [(1, 2), (2, 2)]
+    assert seen[-1].bytes_loaded == seen[-1].bytes_total == own_bytes(tiny, range(1, 3))
+
+
+def own_bytes(path: Path, layers: range) -> int:
+    tensors = read_header(path).tensors.values()
+    return sum(entry.byte_count for entry in tensors if belongs(entry.name, layers))
+
+
+def test_warming_up_leaves_nothing_behind(tiny):
+    stage = loaded(tiny)
+    stage.warm_up()
+    with pytest.raises(EngineError, match="slot 0 holds 0 tokens"):
+        stage.run([piece(0, 1, 1)], TOKENS[:1])
+    assert np.array_equal(each_logits(stage, TOKENS[:5]), each_logits(loaded(tiny), TOKENS[:5]))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([piece(2, 0, 1)], "names slot 2"),
+        ([piece(-1, 0, 1)], "names slot -1"),
+        ([piece(1, 5, 1)], "holds 0 tokens; 5 leaves a gap"),
+        ([piece(1, 0, 65)], "slot 1 is full: it holds 64"),
+        ([piece(1, 0, 1), piece(1, 1, 1)], "one slot twice"),
+    ],
+)
+def test_a_step_that_makes_no_sense_is_refused(pieces, message, tiny):
+    stage = loaded(tiny)
+    with pytest.raises(EngineError, match=message):
+        stage.run(pieces, np.zeros(sum(each.token_count for each in pieces), np.int64))
+
+
+def test_values_have_to_fit_the_pieces(stage):
+    with pytest.raises(EngineError, match="a step of 3 tokens came with 2"):
+        stage.run([piece(0, 0, 3)], TOKENS[:2])
+    with pytest.raises(EngineError, match=f"outside of the vocabulary of {VOCABULARY}"):
+        stage.run([piece(0, 0, 1)], np.array([VOCABULARY]))
+
+
+def test_a_step_that_wants_no_logits_returns_none(stage):
+    assert stage.run([silent(0, 0, 3)], TOKENS[:3]).shape == (0, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("extra", "types", "message"),
+    [
+        ({"architecture": "mamba"}, {}, "architecture 'mamba'; this engine knows 'llama'"),
+        ({"integers": {"llama.expert_count": 8}}, {}, "mixture of experts"),
+        (
+            {"texts": {"llama.rope.scaling.type": "yarn"}},
+            {},
+            "scales its positions by 'yarn'; known are none, linear",
+        ),
+        ({"tensors": {"blk.1.attn_q.bias": np.zeros(256, np.float32)}}, {}, "'blk.1.attn_q.bias', which this engine"),
+        ({}, {"ffn_up": "I8"}, "ffn_up.weight' has the type I8, which can't be run; known are F32"),
+    ],
+)
+def test_what_the_engine_can_t_run_is_named(extra, types, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny_llama.random_tensor", lambda _, kind, shape: plain(kind, shape))
+    path = write_tiny_llama(tmp_path / "odd.gguf", types, default="F32", extra=extra)
+    with pytest.raises(EngineError, match=message):
+        loaded(path)
+
+
+def plain(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, {"I8": np.int8, "F32": np.float32}[kind])
+
+
+def test_a_missing_tensor_is_named(tmp_path, monkeypatch):
+    kept = {name: shape for name, shape in shapes(tied=True).items() if name != "blk.2.ffn_gate.weight"}
+    monkeypatch.setattr("tiny_llama.shapes", lambda **_: kept)
+    path = write_tiny_llama(tmp_path / "lacking.gguf", {}, default="F32")
+    with pytest.raises(CheckpointError, match=r"lacks its tensor 'blk.2.ffn_gate.weight'"):
+        loaded(path)
+
+
+def test_a_tensor_of_the_wrong_size_is_named(tmp_path, monkeypatch):
+    changed = shapes(tied=True) | {"blk.1.attn_k.weight": (64, HIDDEN)}
+    monkeypatch.setattr("tiny_llama.shapes", lambda **_: changed)
+    path = write_tiny_llama(tmp_path / "odd.gguf", {}, default="F32")
+    with pytest.raises(CheckpointError, match=r"'blk.1.attn_k.weight' measures \(64, 256\)"):
+        loaded(path)
+
+
+def test_a_shard_of_another_model_is_refused(tiny):
+    stage = OnnxStage(RunnerSpec(**{**as_dict(spec(tiny)), "shard": Shard(0, 5, 5)}))
+    with pytest.raises(EngineError, match="has 3 layers, not 5"):
+        stage.load(lambda _: None)
+
+
+def as_dict(struct: RunnerSpec) -> dict:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def test_running_before_loading_is_refused(tiny):
+    with pytest.raises(EngineError, match="before it was loaded"):
+        OnnxStage(spec(tiny, layers=range(1, 3))).run([piece(0, 0, 1)], np.zeros((1, HIDDEN), np.float32))
