@@ -53,9 +53,7 @@ def run(seed: int, watch: Callable[[World], None] | None = None) -> Verdict:
         _live(world)
     except (Failure, UnexpectedInputError) as failure:
         problem = str(failure)
-    return Verdict(
-        seed=seed, problem=problem, step_count=world.step_count, now_ms=world.now_ms, digest=world.digest()
-    )
+    return Verdict(seed=seed, problem=problem, step_count=world.step_count, now_ms=world.now_ms, digest=world.digest())
 
 
 def _live(world: World) -> None:

@@ -67,10 +67,7 @@ class World:
     def resident_bytes(self, machine_id: str) -> int:
         """What loaded runners take of a machine."""
         return sum(
-            process.resident_bytes
-            for host in self.hosts
-            if host.machine_id == machine_id
-            for process in host.processes
+            process.resident_bytes for host in self.hosts if host.machine_id == machine_id for process in host.processes
         )
 
     def heal(self) -> None:

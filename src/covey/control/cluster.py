@@ -141,9 +141,7 @@ class Cluster:
     def _decide_deletion(self, command: DeleteInstance) -> Decision | Refused:
         """Deletes the wish too, and what else was assigned for it, else the leader would assign it again."""
         if INSTANCE + command.instance_id not in self.entries:
-            return Refused(
-                f"there is no instance {command.instance_id}: `covey ps` lists those there are.", NOT_FOUND
-            )
+            return Refused(f"there is no instance {command.instance_id}: `covey ps` lists those there are.", NOT_FOUND)
         return Decision(self.without_wish(wish_of(command.instance_id)), Accepted(command.instance_id))
 
     def without_wish(self, wish_id: str) -> tuple[Written, ...]:

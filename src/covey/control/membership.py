@@ -161,9 +161,7 @@ class Membership:
     def members(self, now_ms: int, own_report: NodeReport | None) -> tuple[Member, ...]:
         """Everybody who is not forgotten, this node too, by id."""
         others = [
-            Member(
-                node_id=peer.node_id, visibility=peer.shown, heard_ms_ago=now_ms - peer.heard_ms, report=peer.report
-            )
+            Member(node_id=peer.node_id, visibility=peer.shown, heard_ms_ago=now_ms - peer.heard_ms, report=peer.report)
             for peer in self.peers.values()
         ]
         own = Member(node_id=self.node_id, visibility=Visibility.VISIBLE, heard_ms_ago=0, report=own_report)

@@ -149,9 +149,7 @@ def step(runner: Runner, news: Any) -> list[Effect]:
 
 def _begin(runner: Runner, news: Begin) -> Outcome:
     if runner.has_process or news.attempt <= runner.last_attempt:
-        raise UnexpectedInputError(
-            f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}"
-        )
+        raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
     runner.has_process, runner.started_ms = True, news.now_ms
     runner.listen_host = news.spec.listen_host
