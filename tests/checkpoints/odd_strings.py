@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 # Code points that Unicode 16 has and 15.1 has not, and neighbours: where tables of categories differ in age.
 NEW = (
-    "\u1c89\u1c8a\ua7cb\ua7da\U000105c0\U00010d40\U00010d4a\U000116d0\U00011bf0\U00013460\U00016d70\U0001e5d0"
-    "\U0001ccf0"
+    "\u1c89\u1c8a\ua7cb\ua7da\U000105c0\U00010d40\U00010d4a\U000116d0\U00011bf0\U00013460\U00016d70\U0001e5d0\U0001ccf0"
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<file_sep>", "<|im_", "|>", "<", "<|")
 ALPHABETS = (
