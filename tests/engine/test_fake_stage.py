@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.engine.harness import make_spec
 
 from covey.engine.contract import Activations, EngineError, LoadProgress, Piece
 from covey.engine.engines import create
 from covey.engine.fake import FakeStage
+from tests.engine.harness import make_spec
 
 
 def make_stages(count: int) -> list[FakeStage]:

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 import msgspec
 import psutil
 import pytest
+
+from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, receive_first
+from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
+from covey.schema.ids import RequestId
+from covey.schema.runner import Activity, Address, Connected, ConnectTo, Listening, Load, PhaseFailed, Ready, WarmUp
+from covey.schema.wire import FrameBuffer, pack
 from tests.engine.harness import (
     HOST,
     Client,
@@ -23,12 +29,6 @@ from tests.engine.harness import (
     sampled,
     shut_down,
 )
-
-from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, receive_first
-from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
-from covey.schema.ids import RequestId
-from covey.schema.runner import Activity, Address, Connected, ConnectTo, Listening, Load, PhaseFailed, Ready, WarmUp
-from covey.schema.wire import FrameBuffer, pack
 
 SLOW = {"step_delay_ms": "20"}
 BUSY = Sampling(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from tests.engine.harness import HOST, make_spec
 
 from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
 from covey.engine.contract import Piece
@@ -26,6 +25,7 @@ from covey.schema.generation import Prefilled, Sampling
 from covey.schema.ids import RequestId
 from covey.schema.runner import Address
 from covey.schema.wire import FrameTooLargeError, pack
+from tests.engine.harness import HOST, make_spec
 
 HELLO = LinkHello("instance-1", 0, 2)
 PLAN = StepPlan(

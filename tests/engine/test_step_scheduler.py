@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.harness import make_admit, sampled
 
 from covey.engine.contract import Piece
 from covey.engine.plan import PlannedStep, StepOutcome
@@ -29,6 +28,7 @@ from covey.schema.generation import (
     TokenSampled,
 )
 from covey.schema.ids import RequestId
+from tests.engine.harness import make_admit, sampled
 
 STOP = 0
 

@@ -125,9 +125,7 @@ odd = st.sampled_from([0.0, 1e-300, 1e-12, 1e-9, 1.0, 1e9, 1e300, math.inf, math
 
 @given(odd, odd, odd, st.integers(-5, 2**40), st.integers(-(2**63), 2**64 - 1))
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_odd_settings_still_pick_a_token(
-    temperature: float, top_p: float, min_p: float, top_k: int, seed: int
-) -> None:
+def test_odd_settings_still_pick_a_token(temperature: float, top_p: float, min_p: float, top_k: int, seed: int) -> None:
     logits = random_logits(3)
     logits[7] = -np.inf  # a masked token
     token_id = pick(logits, Sampling(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed), 0)

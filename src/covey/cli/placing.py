@@ -7,9 +7,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
-from covey.control.routing import InstancePhase, instance_status, ready_instances
+from covey.control.routing import InstancePhase, instance_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance
-from covey.schema.ids import ModelId
 
 APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
 
@@ -18,12 +17,10 @@ def ensure_ready(node: NodeClient, model: str, node_count: int | None = None) ->
     """An instance of the model that answers; placed if there is none. Raises `CliError`."""
     state = node.cluster()
     if node_count is None:
-        ready = ready_instances(state, ModelId(model))
-        if ready:
-            return ready[0]
-        placed = [instance for instance in state.instances if instance.card.model_id == model]
-        if placed:
-            return wait_ready(node, placed[0].instance_id)
+        placed = [each for each in state.instances if each.card.model_id.casefold() == model.casefold()]
+        ready = [each for each in placed if instance_status(state, each).phase is InstancePhase.READY]
+        if ready or placed:
+            return ready[0] if ready else wait_ready(node, placed[0].instance_id)
     options = {} if node_count is None else {"min_nodes": node_count}
     return wait_ready(node, str(node.place(model, **options)["instance_id"]))
 
