@@ -63,13 +63,13 @@ def _ends_by_signal() -> Generator[None]:
 
 def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> None:
     err.print(f"Starting {len(nodes)} node{'s' * (len(nodes) > 1)} on this machine …", style="dim")
-    wait_together(nodes, client)
+    wait_together(nodes)
     instance = ensure_ready(client, MODEL, len(nodes))
     rows = stage_rows(instance, node_names(client.cluster()))
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")
         out.print(layers_table(rows))
-        out.print(f"\n[bold]> {options.prompt}[/]")
+        out.print(f"\n> {options.prompt}", style="bold", markup=False)
     answer = _ask(options, client, instance)
     if options.as_json:
         chat.write(json.dumps(_report(answer, rows)) + "\n")
