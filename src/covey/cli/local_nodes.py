@@ -1,13 +1,17 @@
 """Nodes that the demo starts on this machine, and ends again, whatever happens."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from covey.cli.client import CliError, NodeAwayError, NodeClient
 from covey.schema.cluster import Visibility
@@ -64,8 +68,19 @@ class LocalNode:
         try:
             self._process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its runners end with it: they watch their standard input
+            for process in _family(self._process.pid):  # its runners may hang as well as it
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()
+
+
+def _family(process_id: int) -> list[psutil.Process]:
+    """A process and all that it started, as far as they are still there."""
+    try:
+        process = psutil.Process(process_id)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
@@ -79,6 +94,7 @@ def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> N
 
 def end_nodes(nodes: list[LocalNode]) -> None:
     """All at once, within `STOP_SECONDS_MAX`."""
+<<<<<<< HEAD
     for node in nodes:
         node.ask_to_end()
     deadline = time.monotonic() + STOP_SECONDS_MAX
@@ -100,6 +116,43 @@ def wait_together(nodes: list[LocalNode]) -> None:
         f"After {START_SECONDS_MAX:.0f} s the {len(nodes)} nodes have not found each other ({counts}): "
         "is multicast on the loopback interface blocked?"
     )
+=======
+    with _uninterrupted():
+        for node in nodes:
+            node.ask_to_end()
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        for node in nodes:
+            node.end(deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Impatient signals leave no process behind; what they would cut short takes a bounded time."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wait_together(nodes: list[LocalNode]) -> None:
+    """Until every node sees all others. Raises `CliError` if one ends, or if it takes too long."""
+    deadline = time.monotonic() + START_SECONDS_MAX
+    with contextlib.ExitStack() as held:
+        waiting = [(node.name, held.enter_context(NodeClient(node.url))) for node in nodes]
+        while waiting:
+            for node in nodes:
+                node.check()
+            waiting = [(name, client) for name, client in waiting if _seen(client) < len(nodes)]
+            if waiting and time.monotonic() > deadline:
+                name, client = waiting[0]
+                raise CliError(
+                    f"After {START_SECONDS_MAX:.0f} s {name} sees {_seen(client)} of {len(nodes)} nodes: "
+                    "is multicast on the loopback interface blocked?"
+                )
+            time.sleep(POLL_SECONDS)
+>>>>>>> api
 
 
 def _free_port(wanted: int) -> int:

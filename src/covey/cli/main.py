@@ -15,7 +15,7 @@ from covey.cli import chat, tables
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.demo import DemoOptions, run_demo
-from covey.cli.placing import ensure_ready, wait_ready
+from covey.cli.placing import ensure_ready, one_instance, wait_ready
 
 DEFAULT_PORT: Final = 52415
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -128,10 +128,11 @@ def place(
 @app.command()
 @explained
 def stop(instance: str, url: Url = DEFAULT_URL) -> None:
-    """Remove an instance; `covey ps` lists them."""
+    """Remove an instance: its id, or the beginning of it that only one has; `covey ps` lists them."""
     with NodeClient(url) as node:
-        node.delete(instance)
-    out.print(f"{instance} is stopped.")
+        instance_id = one_instance(node.cluster(), instance)
+        node.delete(instance_id)
+    out.print(f"{instance_id} is stopped.", markup=False)
 
 
 @app.command()
