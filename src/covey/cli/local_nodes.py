@@ -50,15 +50,6 @@ class LocalNode:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
             raise CliError(f"{self.name} ended with status {status}:\n{tail}")
 
-    def seen(self) -> int:
-        """How many nodes it sees that have told about themselves; 0 until it answers."""
-        try:
-            with NodeClient(self.url) as client:
-                members = client.cluster().members
-        except NodeAwayError:
-            return 0
-        return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in members)
-
     def ask_to_end(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -94,29 +85,6 @@ def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> N
 
 def end_nodes(nodes: list[LocalNode]) -> None:
     """All at once, within `STOP_SECONDS_MAX`."""
-<<<<<<< HEAD
-    for node in nodes:
-        node.ask_to_end()
-    deadline = time.monotonic() + STOP_SECONDS_MAX
-    for node in nodes:
-        node.end(deadline - time.monotonic())
-
-
-def wait_together(nodes: list[LocalNode]) -> None:
-    """Until each node sees all others. Raises `CliError` if one ends, or if it takes too long."""
-    deadline = time.monotonic() + START_SECONDS_MAX
-    while time.monotonic() < deadline:
-        for node in nodes:
-            node.check()
-        if all(node.seen() == len(nodes) for node in nodes):
-            return
-        time.sleep(POLL_SECONDS)
-    counts = ", ".join(f"{node.name} sees {node.seen()}" for node in nodes)
-    raise CliError(
-        f"After {START_SECONDS_MAX:.0f} s the {len(nodes)} nodes have not found each other ({counts}): "
-        "is multicast on the loopback interface blocked?"
-    )
-=======
     with _uninterrupted():
         for node in nodes:
             node.ask_to_end()
@@ -152,7 +120,14 @@ def wait_together(nodes: list[LocalNode]) -> None:
                     "is multicast on the loopback interface blocked?"
                 )
             time.sleep(POLL_SECONDS)
->>>>>>> api
+
+
+def _seen(client: NodeClient) -> int:
+    try:
+        state = client.cluster()
+    except NodeAwayError:
+        return 0
+    return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in state.members)
 
 
 def _free_port(wanted: int) -> int:

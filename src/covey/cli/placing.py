@@ -9,10 +9,7 @@ from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
 from covey.control.routing import InstancePhase, instance_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance
-<<<<<<< HEAD
-=======
 from covey.schema.ids import InstanceId
->>>>>>> api
 
 APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
 
@@ -23,15 +20,10 @@ def ensure_ready(node: NodeClient, model: str, node_count: int | None = None) ->
     if node_count is None:
         placed = [each for each in state.instances if each.card.model_id.casefold() == model.casefold()]
         ready = [each for each in placed if instance_status(state, each).phase is InstancePhase.READY]
-<<<<<<< HEAD
-        if ready or placed:
-            return ready[0] if ready else wait_ready(node, placed[0].instance_id)
-=======
         if ready:
             return ready[0]
         if placed:
             return wait_ready(node, placed[0].instance_id)
->>>>>>> api
     options = {} if node_count is None else {"min_nodes": node_count}
     return wait_ready(node, str(node.place(model, **options)["instance_id"]))
 
