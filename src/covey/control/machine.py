@@ -86,6 +86,7 @@ class Machine:
         self._tidy_due_ms = 0
         self._is_leaving = False
         self._has_left = False
+        self._content_made: tuple[tuple[object, ...], Content] | None = None
         self._shown: tuple[int, ...] = ()
         self._revision = 0
         self._inputs: dict[type, Callable[[int, Any], list[Effect]]] = {
@@ -386,13 +387,18 @@ class Machine:
         return greeting + ([SendTo(node_id, self.reporter.last)] if self.reporter.last else [])
 
     def _content(self) -> Content:
-        return Content(
-            api_address=self.api_address,
-            hardware=self.memory.show(self.runners.resident_bytes()),
-            downloads=self.downloads.reports(),
-            runners=self.runners.reports(),
-            models_on_disk=self.downloads.models_on_disk(),
-        )
+        """What the report would say; made anew only when one of its parts has changed."""
+        parts = (self.runners.revision, self.downloads.revision, self.memory.revision, self.api_address)
+        if self._content_made is None or self._content_made[0] != parts:
+            content = Content(
+                api_address=self.api_address,
+                hardware=self.memory.show(self.runners.resident_bytes()),
+                downloads=self.downloads.reports(),
+                runners=self.runners.reports(),
+                models_on_disk=self.downloads.models_on_disk(),
+            )
+            self._content_made = (parts, content)
+        return self._content_made[1]
 
     def _seen(self) -> tuple[int, ...]:
         own = self.reporter.last.sequence if self.reporter.last else 0
