@@ -207,6 +207,7 @@ class Runners:
             engine=instance.engine,
             engine_options=self.settings.engine_options,
             model_path=path,
+            vocabulary_size=instance.card.vocabulary_size,
             shard=runner.stage.shard,
             stage_index=_index(runner),
             stage_count=len(instance.stages),

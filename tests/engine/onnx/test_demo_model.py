@@ -1,7 +1,8 @@
 """The engine on the real demo model: it has to say what the model says, and take no more than it promised.
 
-20 prompts (tokenised by llama.cpp) are continued greedily by llama.cpp for 32 tokens each. Our engine and the NumPy
-twin are then led along the same tokens, and at each one all three have to name the same next token, nearly always.
+20 prompts (tokenised by llama.cpp) are continued greedily by llama.cpp, for 32 tokens or to the end of the turn. Our
+engine and the NumPy twin are then led along the same tokens, and at each all three have to name the same next token,
+nearly always: llama.cpp and we round activations to 8 bits, and where two tokens are as good, that decides.
 """
 
 import gc
@@ -78,7 +79,7 @@ def greedy(stages: list[OnnxStage], prompt: list[int], count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def continuations(demo_model) -> list[list[int]]:
-    """What llama.cpp says, greedily, for each prompt; it goes on past the end of a turn, as a model can."""
+    """What llama.cpp says, greedily, to each prompt."""
     xllamacpp = pytest.importorskip("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(demo_model)
@@ -88,7 +89,7 @@ def continuations(demo_model) -> list[list[int]]:
     parameters.warmup = False
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
-    request = {"n_predict": STEPS, "n_probs": 1, "temperature": 0, "ignore_eos": True}
+    request = {"n_predict": STEPS, "n_probs": 1, "temperature": 0}
     answers = [server.handle_completions(request | {"prompt": prompt}) for prompt in PROMPTS]
     return [[token["id"] for token in answer["choices"][0]["logprobs"]["content"]] for answer in answers]
 
@@ -101,8 +102,7 @@ def ours(demo_model, continuations) -> list[np.ndarray]:
 
 @pytest.mark.slow
 def test_it_agrees_with_llama_cpp(continuations, ours):
-    assert all(len(said) == STEPS for said in continuations)
-    agreed = np.mean([logits.argmax(axis=-1) == said for logits, said in zip(ours, continuations, strict=True)])
+    agreed = np.mean(np.concatenate(ours).argmax(axis=-1) == np.concatenate(continuations))
     print(f"top-1 agreement with llama.cpp: {agreed:.4f}")
     assert agreed >= 0.95
 
@@ -110,14 +110,16 @@ def test_it_agrees_with_llama_cpp(continuations, ours):
 @pytest.mark.slow
 def test_it_agrees_with_plain_arithmetic(demo_model, continuations, ours):
     twin = LlamaTwin(demo_model)
-    agreed, divergences = [], []
-    for prompt, said, logits in zip(PROMPTS, continuations, ours, strict=True):
-        expected = twin.logits(prompt + said[:-1])[len(prompt) - 1 :]
-        agreed.append(expected.argmax(axis=-1) == logits.argmax(axis=-1))
-        divergences.append(mean_divergence(expected, logits))
-    print(f"top-1 agreement with the twin: {np.mean(agreed):.4f}, mean KL {np.mean(divergences):.5f}")
-    assert np.mean(agreed) >= 0.97
-    assert np.mean(divergences) <= 0.02
+    pairs = zip(PROMPTS, continuations, strict=True)
+    expected = np.concatenate([twin.logits(prompt + said[:-1])[len(prompt) - 1 :] for prompt, said in pairs])
+    actual = np.concatenate(ours)
+    agreed, divergence = (
+        np.mean(expected.argmax(axis=-1) == actual.argmax(axis=-1)),
+        mean_divergence(expected, actual),
+    )
+    print(f"top-1 agreement with the twin: {agreed:.4f} of {len(actual)}, mean KL {divergence:.5f}")
+    assert agreed >= 0.97
+    assert divergence <= 0.02
 
 
 def test_one_two_and_three_stages_say_the_same(demo_model):
@@ -133,7 +135,7 @@ def test_one_two_and_three_stages_say_the_same(demo_model):
 PROBE = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-import numpy, onnx, onnxruntime
+import numpy
 import test_demo_model
 from covey.engine.contract import Piece
 from covey.engine.onnx.stage import OnnxStage
@@ -160,7 +162,7 @@ print(json.dumps({"read": read_after - read_before, "resident": counters()[1]}))
 def test_it_reads_and_holds_little_more_than_its_tensors(start, end, demo_model):
     context, slots = 1024, 2
     command = [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(demo_model), str(start), str(end)]
-    output = subprocess.run([*command, str(context)], capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run([*command, str(context)], capture_output=True, text=True, check=True, timeout=300).stdout
     found = json.loads(output)
     header = read_header(demo_model)
     own = sum(entry.byte_count for entry in header.tensors.values() if belongs(entry.name, start, end))

@@ -92,8 +92,8 @@ class LlamaGraph:
         self._caches: list[str] = []
         builder = self._builder
         self._residual = builder.input(HIDDEN, np.float32, ["tokens", settings.hidden_size])
-        # What the last block computed and nobody has added to the residual yet, at first zero. Two kernels for
-        # norms, one with and one without a sum, would round apart: then where a model is cut would change its answers.
+        # What the last block computed and nobody has added to the residual yet; at first zero. Of the two kernels
+        # for norms only the one with a sum is used: they round apart, and a model's cuts would change its answers.
         self._update = builder.node("Sub", [HIDDEN, HIDDEN], "nothing")
         builder.input(ENDS, np.int32, ["batch"])
         builder.input(LONGEST, np.int32, [1])

@@ -1,0 +1,114 @@
+"""Decode and prefill of the ONNX engine against llama.cpp's own `llama-bench`, alternating in one run.
+
+    python bench/decode_and_prefill.py --model FILE.gguf --threads 2 --rounds 5 --llama-bench PATH [--json]
+
+A round is one prefill of 512 tokens and 64 decode steps from an empty cache, in each program, as
+`llama-bench -p 512 -n 64` does. Whatever else the machine does meets both, so ratios hold better than absolute
+figures. Medians are printed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from covey.checkpoints.gguf_file import read_header
+from covey.engine.contract import Piece
+from covey.engine.onnx.stage import OnnxStage
+from covey.schema.ids import RunnerId
+from covey.schema.model import Shard
+from covey.schema.runner import RunnerSpec
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 64
+MEASURES = ("prefill", "decode")
+
+
+def load(model: Path, threads: int) -> OnnxStage:
+    layer_count = read_header(model).metadata["llama.block_count"]
+    spec = RunnerSpec(
+        runner_id=RunnerId("bench"),
+        instance_id="bench",
+        engine="onnx",
+        model_path=str(model),
+        shard=Shard(0, layer_count, layer_count),
+        stage_index=0,
+        stage_count=1,
+        context_length=PREFILL_TOKENS + DECODE_TOKENS,
+        slot_count=1,
+        thread_count=threads,
+        listen_host="127.0.0.1",
+    )
+    stage = OnnxStage(spec)
+    stage.load(lambda _: None)
+    stage.warm_up()
+    return stage
+
+
+def measure_ours(stage: OnnxStage, token_ids: np.ndarray) -> dict[str, float]:
+    """Tokens per second."""
+    started = time.perf_counter()
+    stage.run([Piece(0, 0, PREFILL_TOKENS, wants_logits=True)], token_ids)
+    prefilled = time.perf_counter()
+    for position in range(DECODE_TOKENS):
+        stage.run([Piece(0, position, 1, wants_logits=True)], token_ids[position : position + 1])
+    decoded = time.perf_counter()
+    return {"prefill": PREFILL_TOKENS / (prefilled - started), "decode": DECODE_TOKENS / (decoded - prefilled)}
+
+
+def measure_llama(program: Path, model: Path, threads: int) -> dict[str, float]:
+    command = [program, "-m", model, "-t", str(threads), "-r", "1", "-o", "json"]
+    command += ["-p", str(PREFILL_TOKENS), "-n", str(DECODE_TOKENS)]
+    output = subprocess.run(command, capture_output=True, check=True, timeout=600).stdout
+    results = json.loads(output)
+    return {"prefill" if result["n_prompt"] else "decode": result["avg_ts"] for result in results}
+
+
+def compare(model: Path, threads: int, rounds: int, program: Path | None) -> dict[str, dict[str, float]]:
+    stage = load(model, threads)
+    token_ids = np.random.default_rng(1).integers(0, 1000, PREFILL_TOKENS)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(measure_ours(stage, token_ids))
+        if program is not None:
+            theirs.append(measure_llama(program, model, threads))
+    found = {"covey": medians(ours)}
+    if theirs:
+        found["llama.cpp"] = medians(theirs)
+        pairs = list(zip(ours, theirs, strict=True))
+        found["ratio"] = medians([{name: our[name] / their[name] for name in MEASURES} for our, their in pairs])
+    return found
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rounds) for name in MEASURES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench; without it only our own figures")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = compare(options.model, options.threads, options.rounds, options.llama_bench)
+    if options.json:
+        print(json.dumps({"model": options.model.name, "threads": options.threads, "rounds": options.rounds, **found}))
+        return
+    table = Table(title=f"{options.model.name}, {options.threads} threads, medians of {options.rounds} rounds")
+    for heading in ("", f"prefill {PREFILL_TOKENS} (tokens/s)", f"decode {DECODE_TOKENS} (tokens/s)"):
+        table.add_column(heading, justify="right")
+    for name, figures in found.items():
+        table.add_row(name, *(f"{figures[measure]:.2f}" for measure in MEASURES))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
