@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NODES ?= 2
-PROMPT ?= What is the capital of France?
+export PROMPT ?= What is the capital of France?
 
 .PHONY: run test check dist lock clean format
 
 run: $(VENV)/.runtime
-	@$(BIN)/covey demo --nodes $(NODES) --prompt "$(PROMPT)" $(if $(ONCE),--once) $(if $(JSON),--json)
+	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(ONCE),--once) $(if $(JSON),--json)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

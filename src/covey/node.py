@@ -206,7 +206,10 @@ class Node:
             raise RequestError(str(error), status=error.status) from None
 
     def models(self) -> Sequence[ListedModel]:
-        return [ListedModel(card, self._files.is_on_disk(card)) for card in self._files.known()]
+        known = self._files.known()
+        listed = {card.model_id for card in known}
+        placed = {each.card.model_id: each.card for each in self.state().instances if each.card.model_id not in listed}
+        return [ListedModel(card, self._files.is_on_disk(card)) for card in [*known, *placed.values()]]
 
     async def submit(self, command: Command) -> CommandOutcome:
         return await self._driver.submit(command)

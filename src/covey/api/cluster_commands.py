@@ -36,7 +36,7 @@ class PlaceBody(DialectBody):
     sharding: Literal["Pipeline"] = "Pipeline"
     instance_meta: Literal["MlxRing"] = "MlxRing"
     min_nodes: int = Field(default=1, ge=1, le=NODES_MAX)
-    context_length: int | None = Field(default=None, ge=1, le=TOKENS_MAX)
+    context_length: int | None = Field(default=None, ge=2, le=TOKENS_MAX)
     slot_count: int | None = Field(default=None, ge=1, le=SLOTS_MAX)
     node_ids: list[str] = Field(default_factory=list)
 

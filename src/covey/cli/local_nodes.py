@@ -96,7 +96,9 @@ def end_nodes(nodes: list[LocalNode]) -> None:
 @contextlib.contextmanager
 def _uninterrupted() -> Generator[None]:
     """Impatient signals leave no process behind; what they would cut short takes a bounded time."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

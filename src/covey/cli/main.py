@@ -205,7 +205,7 @@ def local_path(model: str) -> str:
     """A path is meant from where the command runs, and the node runs elsewhere."""
     if model.startswith("hf:") or not (model.endswith(".gguf") or "/" in model):
         return model
-    return str(Path(model).expanduser().absolute())
+    return os.path.normpath(Path(model).expanduser().absolute())
 
 
 def main() -> None:

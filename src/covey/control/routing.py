@@ -176,11 +176,15 @@ def _candidate(report: NodeReport, hardware: Hardware, instances: Sequence[Insta
 
 
 def _promised(stage: Stage, report: NodeReport) -> int:
-    """What a stage will still take of the memory that its node says is available."""
+    """What a stage will still take of the memory that its node says is available.
+
+    A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill.
+    """
     if stage.node_id != report.node_id:
         return 0
+    resident = [each.resident_bytes for each in report.runners if each.runner_id == stage.runner_id]
     loaded = any(each.runner_id == stage.runner_id and each.state in LOADED_STATES for each in report.runners)
-    return 0 if loaded else stage.memory_bytes
+    return max(stage.memory_bytes - resident[0], 0) if loaded else stage.memory_bytes
 
 
 def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:

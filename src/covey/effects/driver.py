@@ -5,6 +5,7 @@ world comes back as an input. Between two inputs the driver sleeps until the mac
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -39,6 +40,8 @@ from covey.schema.machine import (
     TellRunner,
 )
 from covey.schema.model import ModelCard
+
+_log = logging.getLogger(__name__)
 
 MS_PER_S: Final = 1000
 SNAPSHOT_AGE_MS_MAX: Final = 500  # "heard so long ago" grows with time alone
@@ -211,6 +214,9 @@ class Driver:
             path = await self._models.ensure(card, progress)
         except FetchError as error:
             return FetchFailed(card.model_id, attempt, str(error))
+        except Exception as error:  # noqa: BLE001 (the top of this task: the machine must hear of it, and the rest goes on)
+            _log.exception("fetching %s failed", card.model_id)
+            return FetchFailed(card.model_id, attempt, f"{type(error).__name__}: {error}; this node's log says more")
         return FetchFinished(card.model_id, attempt, str(path), card.file_bytes)
 
 

@@ -6,6 +6,7 @@ Zenoh's own id is fresh for each process: with two processes of one id nobody wo
 """
 
 import hashlib
+import ipaddress
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -64,7 +65,19 @@ def peer_endpoint(address: str) -> str:
     host = host.strip("[]")
     if not host or not port.isdigit() or not 0 < int(port) <= PORT_MAX:
         raise MeshError(f"{address!r} is not the address of a peer; write it as HOST or HOST:PORT")
+    if not _is_loopback(host):
+        raise MeshError(
+            f"{address} is on another machine, and nodes talk over the loopback interface alone until their links are "
+            "authenticated, which this version can't do yet"
+        )
     return f"tcp/{f'[{host}]' if ':' in host else host}:{mesh_port(int(port))}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Outgoing(Struct, frozen=True):

@@ -14,10 +14,14 @@ import msgspec
 
 from covey.checkpoints import catalogue
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.quantization import is_known, known_types
+from covey.checkpoints.tokenizer import load_tokenizer
 from covey.effects import hub, package_index
 from covey.effects.durable import write_durably
 from covey.effects.fetching import FetchError, Progress, is_present, make_present
+from covey.engine.contract import EngineError
+from covey.engine.onnx.settings import read_settings
 from covey.schema.ids import ModelId
 from covey.schema.model import FileSource, HubSource, ModelCard, PackageSource
 
@@ -74,10 +78,11 @@ class ModelFiles:
         try:
             file = await hub.locate(source)
             header = await hub.fetch_header(file)
+            await anyio.to_thread.run_sync(_expect_runnable, header)
             card = card_from_header(header, ModelId(name), file.source)
         except hub.HubError as error:
             return self._remembered_or_refused(name, error)
-        except CheckpointError as error:
+        except (CheckpointError, EngineError) as error:
             raise ModelNotFoundError(f"{name} is no model that can be run: {error}", 400) from None
         try:
             await anyio.to_thread.run_sync(self._remember, card)
@@ -135,11 +140,23 @@ async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Pat
     return await hub.fetch_from_hub(file, work)
 
 
+def _expect_runnable(header: GgufHeader) -> None:
+    """Says before anything is placed or fetched what no runner could do. Raises `CheckpointError`, `EngineError`."""
+    read_settings(header)
+    unknown = sorted({entry.type for entry in header.tensors.values() if not is_known(entry.type)})
+    if unknown:
+        known = ", ".join(known_types())
+        raise CheckpointError(f"it has tensors of type {', '.join(unknown)}, which can't be run; known are {known}")
+    load_tokenizer(header)
+
+
 def _card_of_file(name: str) -> ModelCard:
     path = Path(name).expanduser().absolute()
     try:
-        return card_from_header(read_header(path), ModelId(str(path)), FileSource(str(path)))
-    except CheckpointError as error:
+        header = read_header(path)
+        _expect_runnable(header)
+        return card_from_header(header, ModelId(str(path)), FileSource(str(path)))
+    except (CheckpointError, EngineError) as error:
         raise ModelNotFoundError(f"{path} is no model that can be run: {error}", 400) from None
     except FileNotFoundError:
         raise ModelNotFoundError(f"there is no file {path}; check the path, which is looked up on this node") from None
@@ -149,6 +166,8 @@ def _card_of_file(name: str) -> ModelCard:
 
 def _expect_file(path: Path, card: ModelCard) -> None:
     """A file that a person named is never fetched: it must lie at its path on each node that holds a part of it."""
+    if path.exists() and not path.is_file():
+        raise FetchError(f"{path} is not a regular file on this node")
     try:
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)

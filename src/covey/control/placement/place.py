@@ -21,6 +21,7 @@ from covey.schema.model import ModelCard, Shard
 
 CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
+CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
 SLOT_COUNT_DEFAULT: Final = 4
 SPLITS_TRIED_MAX: Final = 2_000  # 8 nodes have 255 subsets; a large cluster is refused or served from the best ones
 
@@ -72,7 +73,7 @@ def _refuse_early(
 ) -> Refused | None:
     here = {node.node_id for node in nodes}
     missing = [node_id for node_id in options.node_ids if node_id not in here]
-    if not (1 <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
+    if not (CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
     if missing:
         return refusal.unknown_nodes(missing)
