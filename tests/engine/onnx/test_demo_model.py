@@ -85,7 +85,7 @@ def continuations(demo_model) -> list[list[int]]:
     parameters.model.path = str(demo_model)
     parameters.n_ctx = CONTEXT
     parameters.n_parallel = 1
-    parameters.cpuparams.n_threads = 2
+    parameters.cpuparams.n_threads = 1  # more wait for one another actively, which a busy machine punishes
     parameters.warmup = False
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
@@ -126,7 +126,7 @@ def test_one_two_and_three_stages_say_the_same(demo_model):
     answers = []
     for cuts in ([0, 30], [0, 13, 30], [0, 10, 21, 30]):
         stages = [loaded(demo_model, start, end) for start, end in itertools.pairwise(cuts)]
-        answers.append([greedy(stages, prompt, 12) for prompt in PROMPTS[::5]])
+        answers.append([greedy(stages, prompt, 8) for prompt in PROMPTS[::5]])
         del stages
         gc.collect()
     assert answers[0] == answers[1] == answers[2]
@@ -158,7 +158,7 @@ print(json.dumps({"read": read_after - read_before, "resident": counters()[1]}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("start", "end"), [(0, 30), (0, 15), (15, 30), (10, 20)])
+@pytest.mark.parametrize(("start", "end"), [(0, 30), (10, 20)])
 def test_it_reads_and_holds_little_more_than_its_tensors(start, end, demo_model):
     context, slots = 1024, 2
     command = [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(demo_model), str(start), str(end)]
