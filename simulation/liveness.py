@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from covey.control.placement.place import Options, place
-from covey.control.routing import InstancePhase, candidates, instance_status, visible_reports
+from covey.control.routing import InstancePhase, instance_status, nodes_of
 from covey.schema.cluster import ClusterState, Instance, Refused, Visibility, Wish
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
     options = Options(
         node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
     )
-    nodes = candidates(tuple(visible_reports(state).values()), state.instances)
-    if not isinstance(place(wish.card, nodes, options), Refused):
+    if not isinstance(place(wish.card, nodes_of(state), options), Refused):
         yield f"{wish.wish_id} fits, but is not assigned"
 
 

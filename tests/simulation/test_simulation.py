@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulation.run import run
 
 from covey.control import cluster
 from covey.control.cluster import Cluster
@@ -18,7 +19,6 @@ from covey.control.machine import Machine
 from covey.control.membership import Membership
 from covey.control.replication import Replication
 from covey.control.runners import Runners
-from simulation.run import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 200

@@ -335,14 +335,16 @@ class Machine:
         return self.replication.write(now_ms, events)
 
     def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None) -> Context:
-        reports = [peer.report for peer in self.membership.company(now_ms) if peer.report]
-        reports += [self.reporter.last] if self.reporter.last else []
+        company = [self.node_id, *(peer.node_id for peer in self.membership.company(now_ms))]
+        reports = self._reports()
+        here = [report for node_id, report in reports.items() if node_id in company]
+        away = [report for node_id, report in reports.items() if node_id not in company]
         return Context(
             command_id=command_id,
             asked_at=asked_at,
             instance_mark=f"{self.node_id[:MARK_CHARACTERS]}-{self.boot}-{self._instance_counter}",
             engine=self.settings.engine,
-            nodes=candidates(reports, tuple(self.cluster.instances.values())),
+            nodes=candidates(here, away, tuple(self.cluster.instances.values())),
         )
 
     def _is_learning(self, now_ms: int) -> bool:

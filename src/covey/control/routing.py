@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
@@ -96,7 +97,7 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
     options = Options(
         node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
     )
-    placement = place(wish.card, candidates(tuple(visible_reports(state).values()), state.instances), options)
+    placement = place(wish.card, nodes_of(state), options)
     return placement.reason if isinstance(placement, Refused) else "waiting for the leader to assign it."
 
 
@@ -133,6 +134,13 @@ def _loading(instance: Instance, reports: Reports) -> InstanceStatus:
     return InstanceStatus(InstancePhase.WAITING, f"waiting for its runners ({states})")
 
 
+def nodes_of(state: ClusterState) -> tuple[Candidate, ...]:
+    """The nodes that a placement could use now, as this snapshot has them."""
+    visible = visible_reports(state)
+    away = [each.report for each in state.members if each.report and each.node_id not in visible]
+    return candidates(tuple(visible.values()), away, state.instances)
+
+
 # ---- what reports say ----
 
 
@@ -158,10 +166,26 @@ def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
     return next((each for each in report.runners if each.runner_id == stage.runner_id), None) if report else None
 
 
-def candidates(reports: Sequence[NodeReport], instances: Sequence[Instance]) -> tuple[Candidate, ...]:
-    """The nodes as a placement sees them, by id; those that have not told their memory are left out."""
+def candidates(
+    reports: Sequence[NodeReport], away: Sequence[NodeReport], instances: Sequence[Instance]
+) -> tuple[Candidate, ...]:
+    """The nodes as a placement sees them, by id; those that have not told their memory are left out.
+
+    A node that is away may come back and take what is assigned to it: on a machine that it shares that stays promised.
+    """
     found = [_candidate(report, report.hardware, instances) for report in reports if report.hardware]
-    return tuple(sorted(found, key=lambda node: node.node_id))
+    found.sort(key=lambda node: node.node_id)
+    owed = [(report.hardware.machine_id, _assigned_bytes(report, instances)) for report in away if report.hardware]
+    for index, node in enumerate(found):
+        if node.machine_id not in [other.machine_id for other in found[:index]]:
+            more = sum(count for machine_id, count in owed if machine_id == node.machine_id)
+            found[index] = replace(node, memory_bytes_promised=node.memory_bytes_promised + more)
+    return tuple(found)
+
+
+def _assigned_bytes(report: NodeReport, instances: Sequence[Instance]) -> int:
+    stages = [stage for each in instances for stage in each.stages]
+    return sum(stage.memory_bytes for stage in stages if stage.node_id == report.node_id)
 
 
 def _candidate(report: NodeReport, hardware: Hardware, instances: Sequence[Instance]) -> Candidate:

@@ -281,7 +281,8 @@ TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     **{(state, RunnerStarted): Transition(_stay, (state,)) for state in (IDLE, SHUTTING_DOWN, FAILED)},
     **{(state, PhaseFailed): Transition(_phase_failed, (FAILED,)) for state in STARTED_STATES},
     **{(state, RunnerExited): Transition(_crashed, (FAILED,)) for state in STARTED_STATES},
-    **{(state, Stop): Transition(_stop, (SHUTTING_DOWN, SHUTDOWN)) for state in STARTED_STATES},
+    (IDLE, Stop): Transition(_stop, (SHUTTING_DOWN, SHUTDOWN)),
+    **{(state, Stop): Transition(_stop, (SHUTTING_DOWN,)) for state in STARTED_STATES if state is not IDLE},
     # What a process said before it heard that it is to stop is no news.
     **{(state, word): Transition(_stay, (state,)) for state in (SHUTTING_DOWN, FAILED) for word in PROCESS_WORDS},
     (SHUTTING_DOWN, Stop): Transition(_stay, (SHUTTING_DOWN,)),

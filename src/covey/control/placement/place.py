@@ -23,7 +23,7 @@ CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for 
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
 CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
 SLOT_COUNT_DEFAULT: Final = 4
-SPLITS_TRIED_MAX: Final = 2_000  # 8 nodes have 255 subsets; a large cluster is refused or served from the best ones
+SPLITS_TRIED_MAX: Final = 500  # of all sets of nodes in all orders; a large cluster has enough among its best
 
 
 class Options(Struct, frozen=True, kw_only=True):

@@ -53,7 +53,8 @@ def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int) 
         sum(each.memory_bytes_usable for each in machines(nodes).values()),
     )
     each = "; ".join(_machine_lines(nodes))
-    size = f"a context of {load.context_length} tokens in {load.slot_count} slots"
+    slots = "1 slot" if load.slot_count == 1 else f"{load.slot_count} slots"
+    size = f"a context of {load.context_length} tokens in {slots}"
     opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count)} with {size}"
     if needed > usable:
         lack = f"the cluster has {amount(usable)} to give, so {amount(needed - usable)} are missing"

@@ -1,8 +1,10 @@
 """Cuts the layers of a model into consecutive ranges, one for each budget of memory.
 
-Layers go in proportion to the budgets; where that does not fit, a cut moves to the nearest place that does. A split
-is found if there is one for this order of budgets: `reach` and `need` bound every cut from both sides.
+Layers go in proportion to the budgets; where that does not fit, a cut moves to the nearest place from which the rest
+still fits. So a split is found whenever there is one for this order of budgets.
 """
+
+from bisect import bisect_right
 
 from covey.control.placement.memory import RUNNER_OVERHEAD_BYTES, Load, first_bytes, last_bytes, layer_bytes
 
@@ -13,21 +15,17 @@ def split(load: Load, budgets_bytes: tuple[int, ...]) -> tuple[int, ...] | None:
     Every stage gets at least one layer.
     """
     sums = _prefix_sums(load)
-    layer_count, stage_count = len(sums) - 1, len(budgets_bytes)
     rooms = [budget - RUNNER_OVERHEAD_BYTES for budget in budgets_bytes]
-    if not 1 <= stage_count <= layer_count:
+    if sum(rooms) < sums[-1] or min(rooms) <= 0:
         return None
-    needed = _earliest_cuts(sums, rooms)
-    if needed is None:
-        return None
+    can_end = _possible_ends(sums, rooms)
     cuts: list[int] = []
     start = 0
     for stage, room in enumerate(rooms):
-        lowest = max(needed[stage], start + 1)
-        highest = min(_reach(sums, start, room), layer_count - (stage_count - 1 - stage))
-        if highest < lowest:
+        ends = [end for end in range(start + 1, _reach(sums, start, room) + 1) if can_end[stage][end]]
+        if not ends:
             return None
-        start = min(max(_proportional_cut(layer_count, budgets_bytes, stage), lowest), highest)
+        start = _nearest(ends, _proportional_cut(load.card.layer_count, budgets_bytes, stage))
         cuts.append(start)
     return tuple(cuts)
 
@@ -44,29 +42,27 @@ def _prefix_sums(load: Load) -> list[int]:
     return sums
 
 
-def _earliest_cuts(sums: list[int], rooms: list[int]) -> list[int] | None:
-    """For each stage the earliest layer it may end before, so that the later stages can hold the rest."""
+def _possible_ends(sums: list[int], rooms: list[int]) -> list[list[bool]]:
+    """For each stage and layer: whether the later stages can hold what lies from that layer on."""
     layer_count = len(sums) - 1
-    cuts = [layer_count] * len(rooms)
-    for stage in range(len(rooms) - 1, 0, -1):
-        start = cuts[stage]
-        while start > 0 and sums[cuts[stage]] - sums[start - 1] <= rooms[stage]:
-            start -= 1
-        if start == cuts[stage] > 0:
-            return None  # not even one layer fits
-        cuts[stage - 1] = start
-    return cuts
+    possible = [False] * layer_count + [True]
+    table = [possible]
+    for room in reversed(rooms[1:]):
+        after = table[0]
+        table.insert(0, [any(after[start + 1 : _reach(sums, start, room) + 1]) for start in range(layer_count + 1)])
+    return table
 
 
 def _reach(sums: list[int], start: int, room: int) -> int:
     """The furthest layer that a stage which begins at `start` can end before."""
-    end = start
-    while end + 1 < len(sums) and sums[end + 1] - sums[start] <= room:
-        end += 1
-    return end
+    return bisect_right(sums, sums[start] + room) - 1
 
 
 def _proportional_cut(layer_count: int, budgets_bytes: tuple[int, ...], stage: int) -> int:
     """Where this stage would end if layers went strictly by budget, rounded to the nearest layer."""
     before, total = sum(budgets_bytes[: stage + 1]), sum(budgets_bytes)
     return (2 * layer_count * before + total) // (2 * total)
+
+
+def _nearest(ends: list[int], wanted: int) -> int:
+    return min(ends, key=lambda end: (abs(end - wanted), end))

@@ -1,0 +1,58 @@
+"""A fetch starts only because an assignment needs it, one at a time, and never again at once."""
+
+from simulation.people import SMALL
+
+from covey.control.downloads import Downloads
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import DownloadState
+from covey.schema.ids import ModelId
+from covey.schema.machine import CancelFetch, FetchFailed, FetchFinished, FetchProgressed, StartFetch
+
+MODEL = SMALL.model_id
+NEEDED = {MODEL: SMALL}
+
+
+def test_nothing_is_fetched_because_it_was_found() -> None:
+    downloads = Downloads(MachineSettings())
+    downloads.list_models((ModelId("other"),))
+    assert downloads.advance(0, {}) == []
+    assert downloads.models_on_disk() == (ModelId("other"),)
+
+
+def test_from_need_to_file() -> None:
+    downloads = Downloads(MachineSettings())
+    assert downloads.advance(0, NEEDED) == [StartFetch(SMALL, 1)]
+    assert downloads.advance(1, NEEDED) == []
+    downloads.progress(2_000, FetchProgressed(MODEL, 1, 40, 80))
+    [report] = downloads.reports()
+    assert (report.state, report.bytes_done, report.bytes_total) == (DownloadState.ONGOING, 40, 80)
+    assert report.bytes_per_second == 20.0
+    downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
+    assert downloads.path(MODEL) == "/small.gguf"
+    assert downloads.reports()[0].state is DownloadState.COMPLETED
+    assert downloads.models_on_disk() == (MODEL,)
+
+
+def test_a_failure_backs_off_longer_and_longer_but_never_for_good() -> None:
+    downloads = Downloads(MachineSettings())
+    now_ms = 0
+    for attempt, pause_ms in enumerate((1_000, 4_000, 16_000, 60_000, 60_000), start=1):
+        assert downloads.advance(now_ms, NEEDED) == [StartFetch(SMALL, attempt)]
+        downloads.fail(now_ms, FetchFailed(MODEL, attempt, "no network"))
+        assert downloads.reports()[0].state is DownloadState.FAILED
+        assert downloads.reports()[0].reason == "no network"
+        assert downloads.deadline() == now_ms + pause_ms
+        assert downloads.advance(now_ms + pause_ms - 1, NEEDED) == []
+        now_ms += pause_ms
+
+
+def test_what_is_not_needed_any_more_is_cancelled_once() -> None:
+    downloads = Downloads(MachineSettings())
+    downloads.advance(0, NEEDED)
+    assert downloads.advance(1, {}) == [CancelFetch(MODEL, 1)]
+    assert downloads.advance(2, {}) == []
+    assert downloads.advance(3, NEEDED) == [StartFetch(SMALL, 2)]
+    downloads.fail(4, FetchFailed(MODEL, 1, "stale"))
+    downloads.finish(FetchFinished(MODEL, 1, "/stale", 1))
+    assert downloads.path(MODEL) is None
+    assert downloads.reports()[0].state is DownloadState.ONGOING

@@ -1,0 +1,353 @@
+"""The whole machine in a world without faults, and at its edges."""
+
+from random import Random
+
+from msgspec.structs import replace
+from simulation.host import Host
+from simulation.people import HUGE, LARGE, SMALL
+from simulation.world import World
+
+from covey.control.cluster import Written
+from covey.control.machine import Machine
+from covey.control.routing import InstancePhase, head_address, instance_status, pick, ready_instances, wish_status
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import (
+    Accepted,
+    Claim,
+    ClusterState,
+    CommandAnswer,
+    CommandOutcome,
+    CommandRequest,
+    DeleteInstance,
+    Heartbeat,
+    NodeReport,
+    PlaceModel,
+    Refused,
+    TimedOut,
+)
+from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
+from covey.schema.machine import (
+    AnswerCommand,
+    CommandSubmitted,
+    DeadlinePassed,
+    Effect,
+    HardwareProbed,
+    LeaveRequested,
+    Left,
+    MessageReceived,
+    Publish,
+    SendTo,
+    Started,
+    StateChanged,
+)
+from covey.schema.runner import Address
+
+GIGABYTE = 10**9
+ADA = NodeId("a" * 32)
+
+
+def cluster_of(count: int, memory: int = 8) -> tuple[World, list[Host]]:
+    """So many nodes that see one another and follow a leader."""
+    world = World(Random(7))
+    hosts = [world.add(f"node{number}", memory * GIGABYTE) for number in range(count)]
+    for host in hosts:
+        host.start()
+    world.run_until(2_000)
+    return world, hosts
+
+
+def state(host: Host) -> ClusterState:
+    assert host.machine is not None
+    return host.machine.state(host.world.now_ms)
+
+
+def outcome(world: World, command_id: str, after_ms: int = 1_000) -> CommandOutcome:
+    world.run_until(world.now_ms + after_ms)
+    return world.people.answers[command_id]
+
+
+# ---- from a command to a served model ----
+
+
+def test_one_node_serves_a_model_soon_after_its_first_start() -> None:
+    """Somebody asks at the very moment the node starts, as `covey run` does."""
+    world = World(Random(7))
+    [host] = [world.add("ada", 8 * GIGABYTE)]
+    host.files[ModelId("small")] = 1
+    host.start()
+    command_id = world.people.place(host, SMALL)
+    assert isinstance(outcome(world, command_id, 1_500), Accepted)
+    world.run_until(4_500)
+    [instance] = ready_instances(state(host), SMALL.model_id)
+    assert pick(state(host), SMALL.model_id) == instance
+    assert head_address(state(host), instance) is not None
+    assert instance_status(state(host), instance).text == "ready"
+
+
+def test_every_node_sees_the_same_instance_come_up_step_by_step() -> None:
+    world, hosts = cluster_of(3)
+    world.people.place(hosts[0], LARGE, 3)
+    seen: list[str] = []
+    while world.now_ms < 12_000:
+        world.run_until(world.now_ms + 20)
+        for instance in state(hosts[1]).instances:
+            text = instance_status(state(hosts[1]), instance).text
+            seen += [text] if seen[-1:] != [text] else []
+    assert "downloading 25 %" in seen
+    assert any(text.startswith("loading ") and text.endswith(" of 24 layers") for text in seen)
+    assert seen[-1] == "ready"
+    assert [len(ready_instances(state(host), LARGE.model_id)) for host in hosts] == [1, 1, 1]
+
+
+def test_what_is_not_served_says_why() -> None:
+    world, [ada, _] = cluster_of(2)
+    refused = pick(state(ada), SMALL.model_id)
+    assert isinstance(refused, Refused)
+    assert refused.status == 404
+    world.people.place(ada, SMALL)
+    world.run_until(world.now_ms + 400)
+    refused = pick(state(ada), SMALL.model_id)
+    assert isinstance(refused, Refused)
+    assert refused.status == 503
+    assert refused.reason.startswith("small is not ready: downloading")
+
+
+def test_the_least_loaded_ready_instance_is_picked() -> None:
+    world, [ada, bea] = cluster_of(2)
+    world.people.place(ada, SMALL)
+    world.people.place(ada, SMALL)
+    world.run_until(6_000)
+    first, second = sorted(ready_instances(state(ada), SMALL.model_id), key=lambda each: each.instance_id)
+    assert pick(state(ada), SMALL.model_id) == first
+    for host in (ada, bea):
+        assert host.machine is not None
+        for runner in host.machine.runners.runners.values():
+            runner.requests_running = 3 if runner.instance.instance_id == first.instance_id else 1
+            host.machine.runners.revision += 1
+    world.run_until(7_000)
+    assert pick(state(bea), SMALL.model_id) == second
+
+
+def test_a_runner_on_a_node_that_is_away_is_not_ready() -> None:
+    world, hosts = cluster_of(2)
+    world.people.place(hosts[0], SMALL, 2)
+    world.run_until(7_000)
+    [instance] = state(hosts[0]).instances
+    assert instance_status(state(hosts[0]), instance).phase is InstancePhase.READY
+    hosts[1].crash()
+    world.run_until(10_000)
+    assert instance_status(state(hosts[0]), instance).text == "waiting for node1"
+    assert isinstance(pick(state(hosts[0]), SMALL.model_id), Refused)
+
+
+def test_a_wish_that_no_longer_fits_stays_and_says_what_is_missing() -> None:
+    world, hosts = cluster_of(2)
+    world.people.place(hosts[0], SMALL, 2)
+    world.run_until(7_000)
+    hosts[1].crash()
+    world.run_until(45_000)
+    seen = state(hosts[0])
+    assert seen.instances == ()
+    [wish] = seen.wishes
+    assert wish_status(seen, wish).startswith("asked for 2 nodes, only 1 is here")
+    hosts[1].start()
+    world.run_until(60_000)
+    [instance] = state(hosts[0]).instances
+    assert instance_status(state(hosts[0]), instance).text == "ready"
+
+
+def test_memory_that_is_promised_but_not_loaded_counts() -> None:
+    world, [ada] = cluster_of(1, memory=8)
+    first, second = world.people.place(ada, LARGE), world.people.place(ada, LARGE)
+    assert isinstance(outcome(world, first), Accepted)
+    refused = outcome(world, second)
+    assert isinstance(refused, Refused)
+    assert "are missing" in refused.reason
+
+
+# ---- commands ----
+
+
+class Lone:
+    """One machine, fed by hand."""
+
+    def __init__(self) -> None:
+        self.machine = Machine(ADA, 1, "ada", "1", MachineSettings(api_address=Address("127.0.0.1", 1)))
+        self.now_ms = 0
+        self.feed(Started())
+        self.feed(HardwareProbed(World(Random(1)).add("ada", 8 * GIGABYTE).hardware()))
+
+    def feed(self, news: object, at_ms: int | None = None) -> list[Effect]:
+        self.now_ms = self.now_ms if at_ms is None else at_ms
+        return self.machine.handle(self.now_ms, news)  # type: ignore[arg-type]
+
+    def until(self, until_ms: int) -> list[Effect]:
+        """Follows the machine's own deadlines."""
+        effects: list[Effect] = []
+        while (deadline := self.machine.deadline()) is not None and deadline <= until_ms:
+            assert deadline > self.now_ms
+            effects += self.feed(DeadlinePassed(), deadline)
+        self.now_ms = until_ms
+        return effects
+
+
+def answers(effects: list[Effect]) -> list[CommandOutcome]:
+    return [effect.outcome for effect in effects if isinstance(effect, AnswerCommand)]
+
+
+def test_a_command_waits_for_the_first_leader() -> None:
+    lone = Lone()
+    assert answers(lone.feed(CommandSubmitted("c", PlaceModel(card=SMALL)))) == []
+    [accepted] = answers(lone.until(1_000))
+    assert isinstance(accepted, Accepted)
+
+
+def test_a_command_that_nobody_answers_times_out_once() -> None:
+    lone = Lone()
+    heartbeats = iter(range(1, 100))
+
+    def beat() -> None:
+        """A leader that hears us, and says nothing else."""
+        leader = NodeId("0" * 32)
+        lone.feed(MessageReceived(Heartbeat(leader, 1, next(heartbeats), (ADA,), Claim(9, leader), "")), lone.now_ms)
+
+    beat()
+    effects = lone.feed(CommandSubmitted("c", PlaceModel(card=SMALL)))
+    for second in range(1, 12):
+        effects += lone.until(second * 1_000)
+        beat()
+    assert answers(effects) == [TimedOut(10_000)]
+    asked = [each for each in effects if isinstance(each, SendTo) and isinstance(each.message, CommandRequest)]
+    assert 15 <= len(asked) <= 21
+
+
+def test_a_request_is_answered_again_but_carried_out_once() -> None:
+    lone = Lone()
+    lone.until(1_000)
+    request = MessageReceived(CommandRequest("c", NodeId("b" * 32), PlaceModel(card=SMALL)))
+    first, again = lone.feed(request), lone.feed(request)
+    outcomes = [
+        each.message
+        for each in [*first, *again]
+        if isinstance(each, SendTo) and isinstance(each.message, CommandAnswer)
+    ]
+    assert len(outcomes) == 2
+    assert outcomes[0] == outcomes[1]
+    assert len(lone.machine.state(lone.now_ms).instances) == 1
+
+
+def test_an_answer_for_somebody_else_is_dropped() -> None:
+    lone = Lone()
+    lone.feed(CommandSubmitted("c", PlaceModel(card=SMALL)))
+    foreign = CommandAnswer("c", NodeId("b" * 32), Accepted(InstanceId("i")))
+    assert answers(lone.feed(MessageReceived(foreign))) == []
+
+
+def test_deleting_what_never_was_is_refused() -> None:
+    lone = Lone()
+    lone.until(1_000)
+    [refused] = answers(lone.feed(CommandSubmitted("c", DeleteInstance(InstanceId("x.y")))))
+    assert isinstance(refused, Refused)
+    assert refused.status == 404
+
+
+def test_too_large_a_model_is_refused_to_whoever_asked() -> None:
+    world, hosts = cluster_of(2)
+    for host in hosts:
+        refused = outcome(world, world.people.place(host, HUGE))
+        assert isinstance(refused, Refused)
+        assert "GB are missing" in refused.reason
+
+
+# ---- leaving, sleeping, telling ----
+
+
+def test_leaving_stops_runners_first_and_answers_who_waits() -> None:
+    world, [ada] = cluster_of(1)
+    world.people.place(ada, SMALL)
+    world.run_until(6_000)
+    assert len(ada.processes) == 1
+    ada.leave()
+    assert ada.is_up
+    command_id = world.people.place(ada, SMALL)
+    assert world.people.answers[command_id] == Refused("this node is ending: ask another one.", 503)
+    world.run_until(7_000)
+    assert not ada.is_up
+    assert ada.processes == []
+
+
+def test_a_node_without_runners_leaves_at_once() -> None:
+    lone = Lone()
+    effects = lone.feed(LeaveRequested())
+    assert effects[-1] == Left()
+    assert lone.feed(DeadlinePassed()) == []
+    assert lone.machine.deadline() is None
+
+
+def test_after_a_sleep_a_node_does_not_lead_before_it_has_listened() -> None:
+    lone = Lone()
+    lone.until(5_000)
+    lone.feed(CommandSubmitted("c", PlaceModel(card=SMALL)), 3_600_000)
+    assert lone.machine.state(lone.now_ms).leader is None
+    [accepted] = answers(lone.until(3_601_000))
+    assert isinstance(accepted, Accepted)
+
+
+def test_an_idle_node_says_little() -> None:
+    lone = Lone()
+    lone.until(20_000)
+    effects = lone.until(120_000)
+    published = [each.message for each in effects if isinstance(each, Publish)]
+    assert len([message for message in published if isinstance(message, NodeReport)]) == 10
+    assert len([message for message in published if isinstance(message, Heartbeat)]) == 200
+    assert len(effects) == 210 + len([each for each in effects if isinstance(each, StateChanged)])
+
+
+def test_reports_are_coalesced() -> None:
+    lone = Lone()
+    lone.until(5_000)
+    effects: list[Effect] = []
+    for number in range(100):
+        effects += lone.until(5_000 + number * 10)
+        lone.machine.set_api_address(Address("127.0.0.1", number))
+        effects += lone.feed(DeadlinePassed())
+    reports = [each for each in effects if isinstance(each, Publish) and isinstance(each.message, NodeReport)]
+    assert 4 <= len(reports) <= 6
+
+
+def test_small_changes_of_memory_are_not_reported() -> None:
+    lone = Lone()
+    hardware = lone.machine.memory.probed
+    assert hardware is not None
+    lone.until(5_000)
+    little = replace(hardware, memory_bytes_available=hardware.memory_bytes_available - 50_000_000)
+    much = replace(hardware, memory_bytes_available=hardware.memory_bytes_available - 500_000_000)
+    assert not any(isinstance(each, Publish) for each in lone.feed(HardwareProbed(little)))
+    assert any(isinstance(each, Publish) for each in lone.feed(HardwareProbed(much)))
+
+
+def test_a_client_hears_of_changes_only() -> None:
+    lone = Lone()
+    lone.until(5_000)
+    before = lone.machine.state(lone.now_ms).revision
+    assert StateChanged() not in lone.feed(DeadlinePassed(), 5_001)
+    assert lone.machine.state(lone.now_ms).revision == before
+    lone.machine.set_api_address(Address("127.0.0.1", 9))
+    assert StateChanged() in lone.feed(DeadlinePassed(), 5_002)
+    assert lone.machine.state(lone.now_ms).revision == before + 1
+
+
+def test_instances_of_one_wish_by_two_leaders_are_reduced_to_one() -> None:
+    """Both halves of a divided cluster placed the same command; the one that is ready stays."""
+    world, hosts = cluster_of(2)
+    command_id = world.people.place(hosts[0], SMALL)
+    world.run_until(7_000)
+    [instance] = state(hosts[0]).instances
+    leader = next(host for host in hosts if host.machine and host.machine.leadership.leads)
+    twin_id = InstanceId(f"{command_id}.zz-1-1")
+    stages = tuple(replace(stage, runner_id=RunnerId(f"{twin_id}.0")) for stage in instance.stages)
+    twin = replace(instance, instance_id=twin_id, stages=stages)
+    assert leader.machine is not None
+    leader.machine.cluster.apply((Written(f"instance/{twin.instance_id}", twin),))
+    world.run_until(9_000)
+    assert [each.instance_id for each in state(leader).instances] == [instance.instance_id]

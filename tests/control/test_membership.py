@@ -1,0 +1,168 @@
+"""Who is visible, away and forgotten; what is stale stays stale."""
+
+from covey.control.leadership import Leadership
+from covey.control.membership import Membership
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import Claim, Heartbeat, NodeReport, Visibility
+from covey.schema.ids import NodeId
+
+SETTINGS = MachineSettings()
+ME, ADA, BEA = NodeId("m"), NodeId("a"), NodeId("b")
+
+
+def beat(
+    node_id: NodeId, sequence: int, boot: int = 1, hears: tuple[NodeId, ...] = (ME,), claim: Claim | None = None
+) -> Heartbeat:
+    return Heartbeat(node_id, boot, sequence, hears, claim, "")
+
+
+def report(node_id: NodeId, sequence: int, boot: int = 1) -> NodeReport:
+    return NodeReport(
+        node_id=node_id,
+        boot=boot,
+        sequence=sequence,
+        name="name",
+        version="1",
+        api_address=None,
+        hardware=None,
+        downloads=(),
+        runners=(),
+    )
+
+
+def shown(members: Membership, node_id: NodeId = ADA) -> Visibility | None:
+    return members.peers[node_id].shown if node_id in members.peers else None
+
+
+def test_a_killed_node_is_away_in_under_three_seconds() -> None:
+    """Its last heartbeat left just before it was killed and took 400 ms on a busy machine."""
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(400, beat(ADA, 1))
+    assert shown(members) is Visibility.VISIBLE
+    deadline = members.deadline()
+    assert deadline is not None
+    assert deadline < 3_000
+    members.advance(deadline)
+    assert shown(members) is Visibility.AWAY
+
+
+def test_four_lost_heartbeats_in_a_row_are_survived() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 1))
+    members.advance(5 * SETTINGS.heartbeat_ms - 1)
+    assert shown(members) is Visibility.VISIBLE
+
+
+def test_who_does_not_hear_us_is_not_visible() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 1, hears=(BEA,)))
+    assert shown(members) is Visibility.AWAY
+    assert members.hears(0) == (ADA,)
+
+
+def test_forgotten_thirty_seconds_after_it_was_last_heard() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 1))
+    members.advance(29_999)
+    assert shown(members) is Visibility.AWAY
+    members.advance(30_000)
+    assert shown(members) is None
+
+
+def test_what_was_sent_before_it_was_forgotten_does_not_bring_a_node_back() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 5))
+    members.advance(30_000)
+    members.hear_heartbeat(30_001, beat(ADA, 4))
+    members.hear_heartbeat(30_001, beat(ADA, 5))
+    members.hear_report(30_001, report(ADA, 3))
+    assert ADA not in members.peers
+    members.hear_report(30_002, report(ADA, 6))
+    assert ADA in members.peers
+    members.hear_heartbeat(30_003, beat(ADA, 5))
+    assert shown(members) is Visibility.AWAY  # that heartbeat was older than what it came back with
+
+
+def test_a_new_life_of_a_node_drops_what_the_old_one_said() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 90))
+    members.hear_report(0, report(ADA, 91))
+    assert members.hear_heartbeat(10, beat(ADA, 1, boot=2))
+    assert members.peers[ADA].report is None
+    members.hear_report(20, report(ADA, 92, boot=1))
+    assert members.peers[ADA].report is None
+    members.hear_report(20, report(ADA, 2, boot=2))
+    assert members.peers[ADA].report is not None
+
+
+def test_reports_may_overtake_one_another() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_report(0, report(ADA, 3))
+    members.hear_report(1, report(ADA, 2))
+    assert members.peers[ADA].report == report(ADA, 3)
+
+
+def test_after_a_sleep_nobody_is_fresh_but_nobody_is_forgotten_either() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 1))
+    members.wake(3_600_000)
+    members.advance(3_600_000)
+    assert shown(members) is Visibility.AWAY
+    members.hear_heartbeat(3_600_100, beat(ADA, 2))
+    assert shown(members) is Visibility.VISIBLE
+
+
+def test_company_is_nodes_that_all_see_one_another() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 1, hears=(ME,)))
+    members.hear_heartbeat(0, beat(BEA, 1, hears=(ME, ADA)))
+    assert [peer.node_id for peer in members.company(0)] == [ADA]
+    members.hear_heartbeat(1, beat(ADA, 2, hears=(ME, BEA)))
+    assert [peer.node_id for peer in members.company(1)] == [ADA, BEA]
+
+
+# ---- who leads ----
+
+
+def test_a_lone_node_leads_after_a_second() -> None:
+    leadership = Leadership(ME, SETTINGS, Membership(ME, SETTINGS))
+    leadership.advance(0)
+    leadership.advance(999)
+    assert leadership.leader is None
+    leadership.advance(1_000)
+    assert leadership.claim == Claim(1, ME)
+
+
+def test_with_a_lower_id_in_sight_a_node_does_not_claim() -> None:
+    members = Membership(ME, SETTINGS)
+    leadership = Leadership(ME, SETTINGS, members)
+    members.hear_heartbeat(0, beat(ADA, 1))
+    leadership.advance(0)
+    leadership.advance(2_000)
+    assert leadership.claim is None
+
+
+def test_the_higher_term_wins_and_within_one_the_lower_id() -> None:
+    members = Membership(ME, SETTINGS)
+    leadership = Leadership(ME, SETTINGS, members)
+    leadership.advance(0)
+    leadership.advance(1_000)
+    members.hear_heartbeat(1_100, beat(BEA, 1, claim=Claim(1, BEA)))
+    leadership.advance(1_100)
+    assert leadership.leader == BEA
+    assert leadership.claim is None
+    members.hear_heartbeat(1_200, beat(ADA, 1, claim=Claim(3, ADA)))
+    leadership.advance(1_200)
+    assert leadership.leader == ADA
+
+
+def test_the_next_claim_is_higher_than_any_term_seen() -> None:
+    members = Membership(ME, SETTINGS)
+    leadership = Leadership(ME, SETTINGS, members)
+    members.hear_heartbeat(0, beat(ADA, 1, claim=Claim(41, ADA)))
+    leadership.advance(0)
+    members.advance(2_500)
+    leadership.advance(2_500)
+    assert leadership.leader is None
+    leadership.advance(3_500)
+    assert leadership.claim == Claim(42, ME)

@@ -1,0 +1,303 @@
+"""The lifecycle of runners: the table, and the rules by which a pipeline finds one generation."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulation.people import SMALL
+
+from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
+from covey.control.runners import Runners, World
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
+from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
+from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.model import Shard
+from covey.schema.runner import (
+    Activity,
+    Address,
+    Connected,
+    ConnectTo,
+    Listening,
+    Load,
+    Loaded,
+    LoadProgressed,
+    PhaseFailed,
+    Ready,
+    RunnerState,
+    WarmUp,
+)
+
+ME, OTHER = NodeId("me"), NodeId("other")
+MINE, THEIRS = RunnerId("i.0"), RunnerId("i.1")
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "runner-states.md"
+PAGE_TEXT = """# The states of a runner
+
+Drawn from the table in `src/covey/control/runner_table.py`; `COVEY_UPDATE_GOLDEN=1 make test` draws it again. Inputs
+that change nothing are left out. `Begin`, `Link`, `Proceed`, `Stop` and `Retry` are what the node itself decides, the
+others are what the process says or does.
+
+```mermaid
+{diagram}```
+"""
+
+
+def instance(stage_count: int) -> Instance:
+    cuts = [0, 3, 6] if stage_count == 2 else [0, 6]
+    owners = [(MINE, ME), (THEIRS, OTHER)][:stage_count]
+    stages = [
+        Stage(runner_id, node_id, Shard(start, end, 6), 100)
+        for (runner_id, node_id), start, end in zip(owners, cuts, cuts[1:], strict=False)
+    ]
+    return Instance(
+        instance_id=InstanceId("i"),
+        wish_id="w",
+        card=SMALL,
+        context_length=512,
+        slot_count=1,
+        engine="fake",
+        stages=tuple(stages),
+    )
+
+
+class Bench:
+    """One node's runners, with the other node's reports written by hand."""
+
+    def __init__(self, stage_count: int = 1) -> None:
+        self.runners = Runners(ME, 1, MachineSettings())
+        self.instances = [instance(stage_count)]
+        self.paths: dict[str, str] = {ModelId("small"): "/small.gguf"}
+        self.other: NodeReport | None = None
+        self.now_ms = 0
+
+    def report(self, state: RunnerState, attempt: int, boot: int = 1, port: int | None = None) -> None:
+        """What the other node says of its runner."""
+        runner = RunnerReport(
+            runner_id=THEIRS,
+            instance_id=InstanceId("i"),
+            state=state,
+            attempt=attempt,
+            data_address=Address("other", port) if port else None,
+        )
+        self.other = NodeReport(
+            node_id=OTHER,
+            boot=boot,
+            sequence=1,
+            name="other",
+            version="1",
+            api_address=None,
+            hardware=None,
+            downloads=(),
+            runners=(runner,),
+        )
+
+    def advance(self, by_ms: int = 0) -> list[Effect]:
+        self.now_ms += by_ms
+        reports = {OTHER: self.other} if self.other else {}
+        return self.runners.advance(self.now_ms, World(self.instances, reports, self.paths))
+
+    def say(self, message: Any, attempt: int = 1) -> list[Effect]:
+        return self.hear(RunnerSaid(MINE, attempt, message))
+
+    def hear(self, news: Any) -> list[Effect]:
+        return [*self.runners.hear(self.now_ms, news), *self.advance()]
+
+    def exit(self, attempt: int = 1) -> list[Effect]:
+        return self.hear(RunnerExited(MINE, attempt, "exit status 1", "out of memory"))
+
+    def until_ready(self, attempt: int = 1) -> None:
+        for message in (Listening(7), Connected(), Loaded(5), Ready()):
+            self.say(message, attempt)
+
+    @property
+    def mine(self) -> Runner:
+        return self.runners.runners[MINE]
+
+
+def test_one_runner_from_assignment_to_ready() -> None:
+    bench = Bench()
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+    assert (start.attempt, start.spec.model_path, start.spec.stage_count) == (1, "/small.gguf", 1)
+    bench.hear(RunnerStarted(MINE, 1, 4711))
+    assert bench.mine.state is RunnerState.IDLE
+    assert bench.say(Listening(7)) == [TellRunner(MINE, 1, ConnectTo(Address("127.0.0.1", 7)))]
+    assert bench.say(Connected()) == [TellRunner(MINE, 1, Load())]
+    assert bench.say(LoadProgressed(3, 6, 1, 2)) == []
+    assert bench.runners.reports()[0].layers_loaded == 3
+    assert bench.say(Loaded(55)) == [TellRunner(MINE, 1, WarmUp())]
+    bench.say(Ready())
+    assert bench.mine.state is RunnerState.READY
+    bench.say(Activity(1, 2))
+    assert bench.mine.state is RunnerState.RUNNING
+    bench.say(Activity(0, 0))
+    assert bench.runners.reports()[0].resident_bytes == 55
+
+
+def test_nothing_starts_before_the_file_is_there() -> None:
+    bench = Bench()
+    bench.paths = {}
+    assert bench.advance() == []
+    bench.paths = {"small": "/small.gguf"}
+    assert len(bench.advance()) == 1
+
+
+def test_an_unassigned_runner_is_stopped_reaped_and_forgotten() -> None:
+    bench = Bench()
+    bench.advance()
+    bench.until_ready()
+    bench.instances = []
+    assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
+    assert bench.advance(60_000) == []
+    assert bench.mine.state is RunnerState.SHUTTING_DOWN
+    bench.exit()
+    assert bench.runners.runners == {}
+
+
+def test_failures_back_off_and_end_after_the_budget() -> None:
+    bench = Bench()
+    bench.advance()
+    for attempt, pause_ms in ((1, 1_000), (2, 4_000), (3, 16_000)):
+        bench.exit(attempt)
+        assert bench.mine.reason == "the runner ended: exit status 1\nout of memory"
+        assert bench.advance(pause_ms - 1) == []
+        [start] = bench.advance(1)
+        assert isinstance(start, StartRunner)
+        assert start.attempt == attempt + 1
+    bench.exit(4)
+    assert bench.advance(10**9) == []
+    assert bench.mine.state is RunnerState.FAILED
+
+
+def test_a_minute_of_health_gives_the_budget_back() -> None:
+    bench = Bench()
+    bench.advance()
+    for attempt in (1, 2, 3):
+        bench.exit(attempt)
+        bench.advance(16_000)
+    bench.until_ready(4)
+    bench.now_ms += 60_000
+    bench.exit(4)
+    assert bench.mine.retry_ms == bench.now_ms + 1_000
+
+
+def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None:
+    bench = Bench()
+    bench.advance()
+    assert bench.say(PhaseFailed("load", "the file is cut short")) == [StopRunner(MINE, 1, 3_000)]
+    assert bench.advance(100_000) == []
+    bench.exit()
+    assert bench.mine.reason == "load: the file is cut short\nout of memory"
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+
+
+def test_a_runner_that_speaks_out_of_turn_has_failed() -> None:
+    bench = Bench()
+    bench.advance()
+    assert bench.say(Ready()) == [StopRunner(MINE, 1, 3_000)]
+    assert bench.mine.reason == "protocol: the runner said Ready while Idle"
+
+
+def test_a_former_attempt_is_not_heard() -> None:
+    bench = Bench()
+    bench.advance()
+    bench.exit()
+    bench.advance(1_000)
+    assert bench.exit(1) == []
+    assert bench.say(Listening(7), attempt=1) == []
+    assert bench.mine.state is RunnerState.IDLE
+
+
+# ---- two stages ----
+
+
+def test_a_link_waits_until_the_next_stage_listens_in_the_same_generation() -> None:
+    bench = Bench(2)
+    bench.advance()
+    assert bench.say(Listening(7)) == []
+    bench.report(RunnerState.CONNECTING, 1, port=8)
+    assert bench.advance() == [TellRunner(MINE, 1, ConnectTo(Address("other", 8)))]
+
+
+def test_while_another_runner_has_failed_this_one_stops_and_waits() -> None:
+    bench = Bench(2)
+    bench.advance()
+    bench.report(RunnerState.FAILED, 1)
+    assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
+    bench.exit()
+    assert bench.advance(60_000) == []
+    assert bench.mine.state is RunnerState.IDLE
+
+
+def test_a_stopped_runner_follows_into_the_next_generation() -> None:
+    bench = Bench(2)
+    bench.advance()
+    bench.report(RunnerState.FAILED, 1)
+    bench.advance()
+    bench.exit()
+    bench.report(RunnerState.IDLE, 5)
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 5
+
+
+def test_a_running_runner_follows_a_higher_generation() -> None:
+    bench = Bench(2)
+    bench.advance()
+    bench.report(RunnerState.IDLE, 2)
+    assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
+    assert bench.exit() == []  # not within a second of the last start
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+
+
+def test_a_failed_runner_opens_a_generation_above_all_that_were_seen() -> None:
+    bench = Bench(2)
+    bench.advance()
+    bench.exit()
+    bench.report(RunnerState.IDLE, 4)
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 5
+
+
+def test_a_restart_of_the_next_stages_node_opens_a_generation() -> None:
+    """Its new process listens again in this generation, perhaps on the same port; our link goes to the old one."""
+    bench = Bench(2)
+    bench.advance()
+    bench.say(Listening(7))
+    bench.report(RunnerState.CONNECTING, 1, port=8)
+    bench.advance()
+    bench.report(RunnerState.CONNECTING, 1, boot=2, port=8)
+    assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
+    bench.exit()
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+
+
+# ---- the table ----
+
+
+def test_a_pair_that_is_missing_tells_its_story() -> None:
+    runner = Runner(instance(1), instance(1).stages[0], 3_000)
+    with pytest.raises(UnexpectedInputError, match=r"runner i\.0 \(attempt 0\) got Retry\(attempt=3\) in state Idle"):
+        step(runner, Retry(3))
+
+
+def test_every_state_can_be_stopped_and_every_process_can_end() -> None:
+    for state in RunnerState:
+        if state is not RunnerState.SHUTDOWN:
+            assert (state, Stop) in TABLE
+            assert (state, RunnerExited) in TABLE
+    assert (RunnerState.IDLE, Begin) in TABLE
+
+
+def test_the_page_shows_the_table() -> None:
+    text = PAGE_TEXT.format(diagram=diagram())
+    if os.environ.get("COVEY_UPDATE_GOLDEN"):
+        PAGE.write_text(text)
+    assert PAGE.read_text() == text
