@@ -8,7 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from covey.cli.client import CliError, NodeClient
-from covey.cli.console import err, out
+from covey.cli.console import err, harmless, out
 from covey.schema.generation import (
     GenerationFailed,
     GenerationFinished,
@@ -67,7 +67,7 @@ def ask(node: NodeClient, body: dict[str, Any], show: Callable[[str], None]) -> 
 
 def write(text: str) -> None:
     """Straight to standard output: an answer is not markup."""
-    sys.stdout.write(text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -85,8 +85,10 @@ def figures(answer: Answer) -> str:
 def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any]) -> None:
     """One question, one answer; the figures go to standard error, where they disturb no pipe."""
     messages = [{"role": "user", "content": prompt}]
-    answer = ask(node, {"model": model, "messages": messages, **options}, write)
-    write("\n")
+    try:
+        answer = ask(node, {"model": model, "messages": messages, **options}, write)
+    finally:
+        write("\n")  # what comes next, be it an error, begins a line
     if err.is_terminal:
         err.print(figures(answer), style="dim")
 
@@ -122,7 +124,7 @@ def _turn(node: NodeClient, model: str, messages: list[dict[str, str]], options:
         write("\n")
         err.print("stopped", style="dim")
     except CliError as error:
-        err.print(str(error), style="red")
+        err.print(str(error), style="red", markup=False)
         messages.pop()
         return
     messages.append({"role": "assistant", "content": "".join(said)})

@@ -30,7 +30,8 @@ class NodeClient:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         timeout = httpx.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        with self._explained():
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
 
     def __enter__(self) -> "NodeClient":
         return self

@@ -71,7 +71,7 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")
         out.print(layers_table(rows))
-        out.print(f"\n[bold]> {options.prompt}[/]")
+        out.print(f"\n> {options.prompt}", style="bold", markup=False)
     answer = _ask(options, client, instance)
     if options.as_json:
         chat.write(json.dumps(_report(answer, rows)) + "\n")

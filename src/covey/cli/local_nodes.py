@@ -1,13 +1,17 @@
 """Nodes that the demo starts on this machine, and ends again, whatever happens."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from covey.cli.client import CliError, NodeAwayError, NodeClient
 from covey.schema.cluster import Visibility
@@ -46,15 +50,6 @@ class LocalNode:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
             raise CliError(f"{self.name} ended with status {status}:\n{tail}")
 
-    def seen(self) -> int:
-        """How many nodes it sees that have told about themselves; 0 until it answers."""
-        try:
-            with NodeClient(self.url) as client:
-                members = client.cluster().members
-        except NodeAwayError:
-            return 0
-        return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in members)
-
     def ask_to_end(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -64,8 +59,19 @@ class LocalNode:
         try:
             self._process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its runners end with it: they watch their standard input
+            for process in _family(self._process.pid):  # its runners may hang as well as it
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()
+
+
+def _family(process_id: int) -> list[psutil.Process]:
+    """A process and all that it started, as far as they are still there."""
+    try:
+        process = psutil.Process(process_id)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
@@ -79,27 +85,49 @@ def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> N
 
 def end_nodes(nodes: list[LocalNode]) -> None:
     """All at once, within `STOP_SECONDS_MAX`."""
-    for node in nodes:
-        node.ask_to_end()
-    deadline = time.monotonic() + STOP_SECONDS_MAX
-    for node in nodes:
-        node.end(deadline - time.monotonic())
+    with _uninterrupted():
+        for node in nodes:
+            node.ask_to_end()
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        for node in nodes:
+            node.end(deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Impatient signals leave no process behind; what they would cut short takes a bounded time."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wait_together(nodes: list[LocalNode]) -> None:
-    """Until each node sees all others. Raises `CliError` if one ends, or if it takes too long."""
+    """Until every node sees all others. Raises `CliError` if one ends, or if it takes too long."""
     deadline = time.monotonic() + START_SECONDS_MAX
-    while time.monotonic() < deadline:
-        for node in nodes:
-            node.check()
-        if all(node.seen() == len(nodes) for node in nodes):
-            return
-        time.sleep(POLL_SECONDS)
-    counts = ", ".join(f"{node.name} sees {node.seen()}" for node in nodes)
-    raise CliError(
-        f"After {START_SECONDS_MAX:.0f} s the {len(nodes)} nodes have not found each other ({counts}): "
-        "is multicast on the loopback interface blocked?"
-    )
+    with contextlib.ExitStack() as held:
+        waiting = [(node.name, held.enter_context(NodeClient(node.url))) for node in nodes]
+        while waiting:
+            for node in nodes:
+                node.check()
+            waiting = [(name, client) for name, client in waiting if _seen(client) < len(nodes)]
+            if waiting and time.monotonic() > deadline:
+                name, client = waiting[0]
+                raise CliError(
+                    f"After {START_SECONDS_MAX:.0f} s {name} sees {_seen(client)} of {len(nodes)} nodes: "
+                    "is multicast on the loopback interface blocked?"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def _seen(client: NodeClient) -> int:
+    try:
+        state = client.cluster()
+    except NodeAwayError:
+        return 0
+    return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in state.members)
 
 
 def _free_port(wanted: int) -> int:

@@ -15,7 +15,7 @@ from covey.cli import chat, tables
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.demo import DemoOptions, run_demo
-from covey.cli.placing import ensure_ready, wait_ready
+from covey.cli.placing import ensure_ready, one_instance, wait_ready
 
 DEFAULT_PORT: Final = 52415
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -32,7 +32,7 @@ app = typer.Typer(
 Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to talk to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
 Arguments = ParamSpec("Arguments")
 
 
@@ -128,10 +128,11 @@ def place(
 @app.command()
 @explained
 def stop(instance: str, url: Url = DEFAULT_URL) -> None:
-    """Remove an instance; `covey ps` lists them."""
+    """Remove an instance: its id, or the beginning of it that only one has; `covey ps` lists them."""
     with NodeClient(url) as node:
-        node.delete(instance)
-    out.print(f"{instance} is stopped.")
+        instance_id = one_instance(node.cluster(), instance)
+        node.delete(instance_id)
+    out.print(f"{instance_id} is stopped.", markup=False)
 
 
 @app.command()
@@ -179,7 +180,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,  # noqa: FBT002
     prompt: Annotated[str, typer.Option(help="The first question.")] = "What is the capital of France?",
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""

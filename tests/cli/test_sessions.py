@@ -1,0 +1,162 @@
+"""What a person reads at the terminal, command by command, as golden text."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from covey.api.errors import RequestError
+from covey.cli.main import app
+from covey.schema.cluster import DeleteInstance, PlaceModel, Refused, Visibility
+from covey.schema.generation import GenerationFailed
+from covey.schema.ids import InstanceId
+from covey.schema.runner import RunnerState
+from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster
+from tests.cli.conftest import ServedNode
+from tests.golden import check
+
+GOLDEN = Path(__file__).parent / "golden"
+EMPTY = cluster()
+LOADING = cluster(RunnerState.READY, RunnerState.LOADING)
+FAILED = cluster(RunnerState.READY, RunnerState.FAILED, reason="berta has no memory left.")
+
+
+def away() -> Any:
+    first, second = cluster(RunnerState.READY, RunnerState.READY).members
+    gone = msgspec.structs.replace(second, visibility=Visibility.AWAY, heard_ms_ago=4200)
+    return msgspec.structs.replace(LOADING, members=(first, gone))
+
+
+SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
+    "listing": ({}, [["ps"], ["nodes"], ["models"]]),
+    "listing_json": ({}, [["ps", "--json"], ["nodes", "--json"], ["models", "--json"]]),
+    "nothing_placed": ({"current": EMPTY}, [["ps"], ["ps", "--json"]]),
+    "loading": ({"current": LOADING}, [["ps"]]),
+    "failed": ({"current": FAILED}, [["ps"], ["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]]),
+    "away": ({"current": away()}, [["ps"], ["nodes"]]),
+    "run": ({}, [["run", "Tiny-Chat", "Say hello."], ["run", "tiny-chat", "Say", "hello."]]),
+    "run_breaks": (
+        {"events": (*ANSWER[:3], GenerationFailed("The node berta is lost."))},
+        [["run", "Tiny-Chat", "Hi"]],
+    ),
+    "unknown_model": ({"current": EMPTY}, [["run", "GPT-9", "Hi"], ["place", "GPT-9"]]),
+    "place": ({}, [["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--json"]]),
+    "place_refused": ({"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)}, [["place", "Tiny-Chat"]]),
+    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "none-such"]]),
+}
+
+
+def session(node: ServedNode, commands: list[list[str]]) -> str:
+    """Commands and what they print, standard error marked by "!"."""
+    runner = CliRunner()
+    text = ""
+    for command in commands:
+        done = runner.invoke(app, command, env={"COVEY_URL": node.url, "COLUMNS": "200"})
+        errors = "".join(f"! {line.rstrip()}\n" for line in done.stderr.splitlines() if line.strip())
+        output = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+        text += f"$ covey {' '.join(command)}\n{output}{errors}"
+        text += f"[{done.exit_code}]\n" if done.exit_code else ""
+    return re.sub(r'"created": \d+', '"created": 0', text.replace(node.url, "URL"))
+
+
+@pytest.mark.parametrize("name", sorted(SESSIONS))
+def test_session(name: str, node: ServedNode) -> None:
+    changes, commands = SESSIONS[name]
+    for field, value in changes.items():
+        setattr(node.backend, field, value)
+    check(GOLDEN / f"{name}.txt", session(node, commands))
+
+
+def invoke(node: ServedNode, *arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments, env={"COVEY_URL": node.url})
+
+
+def test_json_is_json_and_nothing_else(node: ServedNode) -> None:
+    assert json.loads(invoke(node, "ps", "--json").stdout)[0]["nodes"][1]["layers"] == [2, 4]
+    assert json.loads(invoke(node, "nodes", "--json").stdout)[0]["name"] == "anna"
+    assert json.loads(invoke(node, "models", "--json").stdout)[0]["id"] == "Tiny-Chat"
+
+
+def test_options_of_an_answer_reach_the_node(node: ServedNode) -> None:
+    done = invoke(node, "run", "Tiny-Chat", "Hi", "--temperature", "0", "--max-tokens", "5")
+    assert done.exit_code == 0
+    (request,) = node.backend.requests
+    assert (request.sampling.temperature, request.token_count_max) == (0, 5)
+    assert request.messages[0].content == "Hi"
+
+
+def test_a_model_that_is_placed_is_not_placed_again(node: ServedNode) -> None:
+    invoke(node, "run", "TINY-chat", "Hi")
+    assert node.backend.commands == []
+
+
+def test_a_model_that_is_not_placed_is_placed_by_run(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = node.backend.current
+    node.backend.current = EMPTY
+
+    async def submit(command: object) -> object:
+        node.backend.commands.append(command)  # type: ignore[arg-type]
+        node.backend.current = msgspec.structs.replace(ready, revision=8)
+        return node.backend.outcome
+
+    monkeypatch.setattr(node.backend, "submit", submit)
+    done = invoke(node, "run", "Tiny-Chat", "Hi")
+    assert done.stdout == "Hello, world – 🐦\n"
+    assert node.backend.commands == [PlaceModel(card=CARD)]
+
+
+def test_stopping_by_the_beginning_of_an_id(node: ServedNode) -> None:
+    invoke(node, "stop", "ins")
+    assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]
+
+
+def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_: str) -> object:
+        raise RequestError("[/bold] is not [red]markup[/red].")
+
+    monkeypatch.setattr(node.backend, "resolve_model", refuse)
+    done = invoke(node, "place", "x")
+    assert (done.exit_code, done.stderr.strip()) == (1, "[/bold] is not [red]markup[/red].")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["place"],
+        ["place", "x", "--nodes", "0"],
+        ["dance"],
+        ["run", "x", "y", "--max-tokens", "0"],
+        ["up", "--port", "x"],
+    ],
+)
+def test_wrong_usage_is_exit_status_2(node: ServedNode, arguments: list[str]) -> None:
+    assert invoke(node, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://127.0.0.1:9", "No node answers at http://127.0.0.1:9. Start one with `covey up`"),
+        ("127.0.0.1:9", "is not an address of a node: write it as http://HOST:PORT."),
+        ("http://127.0.0.1:port", "is not an address of a node: Invalid port"),
+    ],
+)
+def test_no_node_there(url: str, sentence: str) -> None:
+    done = CliRunner().invoke(app, ["ps"], env={"COVEY_URL": url})
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert done.stdout == ""
+
+
+def test_something_else_listens_there(node: ServedNode) -> None:
+    done = CliRunner().invoke(app, ["ps"], env={"COVEY_URL": f"{node.url}/state"})
+    assert done.exit_code == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:
+    assert isinstance(node.backend, FakeBackend)

@@ -1,0 +1,162 @@
+"""The command as a process: pipes that end early, prompts from a pipe, and a conversation at a real terminal."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from covey.cli.console import harmless
+from covey.schema.generation import GenerationFailed
+from tests.cli.conftest import ServedNode
+
+COVEY = [sys.executable, "-m", "covey.cli"]
+WAIT_S = 30
+
+
+def environment(node: ServedNode, **more: str) -> dict[str, str]:
+    return {**os.environ, "COVEY_URL": node.url, **more}
+
+
+def covey(node: ServedNode, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COVEY, *arguments],
+        env=environment(node),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+        **options,
+    )
+
+
+def test_a_prompt_through_a_pipe(node: ServedNode) -> None:
+    done = covey(node, "run", "Tiny-Chat", input="What is\na partridge?\n")
+    assert (done.returncode, done.stdout) == (0, "Hello, world – 🐦\n")
+    assert node.backend.requests[0].messages[0].content == "What is\na partridge?"
+
+
+def test_an_empty_pipe_is_no_prompt(node: ServedNode) -> None:
+    done = covey(node, "run", "Tiny-Chat", input="")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "There is no prompt: standard input is empty.\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_talk_about(node: ServedNode) -> None:
+    process = subprocess.Popen([*COVEY, "nodes"], env=environment(node), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert errors == b""
+
+
+def test_a_model_does_not_move_the_cursor() -> None:
+    assert (
+        harmless("red \x1b[31m, bell \x07, title \x9d0;x, line\n\ttab") == "red �[31m, bell �, title �0;x, line\n\ttab"
+    )
+
+
+# ---- a conversation ----
+
+
+@dataclass
+class Terminal:
+    """The person's side of a pseudo-terminal."""
+
+    process: subprocess.Popen[bytes]
+    descriptor: int
+    shown: str = ""
+
+    def wait_for(self, text: str) -> None:
+        """Reads until `text` has been shown, and forgets what was shown up to its end."""
+        self.read_until(text)
+        self.shown = self.shown.partition(text)[2]
+
+    def read_until(self, text: str) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while text not in self.shown:
+            assert time.monotonic() < deadline, f"{text!r} is not in {self.shown!r}"
+            self.shown += os.read(self.descriptor, 4096).decode(errors="replace")
+
+    def press(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+
+@contextmanager
+def conversation(node: ServedNode, **more: str) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COVEY, "run", "Tiny-Chat"],
+        env=environment(node, TERM="xterm-256color", **more),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=own_terminal,  # noqa: PLW1509 - Ctrl-C reaches only whoever has the terminal
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+        assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def own_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+CONTROL_C, CONTROL_D = "\x03", "\x04"
+
+
+def test_a_conversation_remembers_what_was_said(node: ServedNode) -> None:
+    with conversation(node) as terminal:
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.press("Hi\n")
+        terminal.wait_for("world – 🐦")
+        terminal.wait_for("tokens/s")
+        terminal.press("And you?\n")
+        terminal.wait_for("world – 🐦")
+        terminal.wait_for("tokens/s")
+        terminal.press(CONTROL_D)
+    said = [(message.role, message.content) for message in node.backend.requests[1].messages]
+    assert said == [("user", "Hi"), ("assistant", "Hello, world – 🐦"), ("user", "And you?")]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(node: ServedNode) -> None:
+    node.backend.hang_after = 3
+    with conversation(node) as terminal:
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.press("Hi\n")
+        terminal.wait_for("Hello")
+        terminal.press(CONTROL_C)
+        terminal.wait_for("stopped")
+        node.backend.hang_after = None
+        terminal.press("Go on.\n")
+        terminal.wait_for("world – 🐦")
+        terminal.wait_for("tokens/s")
+        terminal.press(CONTROL_D)
+    assert node.backend.closed == 2
+    assert [message.content for message in node.backend.requests[1].messages] == ["Hi", "Hello", "Go on."]
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_colour_only_where_it_is_wanted(node: ServedNode, *, no_color: bool) -> None:
+    node.backend.events = [GenerationFailed("The node berta is lost.")]
+    with conversation(node, **({"NO_COLOR": "1"} if no_color else {})) as terminal:
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.press("Hi\n")
+        terminal.wait_for("Hi\r\n")
+        terminal.read_until("berta is lost.")
+        assert ("\x1b[31m" in terminal.shown) is not no_color
+        terminal.press(CONTROL_D)
