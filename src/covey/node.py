@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ from covey.serving.serving import Serving
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
+EXIT_INTERRUPTED: Final = 130  # as shells count: 128 and the number of SIGINT
 LEAVE_S_MAX: Final = 12.0  # runners get twice their grace of 3 s, answers 2 s, the mesh 2 s; then all is cancelled
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised, not listened at
@@ -83,11 +84,22 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
+            _warn_of_strangers(options.host)
             anyio.run(_run, options, folder, mine, listener, announce)
     except (IdentityError, ListenError, MeshError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
+    except KeyboardInterrupt:  # before there was anything to end in order
+        return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _warn_of_strangers(host: str) -> None:
+    if host not in LOOPBACK:
+        sys.stderr.write(
+            f"covey: whoever can reach {host} can use this node and stop its models, since no key is asked for yet; "
+            "leave --host out to be reached from this machine only\n"
+        )
 
 
 def cluster_name(chosen: str | None) -> str:
@@ -102,14 +114,11 @@ async def _run(
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
 ) -> None:
-    mailbox = Mailbox()
-    settings = MeshSettings(
-        cluster=cluster_name(options.cluster), port=mesh.mesh_port(port_of(listener)), peers=options.peers
-    )
-    async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
-        node = Node(options, folder, mine, opened, mailbox, listener)
-        await node.run(announce)
-    mailbox.close()
+    api_port = port_of(listener)
+    settings = MeshSettings(cluster=cluster_name(options.cluster), port=mesh.mesh_port(api_port), peers=options.peers)
+    with closing(Mailbox()) as mailbox:
+        async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
+            await Node(options, folder, mine, opened, mailbox, listener).run(announce)
 
 
 class Node:

@@ -193,15 +193,21 @@ async def test_a_frozen_peer_holds_up_nobody(cluster: str) -> None:
 @pytest.mark.parametrize(
     ("address", "endpoint"),
     [
-        ("192.168.1.5", "tcp/192.168.1.5:53415"),
-        ("studio.local:52420", "tcp/studio.local:53420"),
-        ("[fe80::1]:52420", "tcp/[fe80::1]:53420"),
-        ("fe80::1", "tcp/[fe80::1]:53415"),
+        ("127.0.0.5", "tcp/127.0.0.5:53415"),
+        ("localhost:52420", "tcp/localhost:53420"),
+        ("[::1]:52420", "tcp/[::1]:53420"),
+        ("::1", "tcp/[::1]:53415"),
         ("localhost:65000", "tcp/localhost:64000"),
     ],
 )
 async def test_addresses_of_peers(address: str, endpoint: str) -> None:
     assert peer_endpoint(address) == endpoint
+
+
+@pytest.mark.parametrize("address", ["192.168.1.5", "studio.local:52420", "[fe80::1]:52420"])
+async def test_another_machine_is_not_reached_in_clear_text(address: str) -> None:
+    with pytest.raises(MeshError, match="another machine"):
+        peer_endpoint(address)
 
 
 @pytest.mark.parametrize("address", ["", ":1", "host:", "host:x", "host:0", "host:70000", "[]:80"])

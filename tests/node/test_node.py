@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,8 +9,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from nodes import SCRIPT, NodeProcess, cluster_name, running, until
+from nodes import NodeProcess, cluster_name, running, until
 from tiny_model import write_model
+
+from covey.node import NodeOptions, run_node
 
 TOGETHER_S_MAX = AWAY_S_MAX = 3.0
 
@@ -52,22 +52,21 @@ def test_two_nodes_from_start_to_end(tmp_path: Path) -> None:
         assert "Traceback" not in a.errors() + b.errors()
 
 
-def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path) -> None:
+def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(tmp_path, "a") as (a,):
-        port = a.url.rpartition(":")[2]
-        refusals = {
-            (str(tmp_path / "a"), "x", "0"): f"the data folder {tmp_path / 'a'} is in use by process {a.process.pid}; ",
-            (str(tmp_path / "b"), "x", port): f"port {port} of 127.0.0.1 is in use; ",
-            (str(tmp_path / "c"), "x", "0", "host:"): "'host:' is not the address of a peer; ",
-        }
-        for arguments, sentence in refusals.items():
-            ended = subprocess.run(
-                [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60, check=False
-            )
-            assert ended.returncode == 1
-            assert ended.stderr.startswith(f"covey: {sentence}")
-            assert ended.stderr.count("\n") == 1
-            assert ended.stdout == ""
+        port = int(a.url.rpartition(":")[2])
+        busy, free = tmp_path / "a", tmp_path / "b"
+        for options, sentence in [
+            (NodeOptions(data_dir=busy), f"the data folder {busy} is in use by process {a.process.pid}; stop "),
+            (NodeOptions(data_dir=free, port=port), f"port {port} of 127.0.0.1 is in use; end "),
+            (NodeOptions(data_dir=free, host="192.0.2.77"), "192.0.2.77 is no address of this machine; name "),
+            (NodeOptions(data_dir=free, port=0, peers=("host:",)), "'host:' is not the address of a peer; write "),
+        ]:
+            assert run_node(options, lambda _: pytest.fail("it is not ready")) == 1
+            output, errors = capsys.readouterr()
+            assert errors.startswith(f"covey: {sentence}")
+            assert errors.count("\n") == 1
+            assert output == ""
 
 
 def test_ctrl_c_ends_a_node_in_the_middle_of_an_answer(tmp_path: Path) -> None:

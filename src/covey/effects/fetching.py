@@ -27,6 +27,14 @@ class FetchError(Exception):
     """A model's file can't be made present; the message is one sentence for a person."""
 
 
+class HubError(FetchError):
+    """The hub has not what was asked for, or can't be asked. `status` is the HTTP status that fits."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def is_present(path: Path, file_bytes: int) -> bool:
     """A file comes to its place only after its hash was checked, so that later a look at its size is enough."""
     try:

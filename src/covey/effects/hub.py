@@ -32,7 +32,7 @@ from huggingface_hub.utils import build_hf_headers
 from msgspec import Struct
 
 from covey.checkpoints.gguf_file import GgufHeader, HeaderIncompleteError, parse_header
-from covey.effects.fetching import FetchError, expect_space
+from covey.effects.fetching import HubError, expect_space
 from covey.schema.model import HubSource
 
 CONNECT_S_MAX: Final = 10.0
@@ -45,14 +45,6 @@ HASH_CHUNK_BYTES: Final = 1024 * 1024
 # What we answer when the hub answers so; 502 otherwise.
 _STATUS_OF: Final[dict[int, int]] = {401: 404, 403: 403, 404: 404, 429: 503}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
-class HubError(FetchError):
-    """The hub has not what was asked for, or can't be asked. `status` is the HTTP status that fits."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class HubFile(Struct, frozen=True):

@@ -17,9 +17,9 @@ from covey.checkpoints.card import card_from_header
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
 from covey.checkpoints.quantization import is_known, known_types
 from covey.checkpoints.tokenizer import load_tokenizer
-from covey.effects import hub, package_index
+from covey.effects import package_index
 from covey.effects.durable import write_durably
-from covey.effects.fetching import FetchError, Progress, is_present, make_present
+from covey.effects.fetching import FetchError, HubError, Progress, is_present, make_present
 from covey.engine.contract import EngineError
 from covey.engine.onnx.settings import read_settings
 from covey.schema.ids import ModelId
@@ -75,12 +75,14 @@ class ModelFiles:
                 return await self._card_on_hub(name, source)
 
     async def _card_on_hub(self, name: str, source: HubSource) -> ModelCard:
+        from covey.effects import hub  # noqa: PLC0415 - the library takes half a second, and few nodes ever need it
+
         try:
             file = await hub.locate(source)
             header = await hub.fetch_header(file)
             await anyio.to_thread.run_sync(_expect_runnable, header)
             card = card_from_header(header, ModelId(name), file.source)
-        except hub.HubError as error:
+        except HubError as error:
             return self._remembered_or_refused(name, error)
         except (CheckpointError, EngineError) as error:
             raise ModelNotFoundError(f"{name} is no model that can be run: {error}", 400) from None
@@ -90,7 +92,7 @@ class ModelFiles:
             _log.warning("the card of %s can't be stored, so it is looked up each time: %s", name, error)
         return card
 
-    def _remembered_or_refused(self, name: str, error: hub.HubError) -> ModelCard:
+    def _remembered_or_refused(self, name: str, error: HubError) -> ModelCard:
         """Without the hub, what it said last is good enough if the file has been fetched since."""
         is_unreachable = error.status >= HTTP_SERVER_ERROR
         for card in self._remembered() if is_unreachable else []:
@@ -131,6 +133,8 @@ class ModelFiles:
 
 
 async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Path:
+    from covey.effects import hub  # noqa: PLC0415 - as above
+
     file = await hub.locate(source)
     if file.file_bytes != card.file_bytes:
         raise FetchError(
