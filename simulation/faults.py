@@ -23,6 +23,7 @@ class Faults(Struct, frozen=True, kw_only=True):
     start_failure_percent: int = 0  # of runner processes that can't be started
     phase_failure_percent: int = 0  # of the phases of a runner's life
     hangs: bool = False  # failed runners wait to be stopped
+    echo_percent: int = 0  # of the ends of fetches and processes that are told again, later
     link_loss_goes_unnoticed: bool = False
     scarce_memory: bool = False
     shared_machines: bool = False
@@ -54,8 +55,9 @@ def draw(random: Random) -> Faults:
         fetch_failure_percent=amount(10, 60),
         fetch_ms_max=amount(1_000, 10_000, NONE.fetch_ms_max),
         start_failure_percent=amount(5, 30),
-        phase_failure_percent=amount(2, 15),
+        phase_failure_percent=amount(2, 15) if exists() else amount(5, 70),
         hangs=exists(),
+        echo_percent=amount(5, 50),
         link_loss_goes_unnoticed=exists(),
         scarce_memory=exists(),
         shared_machines=exists(),

@@ -22,6 +22,7 @@ from covey.schema.machine import (
     Left,
     ModelsListed,
     Publish,
+    RunnerExited,
     SendTo,
     Started,
     StartFetch,
@@ -130,12 +131,19 @@ class Host:
             self.world.at(self.asleep_until_ms, self.tell_machine, news, boot)
             return
         now_ms = self.world.now_ms
+        self.safety.before(news)
         effects = self.machine.handle(now_ms, news)
         self.deadline_ms = self.machine.deadline()
         self.world.record(self, news, effects)
         self.safety.check(news, effects)
         for effect in effects:
             self.carry_out(effect)
+
+    def answer(self, news: Input, boot: int) -> None:
+        """The end of a fetch or a process; it may come a second time, when it is stale."""
+        self.tell_machine(news, boot)
+        if self.world.happens(self.world.faults.echo_percent):
+            self.world.after(5_000, self.tell_machine, news, boot)
 
     def pass_deadline(self) -> None:
         self.tell_machine(DeadlinePassed(), self.boot)
@@ -166,6 +174,10 @@ class Host:
             for process in self.processes:
                 if process.spec.runner_id == effect.runner_id and process.attempt == effect.attempt:
                     self.pass_on(process, effect)
+                    return
+            if isinstance(effect, StopRunner):  # it ended by itself a moment ago; saying so again must do no harm
+                gone = RunnerExited(effect.runner_id, effect.attempt, "was not running", "")
+                self.world.after(5, self.tell_machine, gone, self.boot)
 
     @staticmethod
     def pass_on(process: Process, effect: TellRunner | StopRunner) -> None:
@@ -188,11 +200,12 @@ class Host:
             return
         if self.world.happens(self.world.faults.fetch_failure_percent // FETCH_PARTS) and model_id not in self.files:
             del self.fetches[model_id]
-            self.tell_machine(FetchFailed(model_id, effect.attempt, "the connection was reset"), boot)
+            self.safety.fetch_failed(model_id)
+            self.answer(FetchFailed(model_id, effect.attempt, "the connection was reset"), boot)
         elif part == FETCH_PARTS or model_id in self.files:
             del self.fetches[model_id]
             self.files[model_id] = size
-            self.tell_machine(FetchFinished(model_id, effect.attempt, f"/models/{model_id}", size), boot)
+            self.answer(FetchFinished(model_id, effect.attempt, f"/models/{model_id}", size), boot)
         else:
             self.tell_machine(FetchProgressed(model_id, effect.attempt, size * part // FETCH_PARTS, size), boot)
             self.world.after(self.world.faults.fetch_ms_max, self.fetch, effect, part + 1, boot)

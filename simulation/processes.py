@@ -156,7 +156,7 @@ class Process:
             return
         self.vanish()
         self.host.safety.process_ended(self)
-        self.host.tell_machine(RunnerExited(self.spec.runner_id, self.attempt, description, "the last line"), self.boot)
+        self.host.answer(RunnerExited(self.spec.runner_id, self.attempt, description, "the last line"), self.boot)
 
     def vanish(self) -> None:
         """Ends without anybody being told: with its node."""

@@ -18,6 +18,7 @@ from simulation.world import World
 
 GIGABYTE = 10**9
 TROUBLE_MS = 40_000  # how long faults last
+RETURN_MS = 45_000  # some come back after they were forgotten
 LIVENESS_MS = 150_000  # 30 s until the dead are forgotten, a minute of back-off, and time to load twice
 QUIET_MS = 4_000  # how long nothing may be done once all is well
 ACTION_MS = 2_000  # people and faults act about this often
@@ -62,13 +63,13 @@ def _live(world: World) -> None:
         world.run_until(world.now_ms + world.random.randint(1, ACTION_MS))
         _act(world)
     _calm(world)
-    limit_ms = world.now_ms + LIVENESS_MS
+    limit_ms = world.now_ms + LIVENESS_MS + RETURN_MS
     sentence: str | None = "nothing was tried"
     while sentence:
         if world.now_ms >= limit_ms:
-            raise Failure(f"{LIVENESS_MS // 1000} s after faults stopped {sentence}")
+            raise Failure(f"{(LIVENESS_MS + RETURN_MS) // 1000} s after faults stopped {sentence}")
         world.run_until(world.now_ms + 500)
-        sentence = missing(world)
+        sentence = missing(world) or world.awaited()
     _stay_quiet(world)
 
 
@@ -143,8 +144,12 @@ def _calm(world: World) -> None:
     world.heal()
     for host in world.hosts:
         host.asleep_until_ms = min(host.asleep_until_ms, world.now_ms)
+    for host in world.hosts:
+        return_ms = world.random.choice((0, RETURN_MS, None))
+        if not host.is_up and return_ms is not None:
+            world.at(world.now_ms + return_ms, _start, host)
     if not world.up():
-        world.hosts[0].start()
+        _start(world.hosts[0])
 
 
 def _stay_quiet(world: World) -> None:

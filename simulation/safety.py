@@ -17,12 +17,12 @@ from covey.schema.cluster import (
     IntentUpdate,
     NodeReport,
     PlaceModel,
+    Visibility,
 )
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import (
     AnswerCommand,
     Effect,
-    FetchFailed,
     Input,
     MessageReceived,
     Publish,
@@ -58,6 +58,11 @@ class Safety:
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
         self.map_sent_ms: dict[NodeId, int] = {}
+        self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
+        self.heard_ms: dict[NodeId, int] = {}
+        self.stale: Heartbeat | NodeReport | None = None  # what has arrived now, and says nothing new
+        self.last_ms: int | None = None  # of the last step
+        self.woke_ms = -(10**9)
         self.reported_ms: int | None = None
         self.beats_ms: list[int] = []
 
@@ -70,17 +75,37 @@ class Safety:
         if process.has_failed or not process.was_asked_to_stop:
             self.failures.setdefault(process.spec.runner_id, []).append(self.world.now_ms)
 
+    def fetch_failed(self, model_id: ModelId) -> None:
+        assert self.host.machine is not None
+        self.fetch_failures[model_id] = (self.world.now_ms, self.host.machine.cluster.revision)
+
+    # ---- before every step ----
+
+    def before(self, news: Input) -> None:
+        """Takes the time, and whether a message is stale by what this life has received so far."""
+        now_ms, machine = self.world.now_ms, self.host.machine
+        assert machine is not None
+        if self.last_ms is not None and now_ms - self.last_ms > machine.settings.sleep_ms:
+            self.woke_ms = now_ms
+        self.last_ms, self.stale = now_ms, None
+        message = news.message if isinstance(news, MessageReceived) else None
+        if isinstance(message, Heartbeat):
+            newest = self.heartbeats.get(message.node_id)
+            if newest and (message.boot, message.sequence) <= (newest.boot, newest.sequence):
+                self.stale = message
+            else:
+                self.heartbeats[message.node_id] = message
+
     # ---- after every step ----
 
     def check(self, news: Input, effects: Sequence[Effect]) -> None:
         machine = self.host.machine
         assert machine is not None
         self._check_deadline(machine, effects)
-        if isinstance(news, FetchFailed):
-            self.fetch_failures[news.model_id] = (self.world.now_ms, machine.cluster.revision)
         if machine.cluster.revision != self.intent_revision:
             self._check_intent(machine)
         self._check_members(machine)
+        self._check_seen(machine)
         for effect in effects:
             self._check_effect(machine, effect)
         if not isinstance(news, MessageReceived):
@@ -103,10 +128,20 @@ class Safety:
                 self._fail(f"{key} went back from {entry.version} to {now[key].version}")
         written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
         self.entries, self.intent_revision = now, machine.cluster.revision
+        self._check_single(machine)
         for key, entry in written.items():
             if isinstance(entry.value, Instance) and not self.world.ledger.knows(key):
                 self._check_memory(machine, entry.value)
         self.world.ledger.hold(self.host, written)
+
+    def _check_single(self, machine: Machine) -> None:
+        """One life of one leader never assigns a wish twice."""
+        assigned: dict[tuple[str, str], str] = {}
+        for instance in machine.cluster.instances.values():
+            leader_life = instance.instance_id.rpartition(".")[2].rpartition("-")[0]
+            if (instance.wish_id, leader_life) in assigned:
+                self._fail(f"{instance.wish_id} was assigned twice by {leader_life}")
+            assigned[instance.wish_id, leader_life] = instance.instance_id
 
     def _check_memory(self, machine: Machine, instance: Instance) -> None:
         """What a leader assigned, with all that it knew to be assigned, is no more than the machines have."""
@@ -132,6 +167,18 @@ class Safety:
                 self.reports[node_id] = moment
         for node_id in [node_id for node_id in self.members if node_id not in peers]:
             self.forgotten[node_id] = self.members.pop(node_id)
+
+    def _check_seen(self, machine: Machine) -> None:
+        """Who is visible has said so lately, and what it said before its last start counts no more."""
+        for node_id, peer in machine.membership.peers.items():
+            newest = self.heartbeats.get(node_id)
+            if peer.shown is Visibility.VISIBLE and (newest is None or self.host.node_id not in newest.hears):
+                self._fail(f"it sees {node_id}, which does not hear it")
+            if newest and peer.report and peer.report.boot < newest.boot:
+                self._fail(f"it keeps what {node_id} reported before it started anew")
+            if self.stale and self.stale.node_id == node_id and peer.heard_ms != self.heard_ms.get(node_id):
+                self._fail(f"a stale heartbeat of {node_id} was taken for a fresh one")
+            self.heard_ms[node_id] = peer.heard_ms
 
     def _check_waiting(self, machine: Machine) -> None:
         limit_ms = machine.settings.command_timeout_ms
@@ -223,6 +270,8 @@ class Safety:
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
         now_ms = self.world.now_ms
+        if isinstance(effect.message, IntentUpdate) and now_ms - self.woke_ms < machine.settings.leaderless_ms:
+            self._fail(f"it decides {now_ms - self.woke_ms} ms after it slept")
         if isinstance(effect.message, NodeReport):
             if self.reported_ms is not None and now_ms - self.reported_ms < machine.settings.report_spacing_ms:
                 self._fail(f"it reports again after {now_ms - self.reported_ms} ms")

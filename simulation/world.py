@@ -106,6 +106,14 @@ class World:
                 action(*arguments)
         self.now_ms = until_ms
 
+    def awaited(self) -> str | None:
+        """A sentence if somebody is still to start."""
+        return (
+            "somebody is still to start"
+            if any(action.__name__ == "_start" for _, _, action, _ in self._queue)
+            else None
+        )
+
     # ---- messages ----
 
     def publish(self, source: Host, message: MeshMessage) -> None:

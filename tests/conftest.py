@@ -5,18 +5,29 @@ from pathlib import Path
 
 import anyio
 import pytest
+from hypothesis import HealthCheck, settings
 
 from covey.checkpoints import catalogue
-from covey.effects.model_files import ModelFiles
-from covey.effects.paths import models_folder
+
+# The same examples on every run, however slow the machine.
+settings.register_profile(
+    "covey", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("covey")
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The demo model's file: `$COVEY_TEST_MODEL`, or the one of the models folder, fetched if it is not there."""
+    """The demo model's file: `$COVEY_TEST_MODEL`, or the one in this user's models folder, fetched if need be."""
     chosen = os.environ.get("COVEY_TEST_MODEL")
     if chosen:
+        assert Path(chosen).is_file(), f"COVEY_TEST_MODEL names {chosen}, where no file is"
         return Path(chosen)
-    card = catalogue.find("SmolLM2-135M-Instruct")
+    from covey.effects.model_files import ModelFiles  # imports half the program, which most tests don't need
+    from covey.effects.paths import models_folder
+
+    card = catalogue.find(DEMO_MODEL)
     assert card is not None
-    return anyio.run(ModelFiles(models_folder()).ensure, card, lambda *_: None)
+    return anyio.run(ModelFiles(models_folder()).ensure, card, lambda _done, _total: None)

@@ -55,20 +55,37 @@ def odd_strings(count: int, seed: int) -> Iterator[str]:
         yield "".join(_piece(draw) for _ in range(draw.randint(1, 8)))
 
 
-def _piece(draw: random.Random) -> str:  # noqa: PLR0911 (one return for each kind)
-    kind = draw.randrange(10)
-    if kind == 0:
-        return draw.choice(WORDS) + draw.choice(SHORTENED) + draw.choice(("", " ", "e", "1"))
-    if kind == 1:
-        return draw.choice(" \n\t\r\u00a0\u3000") * draw.choice((1, 2, 3, 4, 7, 8, 16, 40))
-    if kind == 2:
-        return draw.choice(SPECIAL)
-    if kind == 3:
-        return "".join(_character(draw) for _ in range(draw.randint(1, 6)))
-    if kind == 4:
-        return draw.choice(ALPHABETS)  # in its order: sequences joined to one picture, syllables, stacked marks
-    if kind == 5:
-        return " " + draw.choice(WORDS)
+def _piece(draw: random.Random) -> str:
+    kinds = (_shortened, _repeated, _special, _any_characters, _whole_alphabet, _word, *[_of_one_alphabet] * 4)
+    return draw.choice(kinds)(draw)
+
+
+def _shortened(draw: random.Random) -> str:
+    return draw.choice(WORDS) + draw.choice(SHORTENED) + draw.choice(("", " ", "e", "1"))
+
+
+def _repeated(draw: random.Random) -> str:
+    return draw.choice(" \n\t\r\u00a0\u3000") * draw.choice((1, 2, 3, 4, 7, 8, 16, 40))
+
+
+def _special(draw: random.Random) -> str:
+    return draw.choice(SPECIAL)
+
+
+def _any_characters(draw: random.Random) -> str:
+    return "".join(_character(draw) for _ in range(draw.randint(1, 6)))
+
+
+def _whole_alphabet(draw: random.Random) -> str:
+    """In its order: sequences joined to one picture, syllables, stacked marks."""
+    return draw.choice(ALPHABETS)
+
+
+def _word(draw: random.Random) -> str:
+    return " " + draw.choice(WORDS)
+
+
+def _of_one_alphabet(draw: random.Random) -> str:
     letters = draw.choice(ALPHABETS)
     return "".join(draw.choice(letters) for _ in range(draw.randint(1, 9)))
 

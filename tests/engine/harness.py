@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 
 from covey.engine.contract import Piece
 from covey.engine.fake import FakeStage
@@ -102,6 +103,8 @@ class Runner:
         """Ends the process if it still runs; returns what it logged."""
         if self.process.poll() is None:
             self.process.kill()
+        if self.process.stdin and self.process.stdin.closed:
+            self.process.stdin = None  # or `communicate` would flush it
         _, errors = self.process.communicate(timeout=WAIT_SECONDS)
         return errors.decode()
 
@@ -120,11 +123,10 @@ def bring_up(runners: Sequence[Runner]) -> list[int]:
     ports = [runner.wait(Listening).port for runner in runners]
     for place, runner in enumerate(runners):
         runner.tell(ConnectTo(Address(HOST, ports[(place + 1) % len(ports)])))
-    for phase, answer, command in ((Connected, Loaded, Load()), (Loaded, Ready, WarmUp())):
+    for answer, command in ((Connected, Load()), (Loaded, WarmUp())):
         for runner in runners:
-            runner.wait(phase)
+            runner.wait(answer)
             runner.tell(command)
-        del answer
     for runner in runners:
         runner.wait(Ready)
     return ports
@@ -218,7 +220,7 @@ def expected_tokens(admit: Admit) -> list[int]:
     )
     for step in range(admit.prompt_length + admit.token_count_max - len(admit.token_ids)):
         plan = StepPlan(step, (Piece(0, 0, len(tokens), wants_logits=True),), (start,) if step == 0 else ())
-        logits = FakeStage(spec).run(plan.pieces, _array(tokens))
+        logits = FakeStage(spec).run(plan.pieces, np.array(tokens, np.int64))
         token_id = sampler.sample(plan, logits).token_ids[0]
         assert token_id is not None
         if token_id in admit.stop_token_ids:
@@ -227,13 +229,9 @@ def expected_tokens(admit: Admit) -> list[int]:
     return tokens[len(admit.token_ids) :]
 
 
-def _array(tokens: list[int]) -> Any:
-    import numpy as np
-
-    return np.array(tokens, np.int64)
-
-
 def shut_down(runners: Iterable[Runner]) -> list[int]:
+    """Ends all; returns the exit statuses. Who learns of a neighbour's end before its own has failed: status 1."""
     for runner in runners:
-        runner.tell(ShutDown())
+        with suppress(BrokenPipeError):
+            runner.tell(ShutDown())
     return [runner.wait_end() for runner in runners]

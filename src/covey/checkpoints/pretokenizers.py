@@ -46,15 +46,21 @@ _DEEPSEEK3: Final = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n{L}{P}{S}]?[{L}{M}]+"
     rf"| ?[{{P}}{{S}}]+[\r\n]*|{_ENDING}"
 )
-_UPPER: Final = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
-_LOWER: Final = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_CASED_START: Final = r"[^\r\n\p{L}\p{N}]?"
-_CASED: Final = (  # words are also cut where lower case turns to upper; {S?} stands for an English ending
-    rf"{_CASED_START}[{_UPPER}]*[{_LOWER}]+{{S?}}|{_CASED_START}[{_UPPER}]+[{_LOWER}]*{{S?}}"
-    rf"|{{DIGITS}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDING}"
-)
-_TEKKEN: Final = _CASED.replace("{S?}", "").replace("{DIGITS}", r"\p{N}")
-_GPT4O: Final = _CASED.replace("{S?}", f"(?:{_SHORTENED})?").replace("{DIGITS}", r"\p{N}{1,3}")
+_UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}{M}]"
+_LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}{M}]"
+
+
+def _cased(digits: str, ending: str) -> str:
+    """Words are also cut where lower case turns to upper; an English ending may belong to the word."""
+    start = r"[^\r\n{L}{N}]?"
+    return (
+        rf"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}"
+        rf"|{digits}| ?[^\s{{L}}{{N}}]+[\r\n/]*|{_ENDING}"
+    )
+
+
+_TEKKEN: Final = _cased("{N}", "")
+_GPT4O: Final = _cased("{N}{1,3}", f"(?:{_SHORTENED})?")
 
 
 class WordSplitter(Struct, frozen=True):

@@ -99,7 +99,12 @@ class TextTokenizer:
         return [match.start() for match in self._control_starts.finditer(text)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text; nothing for markup. UTF-8 only together with its neighbours."""
+        """What the token adds to a text; nothing for markup. UTF-8 only together with its neighbours.
+
+        Nothing, too, for the ids by which some models round up their vocabulary: they have no text.
+        """
+        if token_id >= self.vocabulary_size:
+            return b""
         return self._merger.token_bytes(self._vocabulary.texts[token_id], self._vocabulary.kinds[token_id])
 
     def decode(self, token_ids: Iterable[int]) -> str:

@@ -20,6 +20,8 @@ from covey.cli.tables import layers_table, node_names, stage_rows
 from covey.schema.cluster import Instance
 
 MODEL = "SmolLM2-135M-Instruct"
+# The model's own default ("You are a helpful AI assistant named SmolLM …") makes its 4-bit file answer in French.
+SYSTEM = "You are a helpful assistant."
 
 
 class DemoOptions(Struct, frozen=True, kw_only=True):
@@ -74,7 +76,7 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
     if options.as_json:
         chat.write(json.dumps(_report(answer, rows)) + "\n")
     else:
-        out.print(f"\n[dim]{chat.figures(answer)}[/]\n")
+        out.print(f"\n\n{chat.figures(answer)}\n", style="dim", soft_wrap=True)
     if not options.once:
         _serve(options, nodes)
 
@@ -82,7 +84,7 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
 def _ask(options: DemoOptions, client: NodeClient, instance: Instance) -> chat.Answer:
     body = {
         "model": instance.card.model_id,
-        "messages": [{"role": "user", "content": options.prompt}],
+        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": options.prompt}],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
     }

@@ -32,7 +32,7 @@ app = typer.Typer(
 Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to talk to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
 Arguments = ParamSpec("Arguments")
 
 
@@ -180,7 +180,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,  # noqa: FBT002
     prompt: Annotated[str, typer.Option(help="The first question.")] = "What is the capital of France?",
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""

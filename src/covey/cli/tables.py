@@ -16,7 +16,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A plain table: a line under the titles and no frame."""
     drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for title in titles:
-        drawn.add_column(title, overflow="fold")
+        drawn.add_column(title, no_wrap=True, overflow="ellipsis")
     for row in rows:
         drawn.add_row(*row)
     return drawn
@@ -99,7 +99,7 @@ def _node_row(state: ClusterState, member: Member) -> Row:
 
 
 def nodes_table(rows: Sequence[Row]) -> Table:
-    return table(("node", "id", "seen", "processor", "memory free", "role"), [_node_cells(row) for row in rows])
+    return table(("node", "id", "seen", "cores", "memory free", "role"), [_node_cells(row) for row in rows])
 
 
 def _node_cells(row: Row) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def _node_cells(row: Row) -> tuple[str, ...]:
     known = row["memory_bytes_total"] is not None
     memory = f"{size(row['memory_bytes_available'])} of {size(row['memory_bytes_total'])}" if known else "unknown"
     roles = [word for word, holds in (("leader", row["leader"]), ("this node", row["this_node"])) if holds]
-    processor = f"{row['processor']}, {row['cores']} cores" if row["processor"] else "unknown"
-    return (row["name"] or "unknown", row["node_id"][:8], seen, processor, memory, ", ".join(roles))
+    cores = str(row["cores"] or "unknown")
+    return (row["name"] or "unknown", row["node_id"][:8], seen, cores, memory, ", ".join(roles))
 
 
 def models_table(models: Sequence[Row]) -> Table:

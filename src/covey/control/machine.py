@@ -7,7 +7,7 @@ time or an answer between, so the driver can sleep until `deadline()`.
 from collections.abc import Callable
 from typing import Any, Final
 
-from covey.control.cluster import Cluster, Context
+from covey.control.cluster import Cluster, Context, Written
 from covey.control.commands import Answering, Asking
 from covey.control.downloads import Downloads
 from covey.control.leadership import Leadership
@@ -275,12 +275,12 @@ class Machine:
         if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms):
             return []
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
-        effects = self.replication.write(self.tending.leftovers())
+        effects = self._write(self.tending.leftovers())
         gone = self._gone(now_ms)
         for wish in list(self.cluster.wishes.values()):
             context = self._context(now_ms, wish.wish_id, asked_at=None)
             events = self.tending.mend(wish, context, self._reports(), gone)
-            effects += self.replication.write(events)
+            effects += self._write(events)
         return effects
 
     def _work(self, now_ms: int) -> list[Effect]:
@@ -326,10 +326,14 @@ class Machine:
             self.answering.remember(request.command_id, decision)
             return [], decision
         self.answering.remember(request.command_id, decision.outcome)
-        return self.replication.write(decision.events), decision.outcome
+        return self._write(decision.events), decision.outcome
+
+    def _write(self, events: tuple[Written, ...]) -> list[Effect]:
+        if events:
+            self._instance_counter += 1  # the mark of the last context may be in use now
+        return self.replication.write(events)
 
     def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None) -> Context:
-        self._instance_counter += 1
         reports = [peer.report for peer in self.membership.company(now_ms) if peer.report]
         reports += [self.reporter.last] if self.reporter.last else []
         return Context(

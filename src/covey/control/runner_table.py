@@ -37,7 +37,6 @@ READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
 SHUTTING_DOWN, FAILED, SHUTDOWN = RunnerState.SHUTTING_DOWN, RunnerState.FAILED, RunnerState.SHUTDOWN
 
 STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
-LINKED_STATES: Final = (CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
 SERVING_STATES: Final = (READY, RUNNING)
 LOG_TAIL_CHARACTERS_MAX: Final = 2_000
@@ -129,6 +128,11 @@ class Transition(Struct, frozen=True):
 
 class UnexpectedInputError(AssertionError):
     """The table has no such pair."""
+
+
+def can_step(runner: Runner, news: Any) -> bool:
+    """Whether the table has this pair."""
+    return (runner.state, type(news)) in TABLE
 
 
 def step(runner: Runner, news: Any) -> list[Effect]:

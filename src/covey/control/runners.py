@@ -5,9 +5,8 @@ from the others' reports, with these rules:
 
 1. While any runner of an instance is reported as failed, the others stop and wait.
 2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen.
-3. Everybody else follows the highest attempt seen; a generation whose links are made can't be joined, so a runner
-   that starts anew opens the next one.
-4. A runner that was linked to a former life (boot) of its neighbour's node opens the next generation too.
+3. Everybody else follows the highest attempt seen.
+4. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
 
 Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
 first rule the others stay stopped.
@@ -18,7 +17,6 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from covey.control.runner_table import (
-    LINKED_STATES,
     LOADED_STATES,
     SERVING_STATES,
     STARTED_STATES,
@@ -28,13 +26,14 @@ from covey.control.runner_table import (
     Retry,
     Runner,
     Stop,
+    can_step,
     step,
 )
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
-from covey.schema.runner import RunnerSpec, RunnerState
+from covey.schema.runner import PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 
 class Neighbour(Struct, frozen=True):
@@ -69,9 +68,16 @@ class Runners:
         runner = self.runners.get(news.runner_id)
         if runner is None or runner.attempt != news.attempt or not runner.has_process:
             return []
-        effects = self._step(runner, news.message if isinstance(news, RunnerSaid) else news)
+        effects = self._step(runner, self._word(runner, news.message) if isinstance(news, RunnerSaid) else news)
         self._note(now_ms, runner)
         return effects
+
+    @staticmethod
+    def _word(runner: Runner, message: RunnerMessage) -> RunnerMessage:
+        """What a process said; out of turn it is a failure of that process, not of this node."""
+        if can_step(runner, message):
+            return message
+        return PhaseFailed("protocol", f"the runner said {type(message).__name__} while {runner.state}")
 
     def _note(self, now_ms: int, runner: Runner) -> None:
         """Keeps the times that back-off and budget are counted from."""
@@ -230,7 +236,6 @@ def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, 
 
 
 def _open_generation(runner: Runner, others: dict[int, Neighbour]) -> int:
-    """The attempt that a new process of `runner` begins with: one that it has not used and that can be joined."""
+    """The attempt that a new process of `runner` begins with: the highest seen, unless it has used that one."""
     latest = max((other.report.attempt for other in others.values()), default=0)
-    closed = any(other.report.attempt == latest and other.report.state in LINKED_STATES for other in others.values())
-    return max(runner.last_attempt + 1, runner.attempt, latest + closed)
+    return max(runner.last_attempt + 1, runner.attempt, latest)

@@ -68,7 +68,7 @@ def connect(address: Address, hello: LinkHello, seconds: float) -> Link:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return _introduce(_open(address, deadline), hello, peer)
+            return _introduce(address, hello, peer, max(deadline - time.monotonic(), RETRY_SECONDS))
         except OSError as error:
             if time.monotonic() + RETRY_SECONDS > deadline:
                 reason = error.strerror or str(error)
@@ -76,15 +76,13 @@ def connect(address: Address, hello: LinkHello, seconds: float) -> Link:
         time.sleep(RETRY_SECONDS)
 
 
-def _open(address: Address, deadline: float) -> socket.socket:
-    seconds = max(deadline - time.monotonic(), RETRY_SECONDS)
-    return socket.create_connection((address.host, address.port), min(seconds, HELLO_SECONDS))
-
-
-def _introduce(connection: socket.socket, hello: LinkHello, peer: str) -> Link:
+def _introduce(address: Address, hello: LinkHello, peer: str, seconds: float) -> Link:
+    """One try. Raises `OSError` where another may help."""
+    seconds = min(seconds, HELLO_SECONDS)
+    connection = socket.create_connection((address.host, address.port), seconds)
     try:
         connection.sendall(pack(hello))
-        answer = _answers.decode(receive_first(connection))
+        answer = _answers.decode(receive_first(connection, seconds))
     except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
         connection.close()
         raise OSError(f"it did not answer as a stage does ({error})") from error
@@ -94,13 +92,12 @@ def _introduce(connection: socket.socket, hello: LinkHello, peer: str) -> Link:
     return Link(connection, peer)
 
 
-def receive_first(connection: socket.socket) -> bytes:
-    """The body of the frame that opens a connection, and not a byte beyond it, within `HELLO_SECONDS`.
-
-    Raises `OSError`, `FrameTooLargeError`.
+def receive_first(connection: socket.socket, seconds: float = HELLO_SECONDS) -> bytes:
+    """The body of the frame that opens a connection, and not a byte beyond it. Raises `OSError`,
+    `FrameTooLargeError`.
     """
-    connection.settimeout(HELLO_SECONDS)
-    deadline = time.monotonic() + HELLO_SECONDS
+    connection.settimeout(seconds)
+    deadline = time.monotonic() + seconds
     length = body_length(_receive_exactly(connection, LENGTH_BYTES, deadline))
     if length > HELLO_BYTES_MAX:
         raise FrameTooLargeError(f"a first frame of {length} bytes was announced; the limit is {HELLO_BYTES_MAX}")

@@ -101,8 +101,8 @@ class Link:
             self._read(1)
         except (LinkClosedError, LinkBrokenError) as error:
             return error
-        except OSError as error:
-            return self._lost(error.strerror or str(error))
+        except (OSError, ValueError) as error:
+            return self._lost(str(error))
         return self._lost("it sent what nobody asked for")
 
     def close(self) -> None:
@@ -110,6 +110,7 @@ class Link:
         with contextlib.suppress(OSError):  # it may be gone already
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+        self._reader.close()  # waits for the thread that reads, which the line above the last has woken
 
     def _receive_values(self, opening: Opening) -> Values:
         if opening.dtype not in DTYPES or min(opening.shape, default=0) < 0:

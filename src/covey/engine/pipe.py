@@ -66,7 +66,12 @@ class NodePipe:
 
     def _vanish(self, reason: str) -> NoReturn:
         """Ends the process even while the main thread computes: nobody is left whom a clean end would serve."""
-        if not self._is_ending:
-            sys.stderr.write(f"runner: {reason}\n")
-            sys.stderr.flush()
+        try:
+            if not self._is_ending:
+                sys.stderr.write(f"runner: {reason}\n")
+                sys.stderr.flush()
+        finally:  # the node was also the reader of standard error: writing to it may fail
+            self._exit()
+
+    def _exit(self) -> NoReturn:
         os._exit(0 if self._is_ending else 1)

@@ -174,7 +174,10 @@ def main() -> int:
     try:
         runner.live()
     except Exception as error:  # the top of the process: whatever it was, the node is told
-        log.exception("the runner failed while %s", runner.phase)
+        if _is_ours(error):
+            log.warning("it failed while %s: %s", runner.phase, error)
+        else:
+            log.exception("it failed while %s", runner.phase)
         pipe.tell(PhaseFailed(runner.phase, _sentence(error)))
         farewell = "A part of the model was lost while it answered; try again."
         return 1
@@ -187,6 +190,11 @@ def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
 
 
+def _is_ours(error: Exception) -> bool:
+    """Our errors are sentences that need no story."""
+    return type(error).__module__.startswith("covey.")
+
+
 def _sentence(error: Exception) -> str:
-    """Our errors are sentences; of others the type often says more than their text."""
-    return str(error) if type(error).__module__.startswith("covey.") else f"{type(error).__name__}: {error}"
+    """Of others' errors the type often says more than their text."""
+    return str(error) if _is_ours(error) else f"{type(error).__name__}: {error}"

