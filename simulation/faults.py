@@ -54,7 +54,7 @@ def draw(random: Random) -> Faults:
         late_joins=exists(),
         fetch_failure_percent=amount(10, 60),
         fetch_ms_max=amount(1_000, 10_000, NONE.fetch_ms_max),
-        start_failure_percent=amount(5, 30),
+        start_failure_percent=amount(5, 30) if exists() else amount(50, 95),
         phase_failure_percent=amount(2, 15) if exists() else amount(5, 70),
         hangs=exists(),
         echo_percent=amount(5, 50),

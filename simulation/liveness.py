@@ -87,6 +87,7 @@ def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[st
         for state in states:
             status = instance_status(state, instance)
             if status.phase is InstancePhase.FAILED and _used_up(world, instance):
+                yield from _stopped(world, instance)
                 continue
             if status.phase is not InstancePhase.READY:
                 yield f"{instance.instance_id} is not ready but {status.text.splitlines()[0]}"
@@ -109,6 +110,14 @@ def _used_up(world: World, instance: Instance) -> bool:
         if len(world.host(stage.node_id).safety.failures.get(stage.runner_id, [])) > budget:
             return True
     return False
+
+
+def _stopped(world: World, instance: Instance) -> Iterator[str]:
+    """What has failed for good takes no memory."""
+    for host in world.up():
+        for process in host.processes:
+            if process.spec.instance_id == instance.instance_id:
+                yield f"{instance.instance_id} has failed, and yet {process.spec.runner_id} runs"
 
 
 def _linked(world: World, instance: Instance) -> Iterator[str]:

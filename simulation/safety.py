@@ -101,7 +101,7 @@ class Safety:
     def check(self, news: Input, effects: Sequence[Effect]) -> None:
         machine = self.host.machine
         assert machine is not None
-        self._check_deadline(machine, effects)
+        self._check_deadline(effects)
         if machine.cluster.revision != self.intent_revision:
             self._check_intent(machine)
         self._check_members(machine)
@@ -112,8 +112,8 @@ class Safety:
             self._check_decided(machine, effects)
         self._check_waiting(machine)
 
-    def _check_deadline(self, machine: Machine, effects: Sequence[Effect]) -> None:
-        deadline_ms = machine.deadline()
+    def _check_deadline(self, effects: Sequence[Effect]) -> None:
+        deadline_ms = self.host.deadline_ms
         if deadline_ms is not None and deadline_ms <= self.world.now_ms:
             self._fail(f"its deadline {deadline_ms} has passed, it would spin")
         if len(effects) > EFFECTS_MAX:

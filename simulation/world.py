@@ -22,6 +22,11 @@ from simulation.network import Network
 from simulation.people import People
 from simulation.processes import Process
 
+# The real ones but for shorter back-off, so that budgets are used up within a run.
+SETTINGS = MachineSettings(
+    engine="fake", runner_back_off_ms=(1_000, 2_000, 4_000), fetch_back_off_ms=(1_000, 2_000, 4_000, 8_000)
+)
+
 Moment = tuple[int, int, Callable[..., None], tuple[Any, ...]]
 
 
@@ -31,7 +36,7 @@ class World:
     def __init__(self, random: Random, faults: Faults = NONE, settings: MachineSettings | None = None) -> None:
         self.random = random
         self.faults = faults
-        self.settings = settings or MachineSettings(engine="fake")
+        self.settings = settings or SETTINGS
         self.network = Network(random, faults)
         self.people = People(self)
         self.ledger = Ledger()

@@ -50,15 +50,6 @@ class LocalNode:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
             raise CliError(f"{self.name} ended with status {status}:\n{tail}")
 
-    def seen(self) -> int:
-        """How many nodes it sees that have told about themselves; 0 until it answers."""
-        try:
-            with NodeClient(self.url) as client:
-                members = client.cluster().members
-        except NodeAwayError:
-            return 0
-        return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in members)
-
     def ask_to_end(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -114,19 +105,29 @@ def _uninterrupted() -> Generator[None]:
 
 
 def wait_together(nodes: list[LocalNode]) -> None:
-    """Until each node sees all others. Raises `CliError` if one ends, or if it takes too long."""
+    """Until every node sees all others. Raises `CliError` if one ends, or if it takes too long."""
     deadline = time.monotonic() + START_SECONDS_MAX
-    while time.monotonic() < deadline:
-        for node in nodes:
-            node.check()
-        if all(node.seen() == len(nodes) for node in nodes):
-            return
-        time.sleep(POLL_SECONDS)
-    counts = ", ".join(f"{node.name} sees {node.seen()}" for node in nodes)
-    raise CliError(
-        f"After {START_SECONDS_MAX:.0f} s the {len(nodes)} nodes have not found each other ({counts}): "
-        "is multicast on the loopback interface blocked?"
-    )
+    with contextlib.ExitStack() as held:
+        waiting = [(node.name, held.enter_context(NodeClient(node.url))) for node in nodes]
+        while waiting:
+            for node in nodes:
+                node.check()
+            waiting = [(name, client) for name, client in waiting if _seen(client) < len(nodes)]
+            if waiting and time.monotonic() > deadline:
+                name, client = waiting[0]
+                raise CliError(
+                    f"After {START_SECONDS_MAX:.0f} s {name} sees {_seen(client)} of {len(nodes)} nodes: "
+                    "is multicast on the loopback interface blocked?"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def _seen(client: NodeClient) -> int:
+    try:
+        state = client.cluster()
+    except NodeAwayError:
+        return 0
+    return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in state.members)
 
 
 def _free_port(wanted: int) -> int:

@@ -86,6 +86,7 @@ class Machine:
         self._tidy_due_ms = 0
         self._is_leaving = False
         self._has_left = False
+        self._content_made: tuple[tuple[object, ...], Content] | None = None
         self._shown: tuple[int, ...] = ()
         self._revision = 0
         self._inputs: dict[type, Callable[[int, Any], list[Effect]]] = {
@@ -211,8 +212,8 @@ class Machine:
             self.membership.hear_report(now_ms, report)
         return []
 
-    def _on_intent_update(self, _: int, update: IntentUpdate) -> list[Effect]:
-        self.replication.hear_update(update)
+    def _on_intent_update(self, now_ms: int, update: IntentUpdate) -> list[Effect]:
+        self.replication.hear_update(now_ms, update)
         return []
 
     def _on_request(self, now_ms: int, request: CommandRequest) -> list[Effect]:
@@ -275,12 +276,12 @@ class Machine:
         if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms):
             return []
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
-        effects = self._write(self.tending.leftovers())
+        effects = self._write(now_ms, self.tending.leftovers())
         gone = self._gone(now_ms)
         for wish in list(self.cluster.wishes.values()):
             context = self._context(now_ms, wish.wish_id, asked_at=None)
             events = self.tending.mend(wish, context, self._reports(), gone)
-            effects += self._write(events)
+            effects += self._write(now_ms, events)
         return effects
 
     def _work(self, now_ms: int) -> list[Effect]:
@@ -326,12 +327,12 @@ class Machine:
             self.answering.remember(request.command_id, decision)
             return [], decision
         self.answering.remember(request.command_id, decision.outcome)
-        return self._write(decision.events), decision.outcome
+        return self._write(now_ms, decision.events), decision.outcome
 
-    def _write(self, events: tuple[Written, ...]) -> list[Effect]:
+    def _write(self, now_ms: int, events: tuple[Written, ...]) -> list[Effect]:
         if events:
             self._instance_counter += 1  # the mark of the last context may be in use now
-        return self.replication.write(events)
+        return self.replication.write(now_ms, events)
 
     def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None) -> Context:
         reports = [peer.report for peer in self.membership.company(now_ms) if peer.report]
@@ -386,13 +387,18 @@ class Machine:
         return greeting + ([SendTo(node_id, self.reporter.last)] if self.reporter.last else [])
 
     def _content(self) -> Content:
-        return Content(
-            api_address=self.api_address,
-            hardware=self.memory.show(self.runners.resident_bytes()),
-            downloads=self.downloads.reports(),
-            runners=self.runners.reports(),
-            models_on_disk=self.downloads.models_on_disk(),
-        )
+        """What the report would say; made anew only when one of its parts has changed."""
+        parts = (self.runners.revision, self.downloads.revision, self.memory.revision, self.api_address)
+        if self._content_made is None or self._content_made[0] != parts:
+            content = Content(
+                api_address=self.api_address,
+                hardware=self.memory.show(self.runners.resident_bytes()),
+                downloads=self.downloads.reports(),
+                runners=self.runners.reports(),
+                models_on_disk=self.downloads.models_on_disk(),
+            )
+            self._content_made = (parts, content)
+        return self._content_made[1]
 
     def _seen(self) -> tuple[int, ...]:
         own = self.reporter.last.sequence if self.reporter.last else 0

@@ -117,18 +117,17 @@ class Membership:
 
     def deadline(self) -> int | None:
         """When `advance` next has something to do."""
-        away = [peer.heard_ms + self.settings.away_ms for peer in self.peers.values() if self._is_shown(peer)]
-        return min([*away, *(peer.forget_ms for peer in self.peers.values())], default=None)
+        times = [
+            peer.heard_ms + self.settings.away_ms if peer.shown is Visibility.VISIBLE else peer.forget_ms
+            for peer in self.peers.values()
+        ]
+        return min(times, default=None)
 
     def _show(self, now_ms: int, peer: Peer) -> None:
         shown = Visibility.VISIBLE if self.is_visible(now_ms, peer.node_id) else Visibility.AWAY
         if shown is not peer.shown:
             peer.shown = shown
             self.revision += 1
-
-    @staticmethod
-    def _is_shown(peer: Peer) -> bool:
-        return peer.shown is Visibility.VISIBLE
 
     def _hears(self, now_ms: int, peer: Peer) -> bool:
         return now_ms - peer.heard_ms < self.settings.away_ms

@@ -17,22 +17,29 @@ class Replication:
         self.settings = settings
         self.cluster = cluster
         self.sent_ms: dict[NodeId, int] = {}  # when a whole map last went there
+        self.changed_ms: int | None = None  # when our map last changed
 
-    def write(self, events: tuple[Written, ...]) -> list[Effect]:
+    def write(self, now_ms: int, events: tuple[Written, ...]) -> list[Effect]:
         """Applies what was decided here, and tells everybody."""
         if not events:
             return []
+        self.changed_ms = now_ms
         return [Publish(self._update(self.cluster.apply(events)))]
 
-    def hear_update(self, update: IntentUpdate) -> None:
+    def hear_update(self, now_ms: int, update: IntentUpdate) -> None:
         """Merges. What it lacked shows in our next heartbeat's digest to everyone else."""
-        self.cluster.merge(update.entries)
+        if self.cluster.merge(update.entries):
+            self.changed_ms = now_ms
 
     def compare(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
-        """Sends our map to the sender, if it holds another. It does the same, so both end with the merged one."""
+        """Sends our map to the sender, if it holds another. It does the same, so both end with the merged one.
+
+        Right after a change of ours the sender has not heard of it, or not told us yet that it has.
+        """
         last = self.sent_ms.get(heartbeat.node_id)
         too_soon = last is not None and now_ms - last < self.settings.intent_send_ms
-        if heartbeat.intent_digest == self.cluster.digest or not self.cluster.entries or too_soon:
+        just_changed = self.changed_ms is not None and now_ms - self.changed_ms < self.settings.heartbeat_ms
+        if heartbeat.intent_digest == self.cluster.digest or not self.cluster.entries or too_soon or just_changed:
             return []
         self.sent_ms[heartbeat.node_id] = now_ms
         return [SendTo(heartbeat.node_id, self._update(self.cluster.entries))]

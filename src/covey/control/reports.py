@@ -31,8 +31,10 @@ class MemoryFigures:
         self.probed: Hardware | None = None
         self.loaded_at_probe: dict[RunnerId, int] = {}
         self.shown: Hardware | None = None
+        self.revision = 0
 
     def probe(self, hardware: Hardware, loaded: dict[RunnerId, int]) -> None:
+        self.revision += 1
         self.probed, self.loaded_at_probe = hardware, loaded
 
     def show(self, loaded: dict[RunnerId, int]) -> Hardware | None:
@@ -66,12 +68,19 @@ class Reporter:
         self.version = version
         self.settings = settings
         self.last: NodeReport | None = None
+        self.content: Content | None = None  # of that
         self.last_ms = 0
         self.waits = False  # for the spacing, with something to say
 
     def advance(self, now_ms: int, content: Content, sequence: int) -> NodeReport | None:
         """The report to publish now, if one is due; it takes `sequence`."""
-        report = NodeReport(
+        since_ms = now_ms - self.last_ms
+        changed = content != self.content
+        self.waits = changed and self.content is not None and since_ms < self.settings.report_spacing_ms
+        if self.waits or not (changed or since_ms >= self.settings.report_idle_ms):
+            return None
+        self.content, self.last_ms = content, now_ms
+        self.last = NodeReport(
             node_id=self.node_id,
             boot=self.boot,
             sequence=sequence,
@@ -83,13 +92,7 @@ class Reporter:
             runners=content.runners,
             models_on_disk=content.models_on_disk,
         )
-        changed = self.last is None or replace(report, sequence=self.last.sequence) != self.last
-        since_ms = now_ms - self.last_ms
-        self.waits = changed and self.last is not None and since_ms < self.settings.report_spacing_ms
-        if self.waits or not (changed or since_ms >= self.settings.report_idle_ms):
-            return None
-        self.last, self.last_ms = report, now_ms
-        return report
+        return self.last
 
     def deadline(self) -> int | None:
         if self.last is None:

@@ -95,7 +95,7 @@ class Begin(Struct, frozen=True):
 
 
 class Link(Struct, frozen=True):
-    """The next stage listens, in the same generation."""
+    """All stages listen, in the same generation; this is the next one."""
 
     boot: int
     address: Address

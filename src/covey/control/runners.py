@@ -185,10 +185,13 @@ class Runners:
         return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
 
     def _link(self, runner: Runner, others: dict[int, Neighbour]) -> list[Effect]:
-        index = _next_index(runner)
-        own = Neighbour(self.boot, runner.report())
-        following = own if index == _index(runner) else others.get(index)
-        if following is None or following.report.attempt != runner.attempt or following.report.data_address is None:
+        """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""
+        stages = {**others, _index(runner): Neighbour(self.boot, runner.report())}
+        listening = [
+            each for each in stages.values() if each.report.attempt == runner.attempt and each.report.data_address
+        ]
+        following = stages.get(_next_index(runner))
+        if len(listening) < len(runner.instance.stages) or following is None or following.report.data_address is None:
             return []
         return self._step(runner, Link(following.boot, following.report.data_address))
 

@@ -49,12 +49,15 @@ def machines(nodes: Sequence[Candidate]) -> dict[str, Machine]:
     return found
 
 
-def ranked(nodes: Sequence[Candidate]) -> list[Candidate]:
-    """The nodes in order of preference: the machine with most memory first, each machine once before any twice."""
-    by_memory = sorted(machines(nodes).values(), key=lambda each: (-each.memory_bytes_usable, each.machine_id))
-    order: list[tuple[int, int, Candidate]] = []
-    for rank, machine in enumerate(by_memory):
-        order += [(place, rank, node) for place, node in enumerate(machine.nodes)]
+def ranked(nodes: Sequence[Candidate], asked_at: NodeId | None) -> list[Candidate]:
+    """The nodes in order of preference: the machine with most memory first, each machine once before any twice.
+
+    Where there is nothing to choose between, the node that asked comes first.
+    """
+    found = [sorted(machine.nodes, key=lambda node: node.node_id != asked_at) for machine in machines(nodes).values()]
+    usable = {machine_id: machine.memory_bytes_usable for machine_id, machine in machines(nodes).items()}
+    found.sort(key=lambda sharers: (-usable[sharers[0].machine_id], sharers[0].node_id != asked_at))
+    order = [(place, rank, node) for rank, sharers in enumerate(found) for place, node in enumerate(sharers)]
     return [node for _, _, node in sorted(order, key=lambda each: each[:2])]
 
 

@@ -107,7 +107,7 @@ def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tup
 
 def _selections(load: Load, nodes: Sequence[Candidate], options: Options) -> Iterator[list[Candidate]]:
     """Sets of nodes, each in several orders, fewest nodes first and within that the preferred ones first."""
-    preferred = ranked(nodes)
+    preferred = ranked(nodes, options.asked_at)
     for count in range(max(options.node_count_min, 1), min(len(nodes), load.card.layer_count) + 1):
         for chosen in combinations(preferred, count):
             yield from _orders(_in_order(chosen, options))

@@ -12,31 +12,48 @@ from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard, ModelSource, PackageSource
 
-HIDDEN, VOCABULARY = 32, 64
+HIDDEN = 32
+CONTROL = ("<|im_start|>", "<|im_end|>")
+VOCABULARY = 257 + len(CONTROL)
 
 
-def write_model(path: Path, padding: int = 0) -> Path:
-    """A llama of one layer. `padding` bytes of incompressible weights make it larger."""
+def write_model(path: Path, padding: int = 0, layers: int = 1) -> Path:
+    """A llama with a tokenizer of single bytes. `padding` bytes of incompressible weights make it larger."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(128)
+    writer.add_block_count(layers)
+    writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
+    _add_tokenizer(writer)
     random = np.random.default_rng(1)
-    rows = max(1, padding // (4 * HIDDEN))
-    for name, count in (
-        ("token_embd.weight", VOCABULARY),
-        ("blk.0.attn_q.weight", HIDDEN),
-        ("blk.0.ffn_up.weight", rows),
-    ):
+    rows = {"token_embd.weight": VOCABULARY}
+    for layer in range(layers):
+        rows |= {f"blk.{layer}.attn_q.weight": HIDDEN, f"blk.{layer}.ffn_up.weight": max(1, padding // (4 * HIDDEN))}
+    for name, count in rows.items():
         writer.add_tensor(name, random.standard_normal((count, HIDDEN), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Each byte is a token, and "aa", since BPE needs a merge.
+
+    They are written as GPT-2 writes bytes: printable ones as they are, the others from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    texts = [*map(chr, printable), *(chr(0x100 + index) for index in range(len(others))), "aa", *CONTROL]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(texts)
+    writer.add_token_types([1] * 257 + [3] * len(CONTROL))
+    writer.add_token_merges(["a a"])
+    writer.add_eos_token_id(texts.index("<|im_end|>"))
 
 
 def card(path: Path, model_id: str, source: ModelSource) -> ModelCard:

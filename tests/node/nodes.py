@@ -1,0 +1,117 @@
+"""Real nodes as processes of their own, with the fake engine, for tests that look at them from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_S_MAX = 60.0  # a loaded machine; what is promised is measured from the moment that nodes listen
+SCRIPT = """
+import sys
+from pathlib import Path
+from covey.node import NodeOptions, run_node
+folder, cluster, port, *peers = sys.argv[1:]
+options = NodeOptions(
+    port=int(port), data_dir=Path(folder), name=Path(folder).name, cluster=cluster, peers=tuple(peers),
+    engine="fake", engine_options={"vocabulary_size": "259", "step_delay_ms": "5"},
+)
+sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
+"""
+
+
+class NodeProcess:
+    """One node. `url` and `node_id` are known once `wait_listening` has returned."""
+
+    def __init__(self, home: Path, name: str, cluster: str, port: int = 0, peers: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self._log = home / f"{name}.stderr"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(home / name), cluster, str(port), *peers],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "COVEY_HOME": str(home)},
+            )
+        self.url = self.node_id = ""
+
+    def wait_listening(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.errors()
+        self.url, self.node_id = line.split()
+
+    def errors(self) -> str:
+        return self._log.read_text()
+
+    def get(self, path: str) -> Any:
+        return httpx.get(self.url + path, timeout=30).raise_for_status().json()
+
+    def post(self, path: str, body: Any) -> Any:
+        response = httpx.post(self.url + path, json=body, timeout=120)
+        assert response.is_success, response.text
+        return response.json()
+
+    def visibility(self) -> dict[str, str]:
+        """Of each node this one knows of and has heard a report from, by name."""
+        members = self.get("/cluster")["members"]
+        return {each["report"]["name"]: each["visibility"] for each in members if each["report"]}
+
+    def runners(self) -> dict[str, str]:
+        members = self.get("/cluster")["members"]
+        reports = [each["report"] for each in members if each["report"]]
+        return {runner["runner_id"]: runner["state"] for report in reports for runner in report["runners"]}
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ask(self, model: str, text: str, **fields: Any) -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
+        return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+    def leave(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(20)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = START_S_MAX) -> float:
+    """Seconds until it held."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"not within {timeout_s} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def cluster_name() -> str:
+    return json.dumps([os.getpid(), time.monotonic_ns()])
+
+
+@contextmanager
+def running(home: Path, *names: str, cluster: str | None = None) -> Generator[list[NodeProcess]]:
+    """Nodes that have been started together and listen; ended by force if the test did not end them."""
+    cluster = cluster or cluster_name()
+    nodes = [NodeProcess(home, name, cluster) for name in names]
+    try:
+        for node in nodes:
+            node.wait_listening()
+        yield nodes
+    finally:
+        for node in nodes:
+            node.end()

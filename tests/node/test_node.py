@@ -1,0 +1,152 @@
+"""Whole nodes on this machine, seen from outside: as people, clients and a passing accident see them."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from nodes import SCRIPT, NodeProcess, cluster_name, running, until
+from tiny_model import write_model
+
+TOGETHER_S_MAX = AWAY_S_MAX = 3.0
+
+
+def place(node: NodeProcess, model: Path, nodes: int) -> None:
+    node.post("/place_instance", {"model_id": str(model), "min_nodes": nodes})
+    until(lambda: list(node.runners().values()) == ["Ready"] * nodes)
+
+
+def test_two_nodes_from_start_to_end(tmp_path: Path) -> None:
+    """They find each other, serve a model that is split over both, one dies, and the other leaves in order."""
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    with running(tmp_path, "a", "b") as (a, b):
+        both = {"a": "visible", "b": "visible"}
+        took_s = until(lambda: a.visibility() == both and b.visibility() == both)
+        print(f"found each other in {took_s:.2f} s")
+        assert took_s < TOGETHER_S_MAX
+
+        place(a, model, 2)
+        (instance,) = a.get("/cluster")["instances"]
+        assert {stage["node_id"] for stage in instance["stages"]} == {a.node_id, b.node_id}
+        answers = {node.ask(str(model), "Where is it?", max_tokens=12) for node in (a, b) for _ in range(2)}
+        assert len(answers) == 1
+        assert answers != {""}
+
+        orphans = b.children()
+        assert len(orphans) == 1
+        b.process.kill()
+        took_s = until(lambda: a.visibility() == {"a": "visible", "b": "away"}, 20)
+        print(f"shown as away after {took_s:.2f} s")
+        assert took_s < AWAY_S_MAX
+        assert psutil.wait_procs(orphans, timeout=10)[1] == []  # a runner does not outlive its node
+
+        left = a.children()
+        assert a.leave() == 0
+        assert psutil.wait_procs(left, timeout=1)[1] == []
+        assert "Traceback" not in a.errors() + b.errors()
+
+
+def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path) -> None:
+    with running(tmp_path, "a") as (a,):
+        port = a.url.rpartition(":")[2]
+        refusals = {
+            (str(tmp_path / "a"), "x", "0"): f"the data folder {tmp_path / 'a'} is in use by process {a.process.pid}; ",
+            (str(tmp_path / "b"), "x", port): f"port {port} of 127.0.0.1 is in use; ",
+            (str(tmp_path / "c"), "x", "0", "host:"): "'host:' is not the address of a peer; ",
+        }
+        for arguments, sentence in refusals.items():
+            ended = subprocess.run(
+                [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60, check=False
+            )
+            assert ended.returncode == 1
+            assert ended.stderr.startswith(f"covey: {sentence}")
+            assert ended.stderr.count("\n") == 1
+            assert ended.stdout == ""
+
+
+def test_ctrl_c_ends_a_node_in_the_middle_of_an_answer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    with running(tmp_path, "a") as (a,):
+        place(a, model, 1)
+        body = {"model": str(model), "messages": [{"role": "user", "content": "?"}], "stream": True, "seed": 1}
+        lines: list[str] = []
+
+        def listen() -> None:
+            with httpx.stream("POST", f"{a.url}/v1/chat/completions", json=body, timeout=60) as response:
+                try:
+                    lines.extend(response.iter_lines())
+                except httpx.RemoteProtocolError:
+                    lines.append("broken")
+
+        def watch() -> None:
+            with httpx.stream("GET", f"{a.url}/cluster/changes", timeout=60) as response:
+                try:
+                    for _ in response.iter_lines():
+                        pass
+                except httpx.RemoteProtocolError:
+                    pass
+
+        clients = [threading.Thread(target=listen), threading.Thread(target=watch)]
+        for client in clients:
+            client.start()
+        until(lambda: "Running" in a.runners().values())
+        children, start = a.children(), time.monotonic()
+        assert a.leave(signal.SIGINT) == 0
+        print(f"left in {time.monotonic() - start:.2f} s")
+        for client in clients:
+            client.join(20)
+        assert psutil.wait_procs(children, timeout=1)[1] == []
+        assert a.errors() == ""
+        assert any("error" in json.loads(line[6:]) for line in lines if line.startswith("data: {"))  # no silent end
+
+
+def test_a_node_that_comes_back_is_the_same(tmp_path: Path) -> None:
+    cluster = cluster_name()
+    with running(tmp_path, "a", "b", cluster=cluster) as (a, b):
+        until(lambda: len(a.visibility()) == 2)
+        b.process.kill()
+        b.process.wait()
+        with running(tmp_path, "b", cluster=cluster) as (again,):
+            assert again.node_id == b.node_id
+            took_s = until(lambda: a.visibility() == again.visibility() == {"a": "visible", "b": "visible"})
+            assert took_s < TOGETHER_S_MAX
+            assert len(a.get("/cluster")["members"]) == 2
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, "a") as (a,):
+        answer = httpx.post(f"{a.url}/place_instance", json={"model_id": str(tmp_path / "missing.gguf")}, timeout=30)
+        assert answer.status_code == 404
+        assert "there is no file" in answer.json()["error"]["message"]
+
+
+def test_an_idle_node_writes_nothing_and_hardly_works(tmp_path: Path) -> None:
+    """One node was once found to write 34 GB in 15 hours."""
+    with running(tmp_path, "a") as (a,):
+        until(lambda: len(a.visibility()) == 1)
+        time.sleep(1)
+        process = psutil.Process(a.process.pid)
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        before, start = process.cpu_times(), time.monotonic()
+        time.sleep(4)
+        after = process.cpu_times()
+        share = (after.user + after.system - before.user - before.system) / (time.monotonic() - start)
+        print(f"idle: {share:.2%} of a core")
+        assert share < 0.03
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_during_the_start_ends_it(tmp_path: Path, number: signal.Signals) -> None:
+    node = NodeProcess(tmp_path, "a", cluster_name())
+    try:
+        time.sleep(0.3)
+        assert node.leave(number) in {0, -number}
+    finally:
+        node.end()

@@ -1,0 +1,108 @@
+"""The control plane in its seeded world: 200 seeds on every run, the same digest twice, and planted bugs are found."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covey.control import cluster
+from covey.control.cluster import Cluster
+from covey.control.commands import Answering, Asking
+from covey.control.downloads import Downloads
+from covey.control.leadership import Leadership
+from covey.control.machine import Machine
+from covey.control.membership import Membership
+from covey.control.replication import Replication
+from covey.control.runners import Runners
+from simulation.run import run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SEEDS = 200
+
+
+def test_seeds_pass() -> None:
+    verdicts = [run(seed) for seed in range(1, SEEDS + 1)]
+    assert [verdict.line() for verdict in verdicts if verdict.problem] == []
+    assert sum(verdict.step_count for verdict in verdicts) > 50_000  # the worlds are not empty
+
+
+def digest(seed: int, hash_seed: str) -> str:
+    command = [sys.executable, "-m", "simulation", "--seed", str(seed)]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize("seed", [3, 17, 61])
+def test_a_run_does_not_depend_on_the_order_of_hashes(seed: int) -> None:
+    assert digest(seed, "0") == digest(seed, "1") == run(seed).line()
+
+
+def test_different_seeds_do_different_things() -> None:
+    assert run(1).digest != run(2).digest
+
+
+def never(*_: Any) -> bool:
+    return False
+
+
+def nothing(*_: Any) -> list[object]:
+    return []
+
+
+def take_every_report(self: Membership, now_ms: int, report: Any) -> None:
+    peer, _ = self._hear(now_ms, report.node_id, (report.boot, report.sequence))
+    peer.report = report
+    self.revision += 1
+
+
+def hear_is_seen(self: Membership, now_ms: int, node_id: Any) -> bool:
+    return node_id == self.node_id or node_id in self.hears(now_ms)
+
+
+def lead_whatever_others_claim(self: Leadership, now_ms: int) -> None:
+    self._follow(now_ms, self.claim or self._highest_claim(now_ms) or self._claim_if_due(now_ms))
+
+
+def retry_a_fetch_at_once(self: Downloads, now_ms: int, news: Any) -> None:
+    download = self._current(news.model_id, news.attempt)
+    if download:
+        download.phase, download.due_ms = type(download.phase)("waiting"), now_ms
+
+
+BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
+    "an old report replaces a newer one": ((Membership, "hear_report", take_every_report),),
+    "who is heard counts as visible": ((Membership, "is_visible", hear_is_seen),),
+    "the map that came last wins": ((cluster, "is_newer", lambda entry, known: entry != known),),
+    "maps are never compared": ((Replication, "compare", nothing),),
+    "a leader never steps down": ((Leadership, "advance", lead_whatever_others_claim),),
+    "a repeated command is carried out again": (
+        (Cluster, "_done_before", lambda *_: None),
+        (Answering, "remember", lambda *_: None),
+    ),
+    "a command waits for ever": ((Asking, "expire", nothing),),
+    "instances of forgotten nodes stay": ((Machine, "_gone", nothing),),
+    "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
+    "runners outlive their instance": ((Runners, "_must_stop", never),),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BUGS))
+def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, attribute, broken in BUGS[name]:
+        assert hasattr(owner, attribute)
+        monkeypatch.setattr(owner, attribute, broken)
+    assert any(run(seed).problem for seed in range(1, 60))
+
+
+def test_a_verdict_tells_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replication, "compare", nothing)
+    verdict = next(verdict for seed in range(1, 60) if (verdict := run(seed)).problem)
+    assert verdict.line() == (
+        f"seed {verdict.seed}: FAILED at step {verdict.step_count} (t={verdict.now_ms / 1000:.1f} s): "
+        f"{verdict.problem}; reproduce: python -m simulation --seed {verdict.seed} --trace"
+    )
