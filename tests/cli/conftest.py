@@ -3,21 +3,15 @@
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import uvicorn
 
 from covey.api.server import create_app
 from tests.api.fake_backend import FakeBackend
+from tests.cli.served_node import ServedNode
 
 STOP_S_MAX = 10
-
-
-@dataclass
-class ServedNode:
-    backend: FakeBackend
-    url: str
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster
-from tests.cli.conftest import ServedNode
+from tests.cli.served_node import ServedNode
 from tests.golden import check
 
 GOLDEN = Path(__file__).parent / "golden"

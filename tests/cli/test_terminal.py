@@ -13,7 +13,7 @@ import pytest
 
 from covey.cli.console import harmless
 from covey.schema.generation import GenerationFailed
-from tests.cli.conftest import ServedNode
+from tests.cli.served_node import ServedNode
 
 COVEY = [sys.executable, "-m", "covey.cli"]
 WAIT_S = 30
