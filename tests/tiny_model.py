@@ -26,6 +26,8 @@ def write_model(path: Path, padding: int = 0, layers: int = 1) -> Path:
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // 2)
     _add_tokenizer(writer)
     random = np.random.default_rng(1)
     rows = {"token_embd.weight": VOCABULARY}

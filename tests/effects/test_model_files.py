@@ -240,7 +240,7 @@ async def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         ("no-such-model", 404, "SmolLM2-135M-Instruct"),
         (str(tmp_path / "missing.gguf"), 404, "there is no file"),
         (str(tmp_path / "text.gguf"), 400, "not a GGUF file"),
-        (str(tmp_path / "folder.gguf"), 400, "can't be read: Is a directory"),
+        (str(tmp_path / "folder.gguf"), 400, "it is not a regular file"),
         ("hf:only-owner", 404, "hf:OWNER/REPO/FILE"),
     ]:
         with pytest.raises(ModelNotFoundError, match=message) as caught:

@@ -215,7 +215,7 @@ def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
 def read_header(path: str | Path) -> GgufHeader:
     """Reads no more of the file than its header needs. Raises `CheckpointError`, `OSError`."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{path} is not a regular file")
+        raise CheckpointError("it is not a regular file")
     with Path(path).open("rb", buffering=0) as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
