@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from simulation.people import SMALL
 
 from covey.control.cluster import Cluster, Context, Decision, wish_of
 from covey.control.placement.nodes import Candidate
 from covey.control.settings import TOMBSTONES_MAX
 from covey.schema.cluster import Accepted, DeleteInstance, Entry, PlaceModel, Refused, Version
 from covey.schema.ids import InstanceId, NodeId
+from simulation.people import SMALL
 
 ADA = Candidate(node_id=NodeId("a"), name="ada", machine_id="box", memory_bytes_total=10**10, memory_bytes_free=10**10)
 

@@ -1,12 +1,11 @@
 """A fetch starts only because an assignment needs it, one at a time, and never again at once."""
 
-from simulation.people import SMALL
-
 from covey.control.downloads import Downloads
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import DownloadState
 from covey.schema.ids import ModelId
 from covey.schema.machine import CancelFetch, FetchFailed, FetchFinished, FetchProgressed, StartFetch
+from simulation.people import SMALL
 
 MODEL = SMALL.model_id
 NEEDED = {MODEL: SMALL}

@@ -3,9 +3,6 @@
 from random import Random
 
 from msgspec.structs import replace
-from simulation.host import Host
-from simulation.people import HUGE, LARGE, SMALL
-from simulation.world import World
 
 from covey.control.cluster import Written
 from covey.control.machine import Machine
@@ -41,6 +38,9 @@ from covey.schema.machine import (
     StateChanged,
 )
 from covey.schema.runner import Address
+from simulation.host import Host
+from simulation.people import HUGE, LARGE, SMALL
+from simulation.world import World
 
 GIGABYTE = 10**9
 ADA = NodeId("a" * 32)

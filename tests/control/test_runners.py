@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulation.people import SMALL
 
 from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
 from covey.control.runners import Runners, World
@@ -28,6 +27,7 @@ from covey.schema.runner import (
     RunnerState,
     WarmUp,
 )
+from simulation.people import SMALL
 
 ME, OTHER = NodeId("me"), NodeId("other")
 MINE, THEIRS = RunnerId("i.0"), RunnerId("i.1")

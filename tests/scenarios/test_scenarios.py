@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
 from simulation.trace import Trace

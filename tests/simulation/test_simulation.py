@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulation.run import run
 
 from covey.control import cluster
 from covey.control.cluster import Cluster
@@ -19,6 +18,7 @@ from covey.control.machine import Machine
 from covey.control.membership import Membership
 from covey.control.replication import Replication
 from covey.control.runners import Runners
+from simulation.run import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 200
