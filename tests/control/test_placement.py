@@ -155,6 +155,12 @@ def test_one_node_is_enough_for_a_small_model() -> None:
     assert layout(placed) == [("large", 30)]
 
 
+def test_a_large_model_finds_its_place_among_many_small_nodes() -> None:
+    nodes = [node(f"n{number:02}", 6 * GB) for number in range(16)]
+    placed = place(card((500 * MB,) * 80), nodes, Options(context_length=1024))
+    assert len(layout(placed)) == 10
+
+
 def test_two_nodes_on_one_machine_divide_its_memory() -> None:
     nodes = [node("a", 8 * GB, "box"), node("b", 8 * GB, "box")]
     assert layout(place(card((2 * MB,) * 30), nodes, Options(node_count_min=2))) == [("a", 15), ("b", 15)]

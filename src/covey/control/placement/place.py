@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.control.placement import refusal
-from covey.control.placement.memory import Load, shard_bytes
+from covey.control.placement.memory import Load, shard_bytes, whole_bytes
 from covey.control.placement.nodes import Candidate, budgets_bytes, ranked
 from covey.control.placement.split import split
 from covey.schema.cluster import Refused
@@ -23,7 +23,7 @@ CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for 
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
 CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
 SLOT_COUNT_DEFAULT: Final = 4
-SPLITS_TRIED_MAX: Final = 500  # of all sets of nodes in all orders; a large cluster has enough among its best
+SPLITS_TRIED_MAX: Final = 200  # for one count of nodes, of all sets in all orders; the best come first
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -99,19 +99,23 @@ def _context_lengths(card: ModelCard, options: Options) -> list[int]:
 
 
 def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tuple[Part, ...] | None:
-    for chosen in islice(_selections(load, nodes, options), SPLITS_TRIED_MAX):
-        cuts = split(load, budgets_bytes(nodes, chosen))
-        if cuts:
-            return _parts(load, chosen, cuts)
+    """The fewest nodes that hold it; counts whose best nodes together have too little are passed over."""
+    preferred = ranked(nodes, options.asked_at)
+    best = sorted((budgets_bytes(nodes, [node])[0] for node in nodes), reverse=True)
+    for count in range(max(options.node_count_min, 1), min(len(nodes), load.card.layer_count) + 1):
+        if sum(best[:count]) < whole_bytes(load, count):
+            continue
+        for chosen in islice(_selections(preferred, count, options), SPLITS_TRIED_MAX):
+            cuts = split(load, budgets_bytes(nodes, chosen))
+            if cuts:
+                return _parts(load, chosen, cuts)
     return None
 
 
-def _selections(load: Load, nodes: Sequence[Candidate], options: Options) -> Iterator[list[Candidate]]:
-    """Sets of nodes, each in several orders, fewest nodes first and within that the preferred ones first."""
-    preferred = ranked(nodes, options.asked_at)
-    for count in range(max(options.node_count_min, 1), min(len(nodes), load.card.layer_count) + 1):
-        for chosen in combinations(preferred, count):
-            yield from _orders(_in_order(chosen, options))
+def _selections(preferred: Sequence[Candidate], count: int, options: Options) -> Iterator[list[Candidate]]:
+    """Sets of so many nodes, the preferred ones first, each in several orders."""
+    for chosen in combinations(preferred, count):
+        yield from _orders(_in_order(chosen, options))
 
 
 def _in_order(chosen: Sequence[Candidate], options: Options) -> list[Candidate]:
