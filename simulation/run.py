@@ -18,7 +18,7 @@ from simulation.world import World
 
 GIGABYTE = 10**9
 TROUBLE_MS = 40_000  # how long faults last
-RETURN_MS = 45_000  # some come back after they were forgotten
+RETURN_MS = 45_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
 LATE_MS = 2_000  # the last late message has arrived
 QUIET_MS = 4_000  # how long nothing may be done once all is well
@@ -144,8 +144,6 @@ def _cut(world: World, host: Host, *, one_way: bool) -> None:
 
 def _calm(world: World) -> None:
     world.heal()
-    for host in world.hosts:
-        host.asleep_until_ms = min(host.asleep_until_ms, world.now_ms)
     for host in world.hosts:
         return_ms = world.random.choice((0, RETURN_MS, None))
         if not host.is_up and return_ms is not None:
