@@ -18,9 +18,10 @@ from simulation.world import World
 
 GIGABYTE = 10**9
 TROUBLE_MS = 40_000  # how long faults last
-RETURN_MS = 45_000  # some come back after they were forgotten
+RETURN_MS = 45_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
 LATE_MS = 2_000  # the last late message has arrived
+SETTLE_MS = 4_500  # a probe, a report, and the leader's mending
 QUIET_MS = 4_000  # how long nothing may be done once all is well
 ACTION_MS = 2_000  # people and faults act about this often
 
@@ -71,8 +72,17 @@ def _live(world: World) -> None:
         if world.now_ms >= limit_ms:
             raise Failure(f"{(LIVENESS_MS + RETURN_MS) // 1000} s after faults stopped {sentence}")
         world.run_until(world.now_ms + 500)
-        sentence = missing(world) or world.awaited()
+        sentence = _restless(world)
     _stay_quiet(world)
+
+
+def _restless(world: World) -> str | None:
+    """What is missing now or, if nothing is, a while later: freed memory shows only when it is next probed."""
+    sentence = missing(world) or world.awaited()
+    if sentence is None:
+        world.run_until(world.now_ms + SETTLE_MS)
+        sentence = missing(world)
+    return sentence
 
 
 def _populate(world: World) -> None:
@@ -144,8 +154,6 @@ def _cut(world: World, host: Host, *, one_way: bool) -> None:
 
 def _calm(world: World) -> None:
     world.heal()
-    for host in world.hosts:
-        host.asleep_until_ms = min(host.asleep_until_ms, world.now_ms)
     for host in world.hosts:
         return_ms = world.random.choice((0, RETURN_MS, None))
         if not host.is_up and return_ms is not None:
