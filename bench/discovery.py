@@ -2,7 +2,7 @@
 
     python bench/discovery.py [--rounds 5]
 
-Both are measured at the HTTP API (`topology.nodes` of `GET /state`), polled every 20 ms, from the moment that both
+Both are measured at the HTTP API (`members` of `GET /cluster`), polled every 20 ms, from the moment that both
 nodes answer (processes take a second to start) and from the SIGKILL.
 """
 
@@ -37,12 +37,12 @@ def start(folder: Path, port: int, cluster: str) -> subprocess.Popen[bytes]:
 
 
 def seen(port: int) -> int:
-    """How many nodes the node at `port` shows; 0 while it does not answer."""
+    """How many visible nodes the node at `port` shows; 0 while it does not answer."""
     try:
-        state = httpx.get(f"http://127.0.0.1:{port}/state", timeout=5).json()
+        state = httpx.get(f"http://127.0.0.1:{port}/cluster", timeout=5).json()
     except httpx.TransportError:
         return 0
-    return len(state["topology"]["nodes"])
+    return sum(member["visibility"] == "visible" for member in state["members"])
 
 
 def seconds_until(condition: Callable[[], bool]) -> float:
