@@ -1,6 +1,6 @@
 """Draws the README's picture: what `make run ONCE=1` really prints, as an SVG without fonts from elsewhere.
 
-    python bench/terminal_picture.py docs/first-light.svg
+python bench/terminal_picture.py docs/first-light.svg
 """
 
 import io

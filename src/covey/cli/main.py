@@ -65,7 +65,9 @@ def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The HTTP API's port.")] = DEFAULT_PORT,
     data_dir: Annotated[Path | None, typer.Option(help="Identity and logs of this node.")] = None,
     name: Annotated[str | None, typer.Option(help="What people call this node; default: the host's name.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")
+    ] = None,
 ) -> None:
     """Run one node in the foreground."""
     from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (the other commands start faster so)
