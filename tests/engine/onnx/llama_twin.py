@@ -1,5 +1,6 @@
 """A Llama in plain NumPy over weights dequantised by the `gguf` package: slow and obvious."""
 
+import itertools
 from pathlib import Path
 
 import gguf
@@ -24,17 +25,24 @@ class LlamaTwin:
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """[tokens, vocabulary]"""
-        hidden = self.weights["token_embd.weight"][token_ids]
+        return self.logits_of_all([token_ids], [0])[0]
+
+    def logits_of_all(self, sequences: list[list[int]], starts: list[int]) -> list[np.ndarray]:
+        """Each sequence's logits from its start on. All share the large products, which is what makes them quick."""
+        bounds = list(itertools.accumulate((len(sequence) for sequence in sequences), initial=0))
+        hidden = self.weights["token_embd.weight"][list(itertools.chain.from_iterable(sequences))]
         for layer in range(self.layers):
-            hidden = hidden + self._attention(layer, self._norm(hidden, f"blk.{layer}.attn_norm.weight"))
+            hidden = hidden + self._attention(layer, self._norm(hidden, f"blk.{layer}.attn_norm.weight"), bounds)
             normed = self._norm(hidden, f"blk.{layer}.ffn_norm.weight")
             gate = self._linear(normed, f"blk.{layer}.ffn_gate.weight")
             with np.errstate(over="ignore"):  # exp of a very negative gate: the quotient is rightly 0
                 gate = gate / (1 + np.exp(-gate))
             up = self._linear(normed, f"blk.{layer}.ffn_up.weight")
             hidden = hidden + self._linear(gate * up, f"blk.{layer}.ffn_down.weight")
+        normed = self._norm(hidden, "output_norm.weight")
         output = "output.weight" if "output.weight" in self.weights else "token_embd.weight"
-        return self._linear(self._norm(hidden, "output_norm.weight"), output)
+        places = zip(itertools.pairwise(bounds), starts, strict=True)
+        return [self._linear(normed[first + start : end], output) for (first, end), start in places]
 
     def _linear(self, values: np.ndarray, name: str) -> np.ndarray:
         return values @ self.weights[name].T
@@ -42,11 +50,16 @@ class LlamaTwin:
     def _norm(self, values: np.ndarray, name: str) -> np.ndarray:
         return values / np.sqrt(np.mean(values**2, axis=-1, keepdims=True) + self.epsilon) * self.weights[name]
 
-    def _attention(self, layer: int, values: np.ndarray) -> np.ndarray:
-        count = len(values)
-        query = self._rotate(self._linear(values, f"blk.{layer}.attn_q.weight").reshape(count, self.heads, -1))
-        key = self._rotate(self._linear(values, f"blk.{layer}.attn_k.weight").reshape(count, self.kv_heads, -1))
-        value = self._linear(values, f"blk.{layer}.attn_v.weight").reshape(count, self.kv_heads, -1)
+    def _attention(self, layer: int, values: np.ndarray, bounds: list[int]) -> np.ndarray:
+        query, key, value = (self._linear(values, f"blk.{layer}.attn_{name}.weight") for name in "qkv")
+        parts = [self._attend(query[a:b], key[a:b], value[a:b]) for a, b in itertools.pairwise(bounds)]
+        return self._linear(np.concatenate(parts), f"blk.{layer}.attn_output.weight")
+
+    def _attend(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+        count = len(query)
+        query = self._rotate(query.reshape(count, self.heads, -1))
+        key = self._rotate(key.reshape(count, self.kv_heads, -1))
+        value = value.reshape(count, self.kv_heads, -1)
         future = np.triu(np.full((count, count), -np.inf, np.float32), 1)
         outputs = []
         for head in range(self.heads):
@@ -54,7 +67,7 @@ class LlamaTwin:
             scores = query[:, head] @ key[:, shared].T / np.sqrt(self.head_size) + future
             odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
             outputs.append(odds / odds.sum(axis=-1, keepdims=True) @ value[:, shared])
-        return self._linear(np.concatenate(outputs, axis=-1), f"blk.{layer}.attn_output.weight")
+        return np.concatenate(outputs, axis=-1)
 
     def _rotate(self, values: np.ndarray) -> np.ndarray:
         """Neighbouring pairs are rotated, as GGUF's permuted Llama weights want it."""
@@ -73,7 +86,7 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def mean_divergence(expected: np.ndarray, actual: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence in nats, over rows of logits."""
+def divergences(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """Kullback-Leibler divergence in nats of each row of logits."""
     expected, actual = log_odds(expected), log_odds(actual)
-    return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())
+    return (np.exp(expected) * (expected - actual)).sum(axis=-1)
