@@ -52,6 +52,6 @@ class StageEngine(Protocol):
         """One step. `values` holds the pieces' tokens one after another.
 
         Returns the activations for the next stage, [tokens, hidden], or from the last stage the logits of the pieces
-        that want them, in their order, [count, vocabulary] float32.
+        that want them, in their order, [count, vocabulary] float32. Either is good until the next call.
         """
         ...

@@ -58,7 +58,7 @@ def piece(position: int, token_count: int) -> Piece:
 def run(stages: list[OnnxStage], position: int, token_ids: list[int]) -> np.ndarray:
     values = np.array(token_ids, np.int64)
     for stage in stages:
-        values = stage.run([piece(position, len(token_ids))], values)
+        values = stage.run([piece(position, len(token_ids))], values).copy()
     return values[0]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from covey.checkpoints.quantization import PackedBlocks
 from covey.engine.onnx.settings import LlamaSettings
-from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Matrix
+from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Matrix, Table
 
 MICROSOFT: Final = "com.microsoft"
 OPSET: Final = 21
@@ -23,7 +23,8 @@ INT8_ACCUMULATION: Final = 4  # `accuracy_level`: activations are quantised to 8
 INLINE_BYTES_MAX: Final = 1024  # smaller constants live in the model, where the optimiser may read them
 
 # Names of the graph's inputs and outputs.
-HIDDEN: Final = "hidden"  # [tokens, hidden] float32
+TOKENS: Final = "tokens"  # [tokens] int64, into the first stage
+HIDDEN: Final = "hidden"  # [tokens, hidden] float32, into the others
 ENDS: Final = "ends"  # [batch] int32: last position of each sequence in this step
 LONGEST: Final = "longest"  # [1] int32: tokens of the longest sequence, this step's included
 LAYOUT: Final = "layout"  # [3] int64: batch, tokens of each, -1
@@ -86,15 +87,19 @@ class GraphBuilder:
 class LlamaGraph:
     """Adds a stage to a builder, layer by layer, so that a layer's weights can be read just before."""
 
-    def __init__(self, settings: LlamaSettings, rotary: tuple[Floats, Floats]) -> None:
+    def __init__(self, settings: LlamaSettings, rotary: tuple[Floats, Floats], table: Table | None) -> None:
+        """`table`: the token embeddings, on the first stage."""
         self._settings = settings
         self._builder = GraphBuilder()
         self._caches: list[str] = []
         builder = self._builder
-        self._residual = builder.input(HIDDEN, np.float32, ["tokens", settings.hidden_size])
+        if table is None:
+            self._residual = builder.input(HIDDEN, np.float32, ["tokens", settings.hidden_size])
+        else:
+            self._residual = self._embed(builder.input(TOKENS, np.int64, ["tokens"]), table)
         # What the last block computed and nobody has added to the residual yet; at first zero. Of the two kernels
         # for norms only the one with a sum is used: they round apart, and a model's cuts would change its answers.
-        self._update = builder.node("Sub", [HIDDEN, HIDDEN], "nothing")
+        self._update = builder.node("Sub", [self._residual, self._residual], "nothing")
         builder.input(ENDS, np.int32, ["batch"])
         builder.input(LONGEST, np.int32, [1])
         builder.input(LAYOUT, np.int64, [3])
@@ -131,6 +136,29 @@ class LlamaGraph:
         (logits,) = self._matmuls("output", normed, (head.output,))
         builder.node("Identity", [logits], RESULT)
         builder.output(RESULT, np.float32, ["wanted", head.vocabulary_size])
+
+    def _embed(self, tokens: str, table: Table) -> str:
+        """[tokens] to [tokens, hidden]. The operators don't check that a token is in the table."""
+        builder = self._builder
+        if not isinstance(table, PackedBlocks):
+            rows = builder.node("Gather", [builder.constant("embedding", table), tokens], "embedding.rows", axis=0)
+            return builder.node("Cast", [rows], "embedded", to=onnx.TensorProto.FLOAT)
+        vocabulary_size, block_count = table.scales.shape
+        codes = builder.constant("embedding.codes", table.codes.reshape(vocabulary_size, -1))
+        scales = builder.constant("embedding.scales", table.scales)
+        embedded = builder.node(
+            "GatherBlockQuantized", [codes, tokens, scales], "embedding.scaled", MICROSOFT,
+            bits=table.bits, block_size=table.block_size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+        if table.offsets is None:
+            return embedded
+        offsets = builder.constant("embedding.offsets", table.offsets[..., np.newaxis])
+        offset = builder.node("Gather", [offsets, tokens], "embedding.offset", axis=0)
+        blocked_shape = builder.constant("embedding.blocked.shape", np.array([-1, block_count, table.block_size]))
+        blocked = builder.node("Reshape", [embedded, blocked_shape], "embedding.blocked")
+        moved = builder.node("Add", [blocked, offset], "embedding.moved")
+        flat_shape = builder.constant("embedding.shape", np.array([-1, self._settings.hidden_size]))
+        return builder.node("Reshape", [moved, flat_shape], "embedded")
 
     def _norm(self, name: str, scale: Floats) -> str:
         """Adds what is pending to the residual, and norms the sum."""

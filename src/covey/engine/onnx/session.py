@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from covey.engine.contract import Activations
 from covey.engine.onnx import graph
 from covey.engine.onnx.graph import StageGraph
 
@@ -38,23 +39,24 @@ class StageSession:
         self._result_size = result_size
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
-    def run(self, slot: int, positions: list[int], hidden: NDArray[np.float32], rows: NDArray[np.int64] | None) -> Any:
-        """`hidden`: [sequences x tokens, hidden], sequence by sequence; `positions`: where each sequence goes on.
+    def run(self, slot: int, positions: list[int], values: Activations, rows: NDArray[np.int64] | None) -> Any:
+        """`values`: of all tokens, sequence by sequence; `positions`: where each sequence goes on.
 
-        Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary].
+        Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary]; good until the next run.
         """
         binding = self._binding(slot, len(positions))
-        token_count = len(hidden) // len(positions)
-        result = np.empty((len(hidden) if rows is None else len(rows), self._result_size), np.float32)
-        binding.set_step(np.array(positions) + token_count, token_count)
-        binding.set_values(hidden, rows, result)
+        token_count = len(values) // len(positions)
+        binding.set_step(max(positions) + token_count, [position + token_count - 1 for position in positions])
+        binding.set_values(token_count, values, rows)
         self._session.run_with_iobinding(binding.binding)
-        return result
+        return binding.result
 
     def _binding(self, slot: int, count: int) -> "_Binding":
         key = (slot, count)
         if key not in self._bindings:
-            self._bindings[key] = _Binding(self._session.io_binding(), self._cache.slices(slot, count), count)
+            self._bindings[key] = _Binding(
+                self._session.io_binding(), self._cache.slices(slot, count), count, self._result_size
+            )
             if len(self._bindings) > BINDINGS_MAX:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
@@ -62,10 +64,17 @@ class StageSession:
 
 
 class _Binding:
-    """The inputs and outputs of a run on one range of slots; only what changes is bound again."""
+    """The inputs and outputs of a run on one range of slots.
 
-    def __init__(self, binding: Any, cache: dict[str, NDArray[np.float32]], count: int) -> None:
+    Arrays are bound when their shapes change, else written in place: binding 200 KB of logits afresh for every token
+    costs more in page faults than the sampler does.
+    """
+
+    def __init__(self, binding: Any, cache: dict[str, NDArray[np.float32]], count: int, result_size: int) -> None:
         self.binding = binding
+        self.result: NDArray[np.float32] = np.empty((0, result_size), np.float32)
+        self._values: Activations = np.empty(0)
+        self._rows: NDArray[np.int64] | None = None
         self._ends = np.zeros(count, np.int32)
         self._longest = np.zeros(1, np.int32)
         self._layout = np.array([count, 0, -1], np.int64)
@@ -77,19 +86,30 @@ class _Binding:
             binding.bind_ortvalue_input(name, both)
             binding.bind_ortvalue_output(graph.updated(name), both)
 
-    def set_step(self, lengths: NDArray[Any], token_count: int) -> None:
-        """`lengths`: of each sequence, this step's tokens included."""
-        self._ends[:] = lengths - 1
-        self._longest[0] = lengths.max()
-        self._layout[1] = token_count
+    def set_step(self, longest: int, ends: list[int]) -> None:
+        """`longest`: tokens of the longest sequence, this step's included; `ends`: last position of each."""
+        self._longest[0] = longest
+        self._ends[:] = ends
 
-    def set_values(
-        self, hidden: NDArray[np.float32], rows: NDArray[np.int64] | None, result: NDArray[np.float32]
-    ) -> None:
-        self.binding.bind_ortvalue_input(graph.HIDDEN, _shared(hidden))
+    def set_values(self, token_count: int, values: Activations, rows: NDArray[np.int64] | None) -> None:
+        """`token_count`: of each sequence."""
+        self._layout[1] = token_count
+        result_count = len(values) if rows is None else len(rows)
+        if values.shape != self._values.shape or result_count != len(self.result):
+            self._bind_values(values, rows, result_count)
+        self._values[:] = values
+        if self._rows is not None and rows is not None:
+            self._rows[:] = rows
+
+    def _bind_values(self, values: Activations, rows: NDArray[np.int64] | None, result_count: int) -> None:
+        name, dtype = (graph.TOKENS, np.int64) if values.ndim == 1 else (graph.HIDDEN, np.float32)
+        self._values = np.empty(values.shape, dtype)
+        self.result = np.empty((result_count, self.result.shape[1]), np.float32)
+        self.binding.bind_ortvalue_input(name, _shared(self._values))
+        self.binding.bind_ortvalue_output(graph.RESULT, _shared(self.result))
         if rows is not None:
-            self.binding.bind_ortvalue_input(graph.ROWS, _shared(rows))
-        self.binding.bind_ortvalue_output(graph.RESULT, _shared(result))
+            self._rows = np.empty_like(rows)
+            self.binding.bind_ortvalue_input(graph.ROWS, _shared(self._rows))
 
 
 def _shared(array: NDArray[Any]) -> Any:

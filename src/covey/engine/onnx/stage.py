@@ -1,6 +1,6 @@
 """One stage of a Llama model on ONNX Runtime."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from covey.engine.contract import Activations, EngineError, LoadProgress, Logits
 from covey.engine.onnx.graph import LlamaGraph, StageGraph
 from covey.engine.onnx.session import KvCache, StageSession, give_back_memory
 from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
-from covey.engine.onnx.weights import EmbeddingTable, HeadWeights, StageFile
+from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
 from covey.schema.runner import RunnerSpec
 
 WARM_UP_TOKENS: Final = 16
@@ -27,7 +27,7 @@ class OnnxStage:
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
         self._hidden_size = 0
         self._result_size = 0  # of the vocabulary on the last stage, else the hidden size
-        self._embedding: EmbeddingTable | None = None
+        self._vocabulary_size: int | None = None  # on the first stage
         self._session: StageSession | None = None
         self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
 
@@ -43,16 +43,14 @@ class OnnxStage:
 
     def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
         self._check(pieces, values)
-        hidden = self._embed(values)
-        starts = [0, *accumulate(piece.token_count for piece in pieces)]
-        results: list[NDArray[np.float32]] = [hidden] * len(pieces)
-        for group in neighbours(pieces):
-            rows = [hidden[starts[index] : starts[index + 1]] for index in group]
-            for index, result in zip(group, self._run_group([pieces[index] for index in group], rows), strict=True):
-                results[index] = result
+        groups = neighbours(pieces)
+        together = groups == [list(range(len(pieces)))]
+        result = self._run_group(pieces, values) if together else self._run_groups(pieces, groups, values)
         for piece in pieces:
             self._lengths[piece.slot] = piece.position + piece.token_count
-        return self._collect(pieces, results)
+        if not self._is_last or all(piece.wants_logits for piece in pieces):
+            return result
+        return result[[index for index, piece in enumerate(pieces) if piece.wants_logits]]
 
     def _open(self, progress: Callable[[LoadProgress], None]) -> None:
         header = read_header(self._spec.model_path)
@@ -62,8 +60,9 @@ class OnnxStage:
             raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
         with Path(self._spec.model_path).open("rb", buffering=0) as opened:
             file = StageFile(opened, header, settings, self._spec.shard)
-            self._embedding, head = file.read_ends()
-            built = self._build(file, settings, head, progress)
+            table, head = file.read_ends()
+            built = self._build(file, settings, table, head, progress)
+        self._vocabulary_size = None if table is None else row_count(table)
         self._hidden_size = settings.hidden_size
         self._result_size = settings.hidden_size if head is None else head.vocabulary_size
         cache_shape = (self._spec.slot_count, settings.kv_head_count, self._spec.context_length, settings.head_size)
@@ -78,42 +77,45 @@ class OnnxStage:
         self,
         file: StageFile,
         settings: LlamaSettings,
+        table: Table | None,
         head: HeadWeights | None,
         progress: Callable[[LoadProgress], None],
     ) -> StageGraph:
         shard = self._spec.shard
         rotary = rotary_tables(settings, self._spec.context_length, file.read_rope_divisors())
-        llama = LlamaGraph(settings, rotary)
+        llama = LlamaGraph(settings, rotary, table)
         for layer in range(shard.layer_start, shard.layer_end):
             llama.add_layer(layer, file.read_layer(layer))
             loaded, total = layer + 1 - shard.layer_start, shard.layer_end - shard.layer_start
             progress(LoadProgress(loaded, total, file.bytes_read, file.bytes_total))
         return llama.finish(head)
 
-    def _embed(self, values: Activations) -> NDArray[np.float32]:
-        if self._embedding is not None:
-            return self._embedding.gather(values)
-        return values.astype(np.float32, copy=False)
+    def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]], values: Activations) -> NDArray[np.float32]:
+        """Each group by itself, and the results in the order of `pieces`."""
+        token_starts = [0, *accumulate(piece.token_count for piece in pieces)]
+        result_starts = range(len(pieces) + 1) if self._is_last else token_starts
+        results = np.empty((result_starts[-1], self._result_size), np.float32)
+        for group in groups:
+            rows = np.concatenate([values[token_starts[index] : token_starts[index + 1]] for index in group])
+            done = self._run_group([pieces[index] for index in group], rows)
+            ends = [0, *accumulate(result_starts[index + 1] - result_starts[index] for index in group)]
+            for index, start, end in zip(group, ends, ends[1:], strict=False):
+                results[result_starts[index] : result_starts[index + 1]] = done[start:end]
+        return results
 
-    def _run_group(self, pieces: list[Piece], rows: list[NDArray[np.float32]]) -> Iterable[NDArray[np.float32]]:
-        """Pieces of equal length in neighbouring slots; yields each one's activations, or its last token's logits."""
+    def _run_group(self, pieces: Sequence[Piece], values: Activations) -> NDArray[np.float32]:
+        """Pieces of equal length in neighbouring slots, in this order; their activations, or each last token's logits.
+
+        The result is good until the next run.
+        """
         if self._session is None:
             raise EngineError("the stage was asked to run before it was loaded")
         token_count = pieces[0].token_count
-        hidden = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        positions = [piece.position for piece in pieces]
-        wanted = np.arange(token_count - 1, len(hidden), token_count) if self._is_last else None
-        result = self._session.run(pieces[0].slot, positions, np.ascontiguousarray(hidden), wanted)
-        return result if self._is_last else result.reshape(len(pieces), token_count, -1)
-
-    def _collect(self, pieces: Sequence[Piece], results: list[NDArray[np.float32]]) -> Activations | Logits:
-        if not self._is_last:
-            return np.concatenate(results)
-        wanted = [result for piece, result in zip(pieces, results, strict=True) if piece.wants_logits]
-        return np.stack(wanted) if wanted else np.empty((0, self._result_size), np.float32)
+        wanted = np.arange(token_count - 1, len(values), token_count) if self._is_last else None
+        return self._session.run(pieces[0].slot, [piece.position for piece in pieces], values, wanted)
 
     def _blank(self, token_count: int) -> Activations:
-        if self._embedding is not None:
+        if self._vocabulary_size is not None:
             return np.zeros(token_count, np.int64)
         return np.zeros((token_count, self._hidden_size), np.float32)
 
@@ -125,6 +127,8 @@ class OnnxStage:
             raise EngineError("a step names one slot twice")
         for piece in pieces:
             self._check_piece(piece)
+        if self._vocabulary_size is not None and not 0 <= values.min() <= values.max() < self._vocabulary_size:
+            raise EngineError(f"a token id is outside of the vocabulary of {self._vocabulary_size}")
 
     def _check_piece(self, piece: Piece) -> None:
         if not 0 <= piece.slot < self._spec.slot_count or piece.token_count < 1:

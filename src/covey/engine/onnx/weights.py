@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry, read_tensor
+from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_tensor
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, is_known, known_types, pack
 from covey.engine.contract import EngineError
 from covey.engine.onnx.settings import LlamaSettings
@@ -14,6 +14,7 @@ from covey.schema.model import Shard
 
 Floats = NDArray[np.float32]
 Matrix = PackedBlocks | Floats  # [rows out, columns in]
+Table = PackedBlocks | Floats | NDArray[np.float16]  # of token embeddings: [vocabulary, hidden]
 
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
@@ -39,24 +40,7 @@ class HeadWeights(Struct, frozen=True):
 
     @property
     def vocabulary_size(self) -> int:
-        return (self.output.scales if isinstance(self.output, PackedBlocks) else self.output).shape[0]
-
-
-class EmbeddingTable:
-    """Token embeddings as the file has them; rows are dequantised as they are asked for."""
-
-    def __init__(self, entry: TensorEntry, content: NDArray[np.uint8]) -> None:
-        self._entry = entry
-        self._rows = content.reshape(entry.shape[0], -1)
-        self.vocabulary_size = entry.shape[0]
-
-    def gather(self, token_ids: NDArray[np.int64]) -> Floats:
-        """[tokens] to [tokens, hidden]. Raises `EngineError` for ids outside of the vocabulary."""
-        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self.vocabulary_size:
-            raise EngineError(f"a token id is outside of the vocabulary of {self.vocabulary_size}")
-        rows = self._rows[token_ids]
-        entry = TensorEntry(self._entry.name, self._entry.type, (len(token_ids), self._entry.shape[1]), 0, rows.size)
-        return dequantize(entry, rows.reshape(-1))
+        return row_count(self.output)
 
 
 class StageFile:
@@ -91,16 +75,16 @@ class StageFile:
     def read_rope_divisors(self) -> Floats | None:
         return self._floats(ROPE_DIVISORS) if ROPE_DIVISORS in self._header.tensors else None
 
-    def read_ends(self) -> tuple[EmbeddingTable | None, HeadWeights | None]:
+    def read_ends(self) -> tuple[Table | None, HeadWeights | None]:
         """What the first and the last stage have beside layers; a tied embedding is read once for both."""
-        embedding = head = None
-        content = self._read(EMBEDDING) if self._is_first else None
-        if content is not None:
-            embedding = EmbeddingTable(self._header.tensors[EMBEDDING], content)
-        if self._is_last:
-            tied = content if self.output_name == EMBEDDING else None
-            head = HeadWeights(self._floats(OUTPUT_NORM), self._matrix(self.output_name, tied))
-        return embedding, head
+        table = self._table() if self._is_first else None
+        if not self._is_last:
+            return table, None
+        norm = self._floats(OUTPUT_NORM)
+        if table is None or self.output_name == OUTPUT:
+            return table, HeadWeights(norm, self._matrix(self.output_name))
+        output = table if isinstance(table, PackedBlocks) else table.astype(np.float32, copy=False)
+        return table, HeadWeights(norm, output)
 
     @property
     def _is_first(self) -> bool:
@@ -152,10 +136,20 @@ class StageFile:
     def _floats(self, name: str) -> Floats:
         return dequantize(self._header.tensors[name], self._read(name))
 
-    def _matrix(self, name: str, content: NDArray[np.uint8] | None = None) -> Matrix:
+    def _matrix(self, name: str) -> Matrix:
         entry = self._header.tensors[name]
-        content = self._read(name) if content is None else content
+        content = self._read(name)
         return pack(entry, content) if is_blocked(entry.type) else dequantize(entry, content)
+
+    def _table(self) -> Table:
+        entry = self._header.tensors[EMBEDDING]
+        if entry.type == "F16":
+            return self._read(EMBEDDING).view("<f2").reshape(entry.shape)
+        return self._matrix(EMBEDDING)
+
+
+def row_count(matrix: Table) -> int:
+    return (matrix.scales if isinstance(matrix, PackedBlocks) else matrix).shape[0]
 
 
 _LAYER_NAMES: Final = frozenset(f"{tensor}.weight" for tensor in LAYER_TENSORS)
