@@ -1,0 +1,17 @@
+"""What a node shows to prove that it belongs to its cluster."""
+
+from msgspec import Struct
+
+
+class Credentials(Struct, frozen=True, kw_only=True):
+    """For mutual TLS between the nodes of one cluster. Everything here is derived from the join code, or signed by it.
+
+    The certificate's subject is the node's id, which is the hash of its public key; whoever connects compares the two.
+    """
+
+    authority: bytes  # PEM: the cluster's certificate authority, the same bytes on every node
+    certificate: bytes  # PEM: this node's, signed by the authority
+    private_key: bytes  # PEM, PKCS 8: belongs to the certificate; never leaves this machine
+    cluster_id: str  # 16 hex digits, safe to show: tells clusters apart, and prefixes the keys of the mesh
+    scouting_group: str  # IPv4 multicast address of this cluster's discovery
+    scouting_port: int
