@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from covey.control.placement.place import Options, place
-from covey.control.routing import InstancePhase, instance_status, nodes_of
+from covey.control.placement.place import place
+from covey.control.routing import InstancePhase, instance_status, nodes_of, options_of
 from covey.schema.cluster import ClusterState, Instance, Refused, Visibility, Wish
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def _all_missing(world: World) -> Iterator[str]:
     yield from _members(world, machines)
     yield from _agreement(machines)
     states = [machine.state(world.now_ms) for _, machine in machines]
-    for host, machine in machines:
+    for (host, machine), state in zip(machines, states, strict=True):
         yield from _nothing_lost(world, host, machine)
-        yield from _nothing_extra(host, machine)
+        yield from _nothing_extra(host, state, machine)
     for wish in states[0].wishes:
         yield from _served(world, wish, states)
     if world.people.waiting():
@@ -66,14 +66,14 @@ def _nothing_lost(world: World, host: Host, machine: Machine) -> Iterator[str]:
         yield sentence
 
 
-def _nothing_extra(host: Host, machine: Machine) -> Iterator[str]:
+def _nothing_extra(host: Host, state: ClusterState, machine: Machine) -> Iterator[str]:
     """No process and no record of a runner that is not assigned."""
-    stages = [stage for instance in machine.cluster.instances.values() for stage in instance.stages]
+    stages = [stage for instance in state.instances for stage in instance.stages]
     assigned = [stage.runner_id for stage in stages if stage.node_id == host.node_id]
     for runner_id in [*(process.spec.runner_id for process in host.processes), *machine.runners.runners]:
         if runner_id not in assigned:
             yield f"{host.name} still runs {runner_id}"
-    needed = [instance.card.model_id for instance in machine.cluster.instances.values()]
+    needed = [instance.card.model_id for instance in state.instances]
     yield from (f"{host.name} still fetches {model_id}" for model_id in host.fetches if model_id not in needed)
 
 
@@ -84,6 +84,9 @@ def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[st
     if not instances:
         yield from _must_not_fit(wish, states[0])
     for instance in instances:
+        if any(not world.host(stage.node_id).is_up for stage in instance.stages):
+            yield from _must_not_fit(wish, states[0])  # it waits for a node that may never come back
+            continue
         for state in states:
             status = instance_status(state, instance)
             if status.phase is InstancePhase.FAILED and _used_up(world, instance):
@@ -95,10 +98,8 @@ def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[st
 
 
 def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
-    options = Options(
-        node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
-    )
-    if not isinstance(place(wish.card, nodes_of(state), options), Refused):
+    nodes = nodes_of(state, [each for each in state.instances if each.wish_id == wish.wish_id])
+    if not isinstance(place(wish.card, nodes, options_of(wish, nodes)), Refused):
         yield f"{wish.wish_id} fits, but is not assigned"
 
 

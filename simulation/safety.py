@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from covey.control.cluster import INSTANCE, wish_of
 from covey.control.machine import Machine
 from covey.control.membership import NEVER, Moment
 from covey.schema.cluster import (
@@ -19,7 +20,7 @@ from covey.schema.cluster import (
     PlaceModel,
     Visibility,
 )
-from covey.schema.ids import ModelId, NodeId, RunnerId
+from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
 from covey.schema.machine import (
     AnswerCommand,
     Effect,
@@ -128,27 +129,32 @@ class Safety:
                 self._fail(f"{key} went back from {entry.version} to {now[key].version}")
         written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
         self.entries, self.intent_revision = now, machine.cluster.revision
-        self._check_single(machine)
         for key, entry in written.items():
             if isinstance(entry.value, Instance) and not self.world.ledger.knows(key):
+                self._check_single(machine, entry.value)
                 self._check_memory(machine, entry.value)
+            if entry.value is None and key.startswith(INSTANCE) and entry.version.writer == self.host.node_id:
+                self._check_dropped(machine, wish_of(InstanceId(key.removeprefix(INSTANCE))))
         self.world.ledger.hold(self.host, written)
 
-    def _check_single(self, machine: Machine) -> None:
-        """One life of one leader never assigns a wish twice."""
-        assigned: dict[tuple[str, str], str] = {}
-        for instance in machine.cluster.instances.values():
-            leader_life = instance.instance_id.rpartition(".")[2].rpartition("-")[0]
-            if (instance.wish_id, leader_life) in assigned:
-                self._fail(f"{instance.wish_id} was assigned twice by {leader_life}")
-            assigned[instance.wish_id, leader_life] = instance.instance_id
+    def _check_single(self, machine: Machine, assigned: Instance) -> None:
+        """A leader assigns a wish only while no other assignment of it can be served."""
+        for other in machine.state(self.world.now_ms).instances:
+            if other.wish_id == assigned.wish_id and other.instance_id != assigned.instance_id:
+                self._fail(f"{assigned.wish_id} was assigned again beside {other.instance_id}")
+
+    def _check_dropped(self, machine: Machine, wish_id: str) -> None:
+        """Nobody ends the only assignment of a wish that stands: it may run where we can't see it."""
+        remaining = [each.wish_id for each in machine.cluster.instances.values()]
+        if wish_id in machine.cluster.wishes and wish_id not in remaining:
+            self._fail(f"it dropped the last assignment of {wish_id}, which nobody deleted")
 
     def _check_memory(self, machine: Machine, instance: Instance) -> None:
         """What a leader assigned, with all that it knew to be assigned, is no more than the machines have."""
         for stage in instance.stages:
             host = self.world.host(stage.node_id)
             sharers = [each.node_id for each in self.world.hosts if each.machine_id == host.machine_id]
-            stages = [each for other in machine.cluster.instances.values() for each in other.stages]
+            stages = [each for other in machine.state(self.world.now_ms).instances for each in other.stages]
             taken = sum(each.memory_bytes for each in stages if each.node_id in sharers)
             if taken > host.memory_bytes:
                 self._fail(f"{taken} bytes are assigned to {host.name}, which has {host.memory_bytes}")
@@ -204,7 +210,7 @@ class Safety:
         runner_id, now_ms = effect.runner_id, self.world.now_ms
         assigned = [
             stage.runner_id
-            for instance in machine.cluster.instances.values()
+            for instance in machine.state(self.world.now_ms).instances
             for stage in instance.stages
             if stage.node_id == self.host.node_id
         ]
@@ -231,7 +237,7 @@ class Safety:
 
     def _check_fetch(self, machine: Machine, effect: StartFetch) -> None:
         model_id = effect.card.model_id
-        needed = [each.card.model_id for each in machine.cluster.instances.values()]
+        needed = [each.card.model_id for each in machine.state(self.world.now_ms).instances]
         if model_id not in needed:
             self._fail(f"it fetches {model_id}, which no assignment needs")
         if model_id in self.host.fetches:

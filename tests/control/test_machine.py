@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from covey.control.cluster import Written
 from covey.control.machine import Machine
-from covey.control.routing import InstancePhase, head_address, instance_status, pick, ready_instances, wish_status
+from covey.control.routing import InstancePhase, head_address, instance_status, pick, ready_instances
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import (
     Accepted,
@@ -140,19 +140,31 @@ def test_a_runner_on_a_node_that_is_away_is_not_ready() -> None:
     assert isinstance(pick(state(hosts[0]), SMALL.model_id), Refused)
 
 
-def test_a_wish_that_no_longer_fits_stays_and_says_what_is_missing() -> None:
+def test_an_instance_that_fits_nowhere_else_waits_for_its_node() -> None:
+    world, hosts = cluster_of(2, memory=3)
+    world.people.place(hosts[0], LARGE, 2)
+    world.run_until(9_000)
+    [placed] = state(hosts[0]).instances
+    hosts[1].crash()
+    world.run_until(60_000)
+    seen = state(hosts[0])
+    assert seen.instances == (placed,)
+    assert instance_status(seen, placed).text == "waiting for node1"
+    hosts[1].start()
+    world.run_until(80_000)
+    seen = state(hosts[0])
+    assert seen.instances == (placed,)
+    assert instance_status(seen, placed).text == "ready"
+
+
+def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:
     world, hosts = cluster_of(2)
     world.people.place(hosts[0], SMALL, 2)
     world.run_until(7_000)
     hosts[1].crash()
     world.run_until(45_000)
-    seen = state(hosts[0])
-    assert seen.instances == ()
-    [wish] = seen.wishes
-    assert wish_status(seen, wish).startswith("asked for 2 nodes, only 1 is here")
-    hosts[1].start()
-    world.run_until(60_000)
     [instance] = state(hosts[0]).instances
+    assert [stage.node_id for stage in instance.stages] == [hosts[0].node_id]
     assert instance_status(state(hosts[0]), instance).text == "ready"
 
 

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from covey.control.routing import instance_status
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
 from simulation.trace import Trace
@@ -32,6 +33,31 @@ class Story:
 
     def go_on(self, duration_ms: int) -> None:
         self.world.run_until(self.world.now_ms + duration_ms)
+
+    def cut(self, *one_side: Host) -> None:
+        """No message passes between these and all others."""
+        names = ", ".join(host.name for host in one_side)
+        self.world.note(f"{names} cut off")
+        others = [host for host in self.world.hosts if host not in one_side]
+        for host in one_side:
+            for other in others:
+                self.world.network.cuts |= {(host.node_id, other.node_id), (other.node_id, host.node_id)}
+
+    def heal(self) -> None:
+        self.world.note("all cables are back")
+        self.world.network.cuts.clear()
+
+    def status(self, *hosts: Host) -> None:
+        """What each of them says of the instances."""
+        for host in hosts:
+            assert host.machine
+            state = host.machine.state(self.world.now_ms)
+            said = [
+                f"{each.card.model_id} on {'+'.join(self.world.host(stage.node_id).name for stage in each.stages)}: "
+                f"{instance_status(state, each).text}"
+                for each in state.instances
+            ]
+            self.say(f"{host.name} says: {'; '.join(said) or 'no instance'}")
 
     def leader(self) -> Host:
         leaders = [host for host in self.world.up() if host.machine and host.machine.leadership.leads]
@@ -135,6 +161,126 @@ def nobody_answers(story: Story) -> None:
     story.go_on(1_500)
 
 
+def place_over(story: Story, at: Host, node_count: int) -> None:
+    story.world.people.place(at, LARGE, node_count)
+    story.go_on(8_000)
+    story.status(at)
+
+
+def the_leader_is_stopped_while_it_holds_a_shard(story: Story) -> None:
+    ada, bea, cleo = story.hosts("ada", "bea", "cleo")
+    for host in (ada, bea, cleo):
+        host.start()
+    story.go_on(3_000)
+    leader = story.leader()
+    place_over(story, leader, 3)
+    story.say("the leader's process is stopped: the others follow another, and place the model again without it")
+    leader.sleep(story.world.now_ms + 60_000)
+    story.go_on(55_000)
+    story.status(*(host for host in (ada, bea, cleo) if host is not leader))
+    story.say("it goes on: it decides nothing before it has heard the others, and ends what it held")
+    story.go_on(20_000)
+    story.status(ada, bea, cleo)
+
+
+def the_leaders_cable_is_cut_while_it_holds_a_shard(story: Story) -> None:
+    ada, bea, cleo = story.hosts("ada", "bea", "cleo")
+    for host in (ada, bea, cleo):
+        host.start()
+    story.go_on(3_000)
+    leader = story.leader()
+    place_over(story, leader, 3)
+    story.say("its cable is cut for 20 s: nothing is placed again, and the same instance is served afterwards")
+    story.cut(leader)
+    story.go_on(20_000)
+    story.heal()
+    story.go_on(15_000)
+    story.status(ada, bea, cleo)
+    story.say("its cable is cut for a minute: both sides place the model on what they have")
+    story.cut(leader)
+    story.go_on(60_000)
+    story.status(ada, bea, cleo)
+    story.say("the cable is back: of the two one stays, and it was serving all the time")
+    story.heal()
+    story.go_on(15_000)
+    story.status(ada, bea, cleo)
+
+
+def a_laptop_sleeps_and_wakes(story: Story) -> None:
+    desk, laptop = story.hosts("desk", "laptop")
+    desk.start()
+    laptop.start()
+    story.go_on(3_000)
+    place_over(story, desk, 2)
+    story.say("a nap of 10 s, less than the grace period: the same instance is served again")
+    laptop.sleep(story.world.now_ms + 10_000)
+    story.go_on(25_000)
+    story.status(desk, laptop)
+    story.say("a night: the model does not wait for the laptop")
+    laptop.sleep(story.world.now_ms + 8 * 3_600_000)
+    story.go_on(8 * 3_600_000 - 1)
+    story.status(desk)
+    story.say("in the morning it takes part again, and changes nothing that works")
+    story.go_on(20_000)
+    story.status(desk, laptop)
+
+
+def a_laptop_wakes_elsewhere_four_times(story: Story) -> None:
+    desk, laptop, tower = story.hosts("desk", "laptop", "tower")
+    for host in (desk, laptop, tower):
+        host.start()
+    story.go_on(3_000)
+    place_over(story, desk, 3)
+    for day in range(1, 5):
+        story.say(f"day {day}: the laptop wakes far from home, alone")
+        story.cut(laptop)
+        laptop.sleep(story.world.now_ms + 40_000)
+        story.go_on(120_000)
+        story.status(laptop, desk)
+        story.say(f"day {day}: and is at home again")
+        laptop.sleep(story.world.now_ms + 5_000)
+        story.go_on(4_000)
+        story.heal()
+        story.go_on(20_000)
+        story.status(desk, laptop)
+
+
+def a_partition_with_commands_on_both_sides(story: Story) -> None:
+    ada, bea, cleo, dora = story.hosts("ada", "bea", "cleo", "dora")
+    for host in (ada, bea, cleo, dora):
+        host.start()
+    story.go_on(3_000)
+    place_over(story, ada, 4)
+    instance_id = next(iter(ada.machine.cluster.instances))  # type: ignore[union-attr]
+    story.say("two and two; each side places a model, and one side deletes the instance that both had")
+    story.cut(ada, bea)
+    story.go_on(5_000)
+    story.world.people.place(ada, SMALL)
+    story.world.people.place(dora, SMALL, 2)
+    story.go_on(40_000)
+    story.world.people.delete(cleo, instance_id)
+    story.go_on(10_000)
+    story.status(ada, dora)
+    story.say("the sides meet: all that was placed is there, what was deleted is gone, nobody's answer was untrue")
+    story.heal()
+    story.go_on(20_000)
+    story.status(ada, bea, cleo, dora)
+
+
+def one_link_of_three_is_missing(story: Story) -> None:
+    ada, bea, cleo = story.hosts("ada", "bea", "cleo")
+    story.world.network.cuts |= {(ada.node_id, cleo.node_id), (cleo.node_id, ada.node_id)}
+    for host in (ada, bea, cleo):
+        host.start()
+    story.go_on(6_000)
+    story.say("a model over two: never over ada and cleo, which do not see each other")
+    place_over(story, bea, 2)
+    story.say("over three: refused")
+    story.world.people.place(bea, SMALL, 3)
+    story.go_on(3_000)
+    story.status(ada, bea, cleo)
+
+
 STORIES: tuple[Callable[[Story], None], ...] = (
     three_nodes_start_at_once,
     the_leader_dies,
@@ -143,6 +289,12 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     a_placement_is_refused,
     a_lost_node_is_replaced,
     nobody_answers,
+    the_leader_is_stopped_while_it_holds_a_shard,
+    the_leaders_cable_is_cut_while_it_holds_a_shard,
+    a_laptop_sleeps_and_wakes,
+    a_laptop_wakes_elsewhere_four_times,
+    a_partition_with_commands_on_both_sides,
+    one_link_of_three_is_missing,
 )
 
 

@@ -154,8 +154,9 @@ class Cluster:
 def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
     """The instance that serves `wish` as placed, under a fresh id."""
     instance_id = InstanceId(f"{wish.wish_id}.{context.instance_mark}")
+    names = {node.node_id: node.name for node in context.nodes}
     stages = tuple(
-        Stage(RunnerId(f"{instance_id}.{index}"), part.node_id, part.shard, part.memory_bytes)
+        Stage(RunnerId(f"{instance_id}.{index}"), part.node_id, part.shard, part.memory_bytes, names[part.node_id])
         for index, part in enumerate(placement.parts)
     )
     return Instance(

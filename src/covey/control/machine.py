@@ -5,10 +5,12 @@ time or an answer between, so the driver can sleep until `deadline()`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from covey.control.cluster import Cluster, Context, Written
 from covey.control.commands import Answering, Asking
+from covey.control.dormancy import active, assigned_nodes
 from covey.control.downloads import Downloads
 from covey.control.leadership import Leadership
 from covey.control.membership import Membership
@@ -30,7 +32,7 @@ from covey.schema.cluster import (
     PlaceModel,
     Refused,
 )
-from covey.schema.ids import ModelId, NodeId
+from covey.schema.ids import InstanceId, ModelId, NodeId
 from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
@@ -147,7 +149,7 @@ class Machine:
             revision=self._revision,
             members=self.membership.members(now_ms, self.reporter.last),
             wishes=tuple(self.cluster.wishes.values()),
-            instances=tuple(self.cluster.instances.values()),
+            instances=tuple(self._active(now_ms).values()),
         )
 
     def set_api_address(self, address: Address) -> None:
@@ -278,15 +280,16 @@ class Machine:
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
         effects = self._write(now_ms, self.tending.leftovers())
         gone = self._gone(now_ms)
+        self.tending.look_around(now_ms, gone)
         for wish in list(self.cluster.wishes.values()):
-            context = self._context(now_ms, wish.wish_id, asked_at=None)
-            events = self.tending.mend(wish, context, self._reports(), gone)
+            look = partial(self._context, now_ms, wish.wish_id, None)
+            events = self.tending.mend(wish, look, self._reports(), gone)
             effects += self._write(now_ms, events)
         return effects
 
     def _work(self, now_ms: int) -> list[Effect]:
         """Downloads and runners, as assigned; a node that leaves has nothing assigned."""
-        mine: list[Instance] = [] if self._is_leaving else self._assigned()
+        mine: list[Instance] = [] if self._is_leaving else self._assigned(now_ms)
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
         world = World(mine, self._reports(), self._paths(needed))
@@ -321,7 +324,7 @@ class Machine:
             return [], remembered
         if isinstance(request.command, PlaceModel) and self._is_learning(now_ms):
             return [], None
-        context = self._context(now_ms, request.command_id, request.origin)
+        context = self._context(now_ms, request.command_id, request.origin, ())
         decision = self.cluster.decide(request.command, context)
         if isinstance(decision, Refused):
             self.answering.remember(request.command_id, decision)
@@ -334,7 +337,9 @@ class Machine:
             self._instance_counter += 1  # the mark of the last context may be in use now
         return self.replication.write(now_ms, events)
 
-    def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None) -> Context:
+    def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None, leaving: tuple[Instance, ...]) -> Context:
+        """`leaving`: instances that end if this decision is taken."""
+        staying = [each for each in self._active(now_ms).values() if each not in leaving]
         company = [self.node_id, *(peer.node_id for peer in self.membership.company(now_ms))]
         reports = self._reports()
         here = [report for node_id, report in reports.items() if node_id in company]
@@ -344,7 +349,7 @@ class Machine:
             asked_at=asked_at,
             instance_mark=f"{self.node_id[:MARK_CHARACTERS]}-{self.boot}-{self._instance_counter}",
             engine=self.settings.engine,
-            nodes=candidates(here, away, tuple(self.cluster.instances.values())),
+            nodes=candidates(here, away, staying, leaving),
         )
 
     def _is_learning(self, now_ms: int) -> bool:
@@ -358,15 +363,19 @@ class Machine:
         """Nodes with assignments that are forgotten, or were never heard though we have listened long enough."""
         listened = now_ms - self._listening_since_ms >= self.settings.forgotten_ms
         known = {self.node_id: True, **dict.fromkeys(self.membership.peers, True)}
-        assigned = [stage.node_id for each in self.cluster.instances.values() for stage in each.stages]
         return [
-            node_id for node_id in assigned if node_id not in known and (listened or node_id in self.membership.seen)
+            node_id
+            for node_id in assigned_nodes(self.cluster.instances.values())
+            if node_id not in known and (listened or node_id in self.membership.seen)
         ]
 
-    def _assigned(self) -> list[Instance]:
+    def _active(self, now_ms: int) -> dict[InstanceId, Instance]:
+        return active(self.cluster.instances, self._gone(now_ms), self._reports())
+
+    def _assigned(self, now_ms: int) -> list[Instance]:
         return [
             instance
-            for instance in self.cluster.instances.values()
+            for instance in self._active(now_ms).values()
             if any(stage.node_id == self.node_id for stage in instance.stages)
         ]
 

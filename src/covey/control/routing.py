@@ -59,7 +59,7 @@ def pick(state: ClusterState, model_id: ModelId) -> Instance | Refused:
     ready = ready_instances(state, model_id)
     if ready:
         reports = visible_reports(state)
-        return min(ready, key=lambda each: (_request_count(each, reports), each.instance_id))
+        return min(ready, key=lambda each: (request_count(each, reports), each.instance_id))
     placed = [each for each in state.instances if each.card.model_id == model_id]
     if placed:
         return Refused(f"{model_id} is not ready: {instance_status(state, placed[0]).text}.", 503)
@@ -81,9 +81,9 @@ def head_address(state: ClusterState, instance: Instance) -> Address | None:
 def instance_status(state: ClusterState, instance: Instance) -> InstanceStatus:
     """One summary of an instance: the first of its nodes, downloads or runners that holds it up."""
     reports = visible_reports(state)
-    lost = [stage.node_id for stage in instance.stages if stage.node_id not in reports]
+    lost = [stage for stage in instance.stages if stage.node_id not in reports]
     if lost:
-        names = ", ".join(_name(state, node_id) for node_id in lost)
+        names = ", ".join(_name(state, stage) for stage in lost)
         return InstanceStatus(InstancePhase.WAITING, f"waiting for {names}")
     if is_ready(instance, reports):
         return InstanceStatus(InstancePhase.READY, "ready")
@@ -94,11 +94,18 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
     """Why a wish has no instance: what placing it on the nodes that are here now says."""
     if any(each.wish_id == wish.wish_id for each in state.instances):
         return "assigned."
-    options = Options(
-        node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
-    )
-    placement = place(wish.card, nodes_of(state), options)
+    nodes = nodes_of(state)
+    placement = place(wish.card, nodes, options_of(wish, nodes))
     return placement.reason if isinstance(placement, Refused) else "waiting for the leader to assign it."
+
+
+def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
+    """For placing a wish again: on fewer nodes than it asked for, rather than not at all."""
+    return Options(
+        node_count_min=min(wish.node_count_min, max(len(nodes), 1)),
+        context_length=wish.context_length,
+        slot_count=wish.slot_count,
+    )
 
 
 def _failure(instance: Instance, reports: Reports) -> InstanceStatus | None:
@@ -134,11 +141,12 @@ def _loading(instance: Instance, reports: Reports) -> InstanceStatus:
     return InstanceStatus(InstancePhase.WAITING, f"waiting for its runners ({states})")
 
 
-def nodes_of(state: ClusterState) -> tuple[Candidate, ...]:
-    """The nodes that a placement could use now, as this snapshot has them."""
+def nodes_of(state: ClusterState, leaving: Sequence[Instance] = ()) -> tuple[Candidate, ...]:
+    """The nodes that a placement could use now if these instances ended, as this snapshot has them."""
     visible = visible_reports(state)
     away = [each.report for each in state.members if each.report and each.node_id not in visible]
-    return candidates(tuple(visible.values()), away, state.instances)
+    staying = [each for each in state.instances if each not in leaving]
+    return candidates(tuple(visible.values()), away, staying, leaving)
 
 
 # ---- what reports say ----
@@ -167,13 +175,18 @@ def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
 
 
 def candidates(
-    reports: Sequence[NodeReport], away: Sequence[NodeReport], instances: Sequence[Instance]
+    reports: Sequence[NodeReport],
+    away: Sequence[NodeReport],
+    instances: Sequence[Instance],
+    leaving: Sequence[Instance] = (),
 ) -> tuple[Candidate, ...]:
     """The nodes as a placement sees them, by id; those that have not told their memory are left out.
 
+    `instances` are those that stay. What the runners of those that are `leaving` hold counts as free.
+
     A node that is away may come back and take what is assigned to it: on a machine that it shares that stays promised.
     """
-    found = [_candidate(report, report.hardware, instances) for report in reports if report.hardware]
+    found = [_candidate(report, report.hardware, instances, leaving) for report in reports if report.hardware]
     found.sort(key=lambda node: node.node_id)
     owed = [(report.hardware.machine_id, _assigned_bytes(report, instances)) for report in away if report.hardware]
     for index, node in enumerate(found):
@@ -188,13 +201,17 @@ def _assigned_bytes(report: NodeReport, instances: Sequence[Instance]) -> int:
     return sum(stage.memory_bytes for stage in stages if stage.node_id == report.node_id)
 
 
-def _candidate(report: NodeReport, hardware: Hardware, instances: Sequence[Instance]) -> Candidate:
+def _candidate(
+    report: NodeReport, hardware: Hardware, instances: Sequence[Instance], leaving: Sequence[Instance]
+) -> Candidate:
+    ending = {stage.runner_id for each in leaving for stage in each.stages if stage.node_id == report.node_id}
+    given_back = sum(each.resident_bytes for each in report.runners if each.runner_id in ending)
     return Candidate(
         node_id=report.node_id,
         name=report.name,
         machine_id=hardware.machine_id,
         memory_bytes_total=hardware.memory_bytes_total,
-        memory_bytes_free=hardware.memory_bytes_available,
+        memory_bytes_free=hardware.memory_bytes_available + given_back,
         memory_bytes_promised=sum(_promised(stage, report) for each in instances for stage in each.stages),
     )
 
@@ -215,11 +232,13 @@ def _download_report(instance: Instance, report: NodeReport) -> DownloadReport |
     return next((each for each in report.downloads if each.model_id == instance.card.model_id), None)
 
 
-def _request_count(instance: Instance, reports: Reports) -> int:
+def request_count(instance: Instance, reports: Reports) -> int:
+    """Running and waiting, as the head's node reports."""
     report = runner_report(instance.stages[0], reports)
     return report.requests_running + report.requests_queued if report else 0
 
 
-def _name(state: ClusterState, node_id: NodeId) -> str:
-    report = next((member.report for member in state.members if member.node_id == node_id), None)
-    return report.name if report else f"node {node_id[:8]}"
+def _name(state: ClusterState, stage: Stage) -> str:
+    """As its node calls itself now, or did when the stage was assigned."""
+    report = next((member.report for member in state.members if member.node_id == stage.node_id), None)
+    return report.name if report else stage.node_name or f"node {stage.node_id[:8]}"

@@ -1,18 +1,26 @@
 """What the leader mends without being asked: each wish has one instance, on nodes that are there.
 
-An instance with a stage on a forgotten node is deleted, and the wish placed again on what is left; if it does not
-fit, the wish stays and is tried whenever the nodes' figures change. Of several instances for one wish (two leaders,
-apart for a while, both assigned it) one stays: a ready one if there is one, then the one with the higher id.
+Where an instance has a stage on a node that is gone, the wish is placed again on what is left, and the old assignment
+stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. Of several
+instances whose nodes are all here (two leaders, apart for a while, each assigned the wish) one stays: a ready one if
+there is one, then one that serves requests, then the one that this leader has seen whole for longest.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection
+from typing import Final
 
 from covey.control.cluster import INSTANCE, Cluster, Context, Written, assignment
+from covey.control.dormancy import lacks
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import Options, place
-from covey.control.routing import Reports, is_ready
-from covey.schema.cluster import Refused, Wish
-from covey.schema.ids import NodeId
+from covey.control.placement.place import place
+from covey.control.routing import Reports, is_ready, options_of, request_count
+from covey.schema.cluster import Instance, Refused, Wish
+from covey.schema.ids import InstanceId, NodeId
+
+DORMANT_MAX: Final = 2  # of one wish: the sides of a cut; of more the lower ids go
+
+Look = Callable[[tuple[Instance, ...]], Context]  # at the nodes as they would be without these instances
 
 
 class Tending:
@@ -20,18 +28,24 @@ class Tending:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.whole_since_ms: dict[InstanceId, int] = {}
         self.refused_with: dict[str, tuple[Candidate, ...]] = {}  # by wish: the nodes that could not hold it
 
-    def mend(self, wish: Wish, context: Context, reports: Reports, gone: Sequence[NodeId]) -> tuple[Written, ...]:
+    def look_around(self, now_ms: int, gone: Collection[NodeId]) -> None:
+        """Notes which instances have all their nodes here, once before `mend` is asked about each wish."""
+        whole = [each.instance_id for each in self.cluster.instances.values() if not lacks(each, gone)]
+        self.whole_since_ms = {each: self.whole_since_ms.get(each, now_ms) for each in whole}
+
+    def mend(self, wish: Wish, look: Look, reports: Reports, gone: Collection[NodeId]) -> tuple[Written, ...]:
         """What to write for this wish; usually nothing."""
         mine = [each for each in self.cluster.instances.values() if each.wish_id == wish.wish_id]
-        living = [each for each in mine if not any(stage.node_id in gone for stage in each.stages)]
-        living.sort(key=lambda each: (is_ready(each, reports), each.instance_id), reverse=True)
-        dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in mine if each not in living[:1])
-        if living:
+        whole = sorted((each for each in mine if not lacks(each, gone)), key=lambda each: self._rank(each, reports))
+        dormant = sorted((each for each in mine if lacks(each, gone)), key=lambda each: each.instance_id, reverse=True)
+        dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in [*whole[1:], *dormant[DORMANT_MAX:]])
+        if whole:
             self.refused_with.pop(wish.wish_id, None)
             return dropped
-        return dropped + self._replace(wish, context)
+        return dropped + self._replace(wish, look(tuple(mine)))
 
     def leftovers(self) -> tuple[Written, ...]:
         """Instances whose wish was deleted, where another leader assigned it again meanwhile."""
@@ -41,13 +55,16 @@ class Tending:
             if instance.wish_id not in self.cluster.wishes
         )
 
+    def _rank(self, instance: Instance, reports: Reports) -> tuple[bool, bool, int, InstanceId]:
+        """The one to keep comes first."""
+        is_idle = request_count(instance, reports) == 0
+        since_ms = self.whole_since_ms.get(instance.instance_id, sys.maxsize)
+        return not is_ready(instance, reports), is_idle, since_ms, instance.instance_id
+
     def _replace(self, wish: Wish, context: Context) -> tuple[Written, ...]:
         if self.refused_with.get(wish.wish_id) == context.nodes:
             return ()
-        options = Options(
-            node_count_min=wish.node_count_min, context_length=wish.context_length, slot_count=wish.slot_count
-        )
-        placement = place(wish.card, context.nodes, options)
+        placement = place(wish.card, context.nodes, options_of(wish, context.nodes))
         if isinstance(placement, Refused):
             self.refused_with[wish.wish_id] = context.nodes
             return ()

@@ -29,6 +29,7 @@ class Stage(Struct, frozen=True):
     node_id: NodeId
     shard: Shard
     memory_bytes: int
+    node_name: str = ""  # as it was when the stage was assigned, for people who wait for that node
 
 
 class Wish(Struct, frozen=True, tag="wish", kw_only=True):
