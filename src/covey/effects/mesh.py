@@ -190,7 +190,7 @@ def _open(settings: MeshSettings) -> zenoh.Session:
         try:
             return zenoh.open(_config(settings, endpoints, port, has_scouting=has_scouting))
         except zenoh.ZError as error:
-            _log.info("the mesh can't use port %d: %s", port, error)
+            _log.warning("the mesh can't use port %d: %s", port, error)
     try:
         session = zenoh.open(_config(settings, endpoints, 0, has_scouting=False))
     except zenoh.ZError as error:
