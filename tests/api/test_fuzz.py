@@ -1,6 +1,7 @@
 """Whatever JSON comes, the answer is an answer or says what was wrong with it: never a 500."""
 
 import json
+import re
 from typing import Any
 
 import hypothesis.strategies as st
@@ -33,6 +34,10 @@ NEAR_CHAT = st.fixed_dictionaries(
         "stream": st.booleans() | ANY_JSON,
     },
 )
+# A validator's own words ("Input should be", "List must have") and its classes' names are not for a person.
+SENTENCE = re.compile(
+    r"The fields? '.+' (must (?!be a valid)|is |contradict).*[^.]\.|The body.+\.|There is no model '.*'.+\.", re.DOTALL
+)
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -42,7 +47,7 @@ def assert_sensible(content: bytes) -> None:
     if answer.status_code != 200:
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        assert error["message"]
+        assert SENTENCE.fullmatch(error["message"]), error["message"]
 
 
 @QUICK

@@ -102,7 +102,15 @@ def test_what_asks_for_nothing_is_tolerated(fields: dict[str, Any]) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 1.0}, "n"),
         ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": False}, "top_logprobs"),
+        ({"temperature": True}, "temperature"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"seed": False}, "seed"),
+        ({"stream": 1}, "stream"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -152,6 +160,31 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
 def test_a_value_out_of_range_is_told_the_range() -> None:
     with pytest.raises(RequestError, match=r"'temperature' must be from 0 to 2, and was -1\.0"):
         parse(temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "The field 'messages' must not be empty."),
+        ({"messages": "hi"}, "The field 'messages' must be a list."),
+        ({"messages": ["hi"]}, "The field 'messages[0]' must be an object."),
+        ({"model": ""}, "The field 'model' must not be empty."),
+        ({"model": 5}, "The field 'model' must be a string."),
+        ({"stop": ["x"] * 17}, "The field 'stop' must have at most 16 entries, and has 17."),
+        ({"stop": 5}, "The field 'stop' must be a string or a list of strings."),
+        ({"seed": 1.5}, "The field 'seed' must be a whole number."),
+        ({"top_p": "all"}, "The field 'top_p' must be a number."),
+        ({"stream": "yes"}, "The field 'stream' must be true or false."),
+        (
+            {"tool_choice": "required"},
+            'The field \'tool_choice\' is not supported yet; leave it out or set it to "none" or "auto".',
+        ),
+    ],
+)
+def test_a_refusal_is_a_sentence(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(**fields)
+    assert caught.value.message == message
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Every dialect reads its body through `fields`. A null is the same as an absent field, as OpenAI's own clients send it.
 """
 
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +12,21 @@ from pydantic_core import ErrorDetails
 from covey.api.errors import RequestError
 
 BODY_BYTES_MAX = 8 * 1024 * 1024  # a context of 1 M tokens is about 4 MB of text
+
+# What a field must be, by pydantic's kind of error; in braces stand the limits that it tells.
+REASONS: Final = {
+    "bool_type": "must be true or false",
+    "float_type": "must be a number",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "model_type": "must be an object",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} entries, and has {actual_length}",
+    "too_short": "must not be empty",
+}
 
 Body = TypeVar("Body", bound="DialectBody")
 
@@ -44,7 +59,7 @@ def fields(model: type[Body], value: dict[str, Any]) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False, include_input=False)
+        details = error.errors(include_url=False, include_input=False)
         raise complaint(details[0]) from None
 
 
@@ -55,8 +70,14 @@ def complaint(detail: ErrorDetails) -> RequestError:
         return RequestError(f"The field '{name}' is not known here. Leave it out.", param=name)
     if detail["type"] == "missing":
         return RequestError(f"The field '{name}' is missing.", param=name)
-    reason = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)
-    return RequestError(f"The field '{name}' {reason}.", param=name)
+    return RequestError(f"The field '{name}' {reason(detail)}.", param=name)
+
+
+def reason(detail: ErrorDetails) -> str:
+    """What follows the field's name: our own words for pydantic's kinds of errors, or those of our own validators."""
+    if words := REASONS.get(detail["type"]):
+        return words.format(**detail.get("ctx", {}))
+    return detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)
 
 
 def field_name(location: tuple[int | str, ...]) -> str:

@@ -112,11 +112,15 @@ def parse(body: bytes) -> ChatCall:
 
 def refuse_unsupported(value: dict[str, Any]) -> None:
     for key, neutral in UNSUPPORTED.items():
-        if key in value and value[key] not in neutral:
-            allowed = "leave it out" + "".join(
-                f" or set it to {msgspec.json.encode(item).decode()}" for item in neutral
-            )
+        if key in value and not any(is_same(value[key], item) for item in neutral):
+            values = " or ".join(msgspec.json.encode(item).decode() for item in neutral)
+            allowed = f"leave it out or set it to {values}" if values else "leave it out"
             raise RequestError(f"The field '{key}' is not supported yet; {allowed}.", param=key)
+
+
+def is_same(given: Any, neutral: Any) -> bool:
+    """Equal as JSON: true is not 1 there."""
+    return type(given) is type(neutral) and given == neutral
 
 
 def token_count_max(chat: ChatBody) -> int | None:

@@ -3,7 +3,7 @@
 A value out of its range is refused with the range; none is bent to fit.
 """
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -28,7 +28,11 @@ def between(low: float, high: float) -> AfterValidator:
 
 
 def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of strings")  # noqa: TRY004 - pydantic reports ValueError
+    return cast("Any", value)
 
 
 def check_stop(stop: str) -> str:
