@@ -207,9 +207,22 @@ def test_an_answer_in_one_piece(client: TestClient, backend: FakeBackend) -> Non
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hello, world – 🐦"}
     assert body["choices"][0]["finish_reason"] == "stop"
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer.headers["server-timing"] == "queue;dur=1.0, prefill;dur=35.0, decode;dur=60.0"
     assert backend.closed == 1
+
+
+def test_what_was_cached_is_told_and_is_no_work_done(client: TestClient, backend: FakeBackend) -> None:
+    backend.events = [*ANSWER[:-1], GenerationFinished(FinishReason.STOP, Usage(7, 3, 5), Timings(0, 10, 1))]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    text = client.post("/v1/chat/completions", json={**SMALLEST, **options}).text
+    assert chunks(text)[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 5}
+    assert '"prompt_tps":200.0,' in text
 
 
 @pytest.mark.parametrize("include_usage", [True, False])

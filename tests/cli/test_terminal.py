@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from covey.cli.chat import Answer, figures
 from covey.cli.console import harmless
-from covey.schema.generation import GenerationFailed
+from covey.schema.generation import FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
 from tests.cli.served_node import ServedNode
 
 COVEY = [sys.executable, "-m", "covey.cli"]
@@ -53,6 +54,14 @@ def test_a_reader_that_leaves_early_is_no_error_to_talk_about(node: ServedNode) 
     process.stdout.close()
     _, errors = process.communicate(timeout=WAIT_S)
     assert errors == b""
+
+
+def test_tokens_from_the_cache_make_no_speed() -> None:
+    finished = GenerationFinished(FinishReason.STOP, Usage(100, 11, 80), Timings(0.0, 100.0, 1000.0))
+    answer = Answer(prompt_tokens=100, first_token_seconds=0.1, finished=finished)
+    assert figures(answer) == (
+        "10.0 tokens/s (11 tokens), prompt 200 tokens/s (100 tokens, 80 of them cached), first token after 0.10 s"
+    )
 
 
 def test_a_model_does_not_move_the_cursor() -> None:

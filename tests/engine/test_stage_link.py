@@ -245,7 +245,7 @@ def test_the_last_stage_links_to_the_head() -> None:
 def test_one_who_does_not_read_is_left_behind(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Sending never waits; once the backlog is full, the connection is closed instead."""
     connection = ServeConnection(sockets[0], 1)
-    events = [Prefilled(RequestId("r"), 0, number, 1000) for number in range(1000)]
+    events = [Prefilled(RequestId("r"), 0, number, 1000, 0) for number in range(1000)]
     sent = 0
     slowest = 0.0
     while not connection._closed:
@@ -263,9 +263,9 @@ def test_one_who_reads_late_gets_everything_in_order(sockets: tuple[socket.socke
     near, far = sockets
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     connection = ServeConnection(near, 1)
-    bodies = [pack(Prefilled(RequestId("r"), 0, number, 1000)) for number in range(5000)]
+    bodies = [pack(Prefilled(RequestId("r"), 0, number, 1000, 0)) for number in range(5000)]
     for number in range(5000):
-        connection.send([Prefilled(RequestId("r"), 0, number, 1000)])
+        connection.send([Prefilled(RequestId("r"), 0, number, 1000, 0)])
     closer = threading.Thread(target=connection.close, args=(10.0,))
     closer.start()
     received = b""

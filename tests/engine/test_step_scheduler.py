@@ -348,6 +348,16 @@ def test_the_next_turn_of_a_conversation_takes_up_its_slot() -> None:
     assert world.plans[-1].plan.pieces[0].position == 299  # the last token's logits are always computed
 
 
+def test_what_the_cache_held_is_told() -> None:
+    world = World(make_scheduler(slot_count=1))
+    for name in ("cold", "warm"):
+        world.admit(make_admit(name, ids(1, 600), 1))
+        world.settle()
+    told = {name: [event for event in world.of(name) if isinstance(event, Prefilled)] for name in ("cold", "warm")}
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["cold"]] == [(256, 0), (512, 0), (600, 0)]
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["warm"]] == [(600, 599)]
+
+
 def test_penalties_bring_the_tokens_that_they_need_and_no_more() -> None:
     world = World(make_scheduler(slot_count=4))
     settings_of = {

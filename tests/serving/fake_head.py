@@ -26,12 +26,12 @@ TIMINGS = Timings(1.0, 20.0, 30.0)
 _commands = msgspec.msgpack.Decoder(ServeCommand)
 
 
-def answer(admit: Admit, token_ids: Sequence[int]) -> list[HeadEvent]:
+def answer(admit: Admit, token_ids: Sequence[int], cached_tokens: int = 0) -> list[HeadEvent]:
     """What a well-behaved head says: the prompt is read, the tokens, the end."""
     name, attempt, first = admit.request_id, admit.attempt, len(admit.token_ids)
     tokens = [TokenSampled(name, attempt, first + i, token_id) for i, token_id in enumerate(token_ids)]
     end = Ended(name, attempt, FinishReason.STOP, len(token_ids) + 1, TIMINGS)
-    return [Prefilled(name, attempt, first, first), *tokens, end]
+    return [Prefilled(name, attempt, first, first, cached_tokens), *tokens, end]
 
 
 @dataclass

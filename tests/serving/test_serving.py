@@ -174,6 +174,16 @@ def test_without_a_limit_the_answer_may_fill_the_context_and_never_more() -> Non
     with_head(FakeHead(says("Hello")), story)
 
 
+def test_the_answer_tells_how_much_of_its_prompt_was_cached() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        for stop in ((), ("END",)):  # with a stop string the end is ours to tell, not the head's
+            finished = (await all_of(serving, request("12345", stop=stop)))[-1]
+            assert isinstance(finished, GenerationFinished)
+            assert finished.usage.cached_tokens == 4
+
+    with_head(FakeHead(lambda admit: answer(admit, b"one END", cached_tokens=4)), story)
+
+
 def test_a_stop_string_ends_the_answer_and_the_request_at_the_head() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
         events = await all_of(serving, request(stop=("END", "never")))

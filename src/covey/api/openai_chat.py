@@ -154,11 +154,12 @@ def render_answer(answer: Answer, text: str, finished: GenerationFinished) -> di
     }
 
 
-def render_usage(usage: Usage) -> dict[str, int]:
+def render_usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
@@ -218,7 +219,7 @@ class StreamRenderer:
 
 def render_statistics(usage: Usage, timings: Timings) -> dict[str, Any]:
     return {
-        "prompt_tps": tokens_per_second(usage.prompt_tokens, timings.prefill_ms),
+        "prompt_tps": tokens_per_second(usage.prompt_tokens - usage.cached_tokens, timings.prefill_ms),
         "generation_tps": tokens_per_second(usage.completion_tokens - 1, timings.decode_ms),
         "prompt_tokens": usage.prompt_tokens,
         "generation_tokens": usage.completion_tokens,

@@ -31,8 +31,10 @@ class Answer(Struct):
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Of the tokens that were computed; those in the cache took no time."""
         assert self.finished is not None, "an answer that has ended"
-        return self.prompt_tokens / max(self.finished.timings.prefill_ms / 1000, 1e-6)
+        usage = self.finished.usage
+        return (usage.prompt_tokens - usage.cached_tokens) / max(self.finished.timings.prefill_ms / 1000, 1e-6)
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -75,9 +77,10 @@ def figures(answer: Answer) -> str:
     """One line on how fast it was."""
     assert answer.finished is not None, "an answer that has ended"
     usage = answer.finished.usage
+    cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
     return (
         f"{answer.decode_tokens_per_second:.1f} tokens/s ({usage.completion_tokens} tokens), prompt "
-        f"{answer.prefill_tokens_per_second:.0f} tokens/s ({usage.prompt_tokens} tokens), "
+        f"{answer.prefill_tokens_per_second:.0f} tokens/s ({usage.prompt_tokens} tokens{cached}), "
         f"first token after {answer.first_token_seconds:.2f} s"
     )
 

@@ -96,10 +96,12 @@ def _ask(options: DemoOptions, client: NodeClient, instance: Instance) -> chat.A
 
 
 def _report(answer: chat.Answer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    assert answer.finished is not None, "an answer that has ended"
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.finished.usage.cached_tokens,
         "prefill_tokens_per_second": round(answer.prefill_tokens_per_second, 2),
         "decode_tokens_per_second": round(answer.decode_tokens_per_second, 2),
         "nodes": [{key: row[key] for key in ("name", "layers", "memory_bytes")} for row in rows],

@@ -19,6 +19,7 @@ class Request:
     answered: float | None = None  # its first token came
     tokens: list[int] = field(init=False)  # prompt and generated
     slot: int = NO_SLOT
+    cached: int = 0  # tokens that its slot held when it got it
     sent: int = 0  # tokens that are planned already: their keys and values are cached, or will be
     ended: bool = False
 

@@ -106,7 +106,8 @@ class Scheduler:
         return ends + self._refill() if meant else []
 
     def _start(self, request: Request) -> None:
-        request.slot, request.sent = self._slots.take(request.tokens)
+        request.slot, request.cached = self._slots.take(request.tokens)
+        request.sent = request.cached
         self._running[request.key] = request
 
     def _leave(self, request: Request, *, is_cache_good: bool = True) -> None:
@@ -218,4 +219,5 @@ def _sampling_start(request: Request) -> SamplingStart:
 def _progress(request: Request, piece: Piece) -> OwnedEvent:
     admit = request.admit
     done = piece.position + piece.token_count
-    return OwnedEvent(request.owner, Prefilled(admit.request_id, admit.attempt, done, len(admit.token_ids)))
+    total = len(admit.token_ids)
+    return OwnedEvent(request.owner, Prefilled(admit.request_id, admit.attempt, done, total, request.cached))

@@ -49,6 +49,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt's: an earlier request had left them in the KV cache
 
 
 class Timings(Struct, frozen=True):
@@ -130,10 +131,13 @@ class Queued(Struct, frozen=True, tag=True):
 
 
 class Prefilled(Struct, frozen=True, tag=True):
+    """So far is the prompt processed. `cached_tokens` of the processed ones were in the KV cache already."""
+
     request_id: RequestId
     attempt: int
     processed_tokens: int
     total_tokens: int
+    cached_tokens: int
 
 
 class TokenSampled(Struct, frozen=True, tag=True):

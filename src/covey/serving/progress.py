@@ -31,6 +31,7 @@ class Progress:
         self._clock = clock
         self._admitted_s = clock()
         self._answered_s: float | None = None  # the first token came
+        self._cached_tokens = 0
         self._started = False
         self.done = False
 
@@ -48,6 +49,7 @@ class Progress:
             case Queued():
                 pass  # the client hears keep-alives; its place in the queue is nobody else's business
             case Prefilled():
+                self._cached_tokens = min(event.cached_tokens, self._admit.prompt_length)
                 yield PrefillProgressed(event.processed_tokens, event.total_tokens)
             case TokenSampled():
                 yield from self._take_token(event)
@@ -79,7 +81,8 @@ class Progress:
 
     def _finish(self, reason: FinishReason, completion_tokens: int, timings: Timings) -> GenerationFinished:
         self.done = True
-        return GenerationFinished(reason, Usage(self._admit.prompt_length, completion_tokens), timings)
+        usage = Usage(self._admit.prompt_length, completion_tokens, self._cached_tokens)
+        return GenerationFinished(reason, usage, timings)
 
     def _fail(self, message: str, status: int) -> GenerationFailed:
         self.done = True
