@@ -34,6 +34,7 @@ from covey.effects.mailbox import Mailbox
 from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
+from covey.effects.standard_input import wait_input_closed
 from covey.effects.watching import watch_hardware, watch_models
 from covey.schema.cluster import ClusterState, Command, CommandOutcome, Hardware
 from covey.schema.generation import GenerationEvent, GenerationRequest
@@ -63,6 +64,7 @@ class NodeOptions(Struct, frozen=True, kw_only=True):
     cluster: str | None = None  # None: COVEY_CLUSTER, or this user's
     engine: str = "onnx"
     engine_options: dict[str, str] = {}
+    until_stdin_closes: bool = False
 
 
 class NodeReady(Struct, frozen=True, kw_only=True):
@@ -75,7 +77,9 @@ class NodeReady(Struct, frozen=True, kw_only=True):
 
 
 def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int:
-    """Runs a node until SIGINT or SIGTERM. Returns the exit status, after a sentence where the node can't start.
+    """Runs a node until SIGINT, SIGTERM, or the end of its input if that is wanted.
+
+    Returns the exit status, after a sentence where the node can't start.
 
     `announce` is called once, when clients can connect.
     """
@@ -135,6 +139,7 @@ class Node:
     ) -> None:
         self.node_id = mine.node_id
         self._folder = folder
+        self._until_stdin_closes = options.until_stdin_closes
         self._mailbox = mailbox
         self._mesh = opened
         self._name = options.name or platform.node().partition(".")[0] or "node"
@@ -169,6 +174,8 @@ class Node:
         """Until a signal asks it to leave and all has ended, or has been ended."""
         async with self._serving, anyio.create_task_group() as tasks:
             tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
+            if self._until_stdin_closes:
+                tasks.start_soon(self._leave_with_input, tasks.cancel_scope)
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
             tasks.start_soon(watch_models, self._files, self._mailbox)
@@ -192,8 +199,15 @@ class Node:
             async for _ in signals:
                 if life.deadline < math.inf:
                     life.cancel()
-                life.deadline = anyio.current_time() + LEAVE_S_MAX
-                await self._driver.leave()
+                await self._leave(life)
+
+    async def _leave_with_input(self, life: anyio.CancelScope) -> None:
+        await wait_input_closed()
+        await self._leave(life)
+
+    async def _leave(self, life: anyio.CancelScope) -> None:
+        life.deadline = anyio.current_time() + LEAVE_S_MAX
+        await self._driver.leave()
 
     def _ready(self) -> NodeReady:
         host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host

@@ -49,6 +49,7 @@ def test_a_node_that_does_not_leave_is_killed_with_all_that_it_started(
     end_nodes(nodes)
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     for node in nodes:
+        assert node._process is not None
         assert node._process.returncode is not None
 
 
@@ -69,13 +70,13 @@ def test_a_node_that_can_not_be_started_leaves_those_before_it_to_be_ended(
     real = subprocess.Popen
 
     def second_fails(*arguments: object, **options: object) -> object:
-        if started:
+        if len(started) == 2:
             raise OSError("no more processes")
         return real(*arguments, **options)
 
     monkeypatch.setattr(local_nodes.subprocess, "Popen", second_fails)
     with pytest.raises(OSError, match="no more processes"):
         start_nodes(tmp_path, 2, 0, started)
-    assert len(started) == 1
+    assert [node._process is None for node in started] == [False, True]
     monkeypatch.setattr(local_nodes, "STOP_SECONDS_MAX", 0.2)
     end_nodes(started)

@@ -1,7 +1,10 @@
 """Whole nodes on this machine, seen from outside: as people, clients and a passing accident see them."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -139,6 +142,32 @@ def test_an_idle_node_writes_nothing_and_hardly_works(tmp_path: Path) -> None:
         print(f"idle: {share:.2%} of a core")
         assert share < 0.03
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_a_node_may_end_with_its_input(tmp_path: Path, *, is_pipe: bool) -> None:
+    """Whoever started it may be killed, and then can't say goodbye; a null device has ended before it began."""
+    command = [sys.executable, "-m", "covey.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--until-stdin-closes"],
+        stdin=subprocess.PIPE if is_pipe else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COVEY_HOME": str(tmp_path), "COVEY_CLUSTER": cluster_name()},
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert "is up" in process.stdout.readline()
+        if process.stdin is not None:
+            process.stdin.write("words are no end\n")
+            process.stdin.flush()
+            time.sleep(0.5)
+            assert process.poll() is None
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

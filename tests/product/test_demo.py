@@ -66,6 +66,25 @@ def test_the_layers_are_split_over_all_nodes(answers: dict[int, dict[str, Any]])
         assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
 
 
+def test_a_demo_that_is_killed_takes_its_nodes_and_runners_along(home: Path) -> None:
+    environment = {**os.environ, "COVEY_HOME": str(home)}
+    command = [sys.executable, "-m", "covey.cli", "demo", "--nodes", "2", "--json"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        assert json.loads(process.stdout.readline())["nodes"]  # all is running
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 4  # two nodes, two runners
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    left = psutil.wait_procs(family, timeout=10)[1]
+    for each in left:
+        each.kill()
+    assert left == []
+
+
 def test_nothing_is_left_running(answers: dict[int, dict[str, Any]], home: Path) -> None:
     assert answers
     left: list[str] = []

@@ -24,19 +24,25 @@ LOG_LINES_SHOWN: Final = 15
 
 
 class LocalNode:
-    """One `covey up` process, its address and its log."""
+    """One `covey up` process, its address and its log. It leaves when this process is gone, even if by SIGKILL:
+    its standard input is a pipe that only we hold.
+    """
 
-    def __init__(self, folder: Path, name: str, port: int, cluster: str) -> None:
+    def __init__(self, folder: Path, name: str, port: int) -> None:
         self.name = name
         self.url = f"http://{HOST}:{port}"
         self._log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "covey.cli", "up", "--host", HOST, "--port", str(port)]
-        command += ["--name", name, "--data-dir", str(folder / name)]
+        self._command = [sys.executable, "-m", "covey.cli", "up", "--host", HOST, "--port", str(port)]
+        self._command += ["--name", name, "--data-dir", str(folder / name), "--until-stdin-closes"]
+        self._process: subprocess.Popen[bytes] | None = None  # not started
+
+    def start(self, cluster: str) -> None:
+        """Raises `OSError`."""
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C reaches the demo alone, which then ends its nodes in order.
             self._process = subprocess.Popen(  # noqa: S603 (our own program)
-                command,
-                stdin=subprocess.DEVNULL,
+                self._command,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "COVEY_CLUSTER": cluster},
@@ -45,17 +51,21 @@ class LocalNode:
 
     def check(self) -> None:
         """Raises `CliError` with the end of its log if the process is gone."""
-        status = self._process.poll()
+        status = self._process.poll() if self._process else None
         if status is not None:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
             raise CliError(f"{self.name} ended with status {status}:\n{tail}")
 
     def ask_to_end(self) -> None:
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def end(self, seconds: float) -> None:
         """Waits for the end; kills what does not come to one."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None, "a pipe"
+        self._process.stdin.close()
         try:
             self._process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
@@ -75,12 +85,12 @@ def _family(process_id: int) -> list[psutil.Process]:
 
 
 def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
-    """Starts `count` nodes that form a cluster of their own; each is in `into` as soon as it exists."""
+    """Starts `count` nodes that form a cluster of their own; each is in `into` before it is started."""
     cluster = f"demo-{os.getpid()}"
-    for number in range(1, count + 1):  # not a comprehension: a failure must find those before it in `into`
-        into.append(  # noqa: PERF401
-            LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0), cluster)
-        )
+    for number in range(1, count + 1):
+        node = LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0))
+        into.append(node)  # before there is a process, so that whatever fails from then on finds it
+        node.start(cluster)
 
 
 def end_nodes(nodes: list[LocalNode]) -> None:

@@ -33,6 +33,9 @@ Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+UntilStdinCloses = Annotated[
+    bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
+]
 Arguments = ParamSpec("Arguments")
 
 
@@ -68,6 +71,7 @@ def up(
     peer: Annotated[
         list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")
     ] = None,
+    until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Run one node in the foreground."""
     from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (the other commands start faster so)
@@ -78,7 +82,14 @@ def up(
         )
         out.print(f"The API is at [bold]{ready.url}/v1[/]. Ctrl-C ends the node.")
 
-    options = NodeOptions(host=host, port=port, data_dir=data_dir, name=name, peers=tuple(peer or ()))
+    options = NodeOptions(
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        name=name,
+        peers=tuple(peer or ()),
+        until_stdin_closes=until_stdin_closes,
+    )
     raise typer.Exit(run_node(options, announce))
 
 
