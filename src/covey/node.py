@@ -25,7 +25,7 @@ from covey.api.errors import RequestError
 from covey.api.server import create_app
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
-from covey.effects import clock, identity, mesh, paths, processes
+from covey.effects import addresses, clock, identity, mesh, paths, processes
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, port_of
@@ -49,8 +49,6 @@ EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
 EXIT_INTERRUPTED: Final = 130  # as shells count: 128 and the number of SIGINT
 LEAVE_S_MAX: Final = 12.0  # runners get twice their grace of 3 s, answers 2 s, the mesh 2 s; then all is cancelled
-LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
-WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised, not listened at
 
 
 class NodeOptions(Struct, frozen=True, kw_only=True):
@@ -72,8 +70,10 @@ class NodeReady(Struct, frozen=True, kw_only=True):
 
     node_id: NodeId
     name: str
-    url: str
+    url: str  # as this machine opens it
+    network_urls: tuple[str, ...]  # as other machines do; none if only this one can
     data_folder: Path
+    models_folder: Path
 
 
 def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int:
@@ -99,9 +99,10 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
 
 
 def _warn_of_strangers(host: str) -> None:
-    if host not in LOOPBACK:
+    if not addresses.is_local(host):
+        reached = "this machine over a network" if addresses.is_wildcard(host) else host
         sys.stderr.write(
-            f"covey: whoever can reach {host} can use this node and stop its models, since no key is asked for yet; "
+            f"covey: whoever can reach {reached} can use this node and stop its models, since no key is asked for yet; "
             "leave --host out to be reached from this machine only\n"
         )
 
@@ -145,8 +146,10 @@ class Node:
         self._name = options.name or platform.node().partition(".")[0] or "node"
         self._files = ModelFiles(paths.models_folder())
         self._probe = Probe(paths.models_folder())
-        settings = self._settings(options, port_of(listener))
-        self._address = Address(options.host, port_of(listener))
+        self._host, self._port = options.host, port_of(listener)
+        hardware = self._probe.hardware()
+        self._network_hosts = addresses.network_hosts(self._host, hardware)
+        settings = self._settings(options, hardware)
         self._driver = Driver(
             Machine(mine.node_id, mine.boot, self._name, version("covey"), settings),
             mailbox,
@@ -159,13 +162,13 @@ class Node:
         self._server = HttpServer(create_app(self), listener)
         self._server_ended = anyio.Event()
 
-    def _settings(self, options: NodeOptions, port: int) -> MachineSettings:
-        hardware = self._probe.hardware()
+    def _settings(self, options: NodeOptions, hardware: Hardware) -> MachineSettings:
+        hosts = [*self._network_hosts, addresses.local_host(self._host)]
         return MachineSettings(
             thread_count=hardware.physical_cores,
             engine=options.engine,
             engine_options=options.engine_options,
-            api_address=Address(_reachable(options.host, hardware), port),
+            api_address=Address(hosts[0], self._port),
         )
 
     # ---- its life ----
@@ -210,9 +213,14 @@ class Node:
         await self._driver.leave()
 
     def _ready(self) -> NodeReady:
-        host = f"[{self._address.host}]" if ":" in self._address.host else self._address.host
-        url = f"http://{host}:{self._address.port}"
-        return NodeReady(node_id=self.node_id, name=self._name, url=url, data_folder=self._folder)
+        return NodeReady(
+            node_id=self.node_id,
+            name=self._name,
+            url=addresses.http_url(addresses.local_host(self._host), self._port),
+            network_urls=tuple(addresses.http_url(host, self._port) for host in self._network_hosts),
+            data_folder=self._folder,
+            models_folder=paths.models_folder(),
+        )
 
     # ---- what the API asks ----
 
@@ -250,11 +258,3 @@ class Node:
 
 def _ignore_progress(_: int, __: int) -> None:
     """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
-
-
-def _reachable(host: str, hardware: Hardware) -> str:
-    """What to tell others about an API that listens at `host`: all addresses is none to connect to."""
-    if host not in WILDCARDS:
-        return host
-    others = [address for _, address in hardware.interfaces if ":" not in address and address not in LOOPBACK]
-    return others[0] if others else "127.0.0.1"

@@ -11,6 +11,8 @@ import msgspec
 from covey.schema.cluster import ClusterState
 from covey.schema.generation import GenerationEvent
 
+DEFAULT_PORT: Final = 52415
+DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 CONNECT_SECONDS_MAX: Final = 5.0
 ANSWER_SECONDS_MAX: Final = 60.0  # a hub may have to be asked before a placement is answered
 SILENCE_SECONDS_MAX: Final = 30.0  # streams say something every 10 s

@@ -12,13 +12,11 @@ import typer
 from rich.markup import escape
 
 from covey.cli import chat, tables
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.demo import DemoOptions, run_demo
 from covey.cli.placing import ensure_ready, one_instance, wait_ready
 
-DEFAULT_PORT: Final = 52415
-DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 FAILURE_EXIT: Final = 1
 
 app = typer.Typer(
@@ -74,13 +72,11 @@ def up(
     until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Run one node in the foreground."""
-    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (the other commands start faster so)
+    from covey.cli.welcome import welcome  # noqa: PLC0415 (the other commands start faster so)
+    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (as above)
 
     def announce(ready: NodeReady) -> None:
-        out.print(
-            f"[bold]{escape(ready.name)}[/] is up (node {ready.node_id[:8]}, data in {escape(str(ready.data_folder))})."
-        )
-        out.print(f"The API is at [bold]{ready.url}/v1[/]. Ctrl-C ends the node.")
+        out.print(welcome(ready), soft_wrap=True)
 
     options = NodeOptions(
         host=host,

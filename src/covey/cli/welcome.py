@@ -1,0 +1,27 @@
+"""What `covey up` says once the node is up: where the API is, what to do next, and where data lies."""
+
+from rich.markup import escape
+
+from covey.cli.client import DEFAULT_URL
+from covey.cli.demo import MODEL
+from covey.node import NodeReady
+
+
+def welcome(ready: NodeReady) -> str:
+    """For a terminal, with markup."""
+    elsewhere = [url for url in ready.network_urls if url != ready.url]
+    rows = [
+        ("API", f"[bold]{ready.url}/v1[/]{' (from this machine)' if elsewhere else ''}"),
+        *(("", f"[bold]{url}/v1[/] (from others)") for url in elsewhere),
+        ("data", escape(str(ready.data_folder))),
+        ("models", escape(str(ready.models_folder))),
+        ("try", f'covey run {MODEL} "Why is the sky blue?"{_naming(ready.url)}'),
+        ("", f"covey models{_naming(ready.url)} (what can be run; a GGUF file of yours can, too)"),
+    ]
+    head = f"[bold]{escape(ready.name)}[/] is up (node {ready.node_id[:8]}). Ctrl-C ends it."
+    return "\n".join([head, "", *(f"  {title:<8}{text}" for title, text in rows)])
+
+
+def _naming(url: str) -> str:
+    """How a command names the node; not at all where it would ask there anyway."""
+    return "" if url == DEFAULT_URL else f" --url {url}"
