@@ -35,7 +35,7 @@ from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
 from covey.effects.standard_input import wait_input_closed
-from covey.effects.watching import watch_hardware, watch_models
+from covey.effects.watching import ModelWatch, watch_hardware
 from covey.schema.cluster import ClusterState, Command, CommandOutcome, Hardware
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
@@ -145,6 +145,7 @@ class Node:
         self._mesh = opened
         self._name = options.name or platform.node().partition(".")[0] or "node"
         self._files = ModelFiles(paths.models_folder())
+        self._models = ModelWatch(self._files, lambda: [each.card for each in self.state().instances])
         self._probe = Probe(paths.models_folder())
         self._host, self._port = options.host, port_of(listener)
         hardware = self._probe.hardware()
@@ -175,13 +176,14 @@ class Node:
 
     async def run(self, announce: Callable[[NodeReady], None]) -> None:
         """Until a signal asks it to leave and all has ended, or has been ended."""
+        await self._models.look()  # so that the first client is not told of an empty list
         async with self._serving, anyio.create_task_group() as tasks:
             tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
             if self._until_stdin_closes:
                 tasks.start_soon(self._leave_with_input, tasks.cancel_scope)
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
-            tasks.start_soon(watch_models, self._files, self._mailbox)
+            tasks.start_soon(self._models.run, self._mailbox)
             tasks.start_soon(self._serve)
             announce(self._ready())
             await self._driver.run(self._open_runners)
@@ -237,10 +239,7 @@ class Node:
             raise RequestError(str(error), status=error.status) from None
 
     def models(self) -> Sequence[ListedModel]:
-        known = self._files.known()
-        listed = {card.model_id for card in known}
-        placed = {each.card.model_id: each.card for each in self.state().instances if each.card.model_id not in listed}
-        return [ListedModel(card, self._files.is_on_disk(card)) for card in [*known, *placed.values()]]
+        return [ListedModel(card, self._models.is_on_disk(card)) for card in self._models.cards()]
 
     async def submit(self, command: Command) -> CommandOutcome:
         return await self._driver.submit(command)

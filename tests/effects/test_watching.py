@@ -12,7 +12,7 @@ from covey.effects.mailbox import Mailbox
 from covey.effects.model_files import ModelFiles
 from covey.effects.probe import Probe
 from covey.schema.machine import HardwareProbed, ModelsListed
-from covey.schema.model import HubSource
+from covey.schema.model import FileSource, HubSource
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ async def test_a_model_deleted_by_hand_is_missed(monkeypatch: pytest.MonkeyPatch
     path = files.path_of(listed.source)
     path.parent.mkdir(parents=True)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watching.watch_models, files, mailbox)
+        tasks.start_soon(watching.ModelWatch(files, tuple).run, mailbox)
         assert await mailbox.take(5) == ModelsListed(())
         path.write_bytes(model.read_bytes())
         assert await mailbox.take(5) == ModelsListed((listed.model_id,))
@@ -46,3 +46,23 @@ async def test_a_model_deleted_by_hand_is_missed(monkeypatch: pytest.MonkeyPatch
         assert await mailbox.take(0.05) is None  # nothing new is not told
         tasks.cancel_scope.cancel()
     mailbox.close()
+
+
+async def test_models_are_told_without_a_look_at_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`GET /state` asks for them each time, and a slow disk must not stop all else that the node does."""
+    model = write_model(tmp_path / "model.gguf")
+    listed = card(model, "listed", HubSource("owner/repo", "model.gguf"))
+    placed, later = (card(model, name, FileSource(str(model))) for name in ("placed", "later"))
+    monkeypatch.setattr(catalogue, "listed", lambda: (listed,))
+    placements = [placed]
+    watch = watching.ModelWatch(ModelFiles(tmp_path / "models"), lambda: placements)
+    assert watch.cards() == [placed]
+    await watch.look()
+    with monkeypatch.context() as blind:
+        blind.setattr(Path, "stat", lambda *_: pytest.fail("the disk was asked"))
+        blind.setattr(Path, "glob", lambda *_: pytest.fail("the disk was asked"))
+        placements.append(later)
+        assert watch.cards() == [listed, placed, later]
+        assert [watch.is_on_disk(each) for each in watch.cards()] == [False, True, False]
+    await watch.look()
+    assert watch.is_on_disk(later)

@@ -1,6 +1,7 @@
 """What the control machine must know of its own node without asking: hardware, and which models lie on the disk."""
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import anyio
@@ -11,6 +12,7 @@ from covey.effects.model_files import ModelFiles
 from covey.effects.probe import Probe
 from covey.schema.ids import ModelId
 from covey.schema.machine import HardwareProbed, ModelsListed
+from covey.schema.model import ModelCard
 
 LOOK_S: Final = 3.0  # memory moves within seconds; a look takes about a millisecond
 
@@ -27,16 +29,44 @@ async def watch_hardware(probe: Probe, mailbox: Mailbox) -> None:
         await anyio.sleep(LOOK_S)
 
 
-async def watch_models(files: ModelFiles, mailbox: Mailbox) -> None:
-    """For ever, since a person may delete a file by hand."""
-    known: tuple[ModelId, ...] | None = None
-    while True:
-        found = await anyio.to_thread.run_sync(_on_disk, files)
-        if found != known:
-            await mailbox.put(ModelsListed(found))
-            known = found
-        await anyio.sleep(LOOK_S)
+class ModelWatch:
+    """Looks at the models folder every `LOOK_S`, since a person may delete a file by hand, and keeps what it found: who
+    asks in between is answered without a look at the disk.
+    """
+
+    def __init__(self, files: ModelFiles, placed: Callable[[], Iterable[ModelCard]]) -> None:
+        """`placed` gives the models of the cluster's instances."""
+        self._files = files
+        self._placed = placed
+        self._known: tuple[ModelCard, ...] = ()
+        self._on_disk: frozenset[ModelCard] = frozenset()
+
+    def cards(self) -> list[ModelCard]:
+        """The models that are known here, then those that are placed, in a stable order."""
+        known = {card.model_id for card in self._known}
+        placed = {card.model_id: card for card in self._placed() if card.model_id not in known}
+        return [*self._known, *placed.values()]
+
+    def is_on_disk(self, card: ModelCard) -> bool:
+        return card in self._on_disk
+
+    async def look(self) -> None:
+        """Looks at once."""
+        placed = tuple(self._placed())
+        self._known = tuple(await anyio.to_thread.run_sync(self._files.known))
+        self._on_disk = await anyio.to_thread.run_sync(_on_disk, self._files, (*self._known, *placed))
+
+    async def run(self, mailbox: Mailbox) -> None:
+        """For ever. Tells when what lies on the disk has changed."""
+        told: tuple[ModelId, ...] | None = None
+        while True:
+            await self.look()
+            found = tuple(card.model_id for card in self._known if self.is_on_disk(card))
+            if found != told:
+                await mailbox.put(ModelsListed(found))
+                told = found
+            await anyio.sleep(LOOK_S)
 
 
-def _on_disk(files: ModelFiles) -> tuple[ModelId, ...]:
-    return tuple(card.model_id for card in files.known() if files.is_on_disk(card))
+def _on_disk(files: ModelFiles, cards: tuple[ModelCard, ...]) -> frozenset[ModelCard]:
+    return frozenset(card for card in cards if files.is_on_disk(card))
