@@ -184,6 +184,7 @@ class Node:
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
             tasks.start_soon(self._models.run, self._mailbox)
+            tasks.start_soon(self._serving.read_ahead)
             tasks.start_soon(self._serve)
             announce(self._ready())
             await self._driver.run(self._open_runners)

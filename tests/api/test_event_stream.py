@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +13,12 @@ import uvicorn
 
 from covey.api import event_stream
 from covey.api.server import create_app
-from tests.api.fake_backend import FakeBackend, cluster
+from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest
+from tests.api.fake_backend import ANSWER, FakeBackend, cluster
 
 BODY = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
 WAIT_S = 10
+CRASHED = "Something went wrong on this node; its log says what."
 
 
 @contextlib.asynccontextmanager
@@ -82,6 +85,60 @@ def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
             await until_closed(backend)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        (
+            "/v1/chat/completions",
+            [{"error": {"message": "The node has not the model.", "type": "NotFound", "code": 404}}, "[DONE]"],
+        ),
+        ("/generate", [{"type": "GenerationFailed", "message": "The node has not the model.", "status": 404}]),
+    ],
+)
+def test_a_refusal_that_comes_late_is_told_in_the_dialects_own_way(
+    monkeypatch: pytest.MonkeyPatch, path: str, last: list[Any]
+) -> None:
+    monkeypatch.setattr(event_stream, "FIRST_EVENT_S_MAX", 0.01)
+
+    class Slow(FakeBackend):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+            self.requests.append(request)
+            await asyncio.sleep(0.1)
+            yield GenerationFailed("The node has not the model.", 404)
+
+    assert asyncio.run(ends_of(Slow(), path)) == last
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        (
+            "/v1/chat/completions",
+            [{"error": {"message": CRASHED, "type": "InternalServerError", "code": 500}}, "[DONE]"],
+        ),
+        ("/generate", [{"type": "GenerationFailed", "message": CRASHED, "status": 500}]),
+    ],
+)
+def test_a_mistake_of_ours_in_a_stream_is_told_in_the_dialects_own_way(path: str, last: list[Any]) -> None:
+    class Crashing(FakeBackend):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+            self.requests.append(request)
+            yield ANSWER[0]
+            raise AssertionError
+
+    assert asyncio.run(ends_of(Crashing(), path))[-len(last) :] == last
+
+
+async def ends_of(backend: FakeBackend, path: str) -> list[Any]:
+    """The data of the events of an answer with status 200."""
+    body = BODY if path == "/generate" else {**BODY, "stream": True}
+    async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+        answer = await client.post(path, json=body)
+    assert answer.status_code == 200
+    data = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
 def test_changes_of_the_cluster_are_streamed_one_by_one() -> None:

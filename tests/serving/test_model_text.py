@@ -1,6 +1,7 @@
 """What a real model file says about text, and how often it is read."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,5 +57,53 @@ def test_each_file_is_read_once_until_its_model_changes_or_too_many_came() -> No
             await texts.of(card(f"other {number}"))
         await texts.of(card("a", file_bytes=2))
         assert len(loads) == 2 + KEPT_MAX + 1
+
+    asyncio.run(story())
+
+
+def test_whoever_gives_up_waiting_leaves_the_reading_to_the_next() -> None:
+    loads: list[Path] = []
+    go = threading.Event()
+
+    async def file_of(wanted: ModelCard) -> Path:
+        return Path(wanted.model_id)
+
+    def load(path: Path) -> ModelText:
+        loads.append(path)
+        assert go.wait(10)
+        return Letters()
+
+    async def story() -> None:
+        texts = ModelTexts(file_of, load)
+        impatient = asyncio.create_task(texts.of(card("a")))
+        while not loads:  # noqa: ASYNC110 - a thread begins
+            await asyncio.sleep(0.001)
+        impatient.cancel()
+        patient = asyncio.create_task(texts.of(card("a")))
+        await asyncio.sleep(0.05)
+        go.set()
+        await patient
+        assert len(loads) == 1
+
+    asyncio.run(story())
+
+
+def test_what_could_not_be_read_is_tried_again() -> None:
+    results: list[ModelText | RefusedError] = [RefusedError("Broken.", 500), Letters()]
+
+    async def file_of(wanted: ModelCard) -> Path:
+        return Path(wanted.model_id)
+
+    def load(path: Path) -> ModelText:
+        result = results.pop(0)
+        if isinstance(result, RefusedError):
+            raise result
+        return result
+
+    async def story() -> None:
+        texts = ModelTexts(file_of, load)
+        with pytest.raises(RefusedError):
+            await texts.of(card("a"))
+        await texts.of(card("a"))
 
     asyncio.run(story())

@@ -28,6 +28,7 @@ from covey.schema.generation import (
     TokenSampled,
     Usage,
 )
+from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address, RunnerState
 from covey.serving import serving as serving_module
@@ -331,6 +332,41 @@ def test_messages_that_the_template_refuses() -> None:
         assert await all_of(serving, request(role="system")) == [failed]
 
     with_head(FakeHead(says("Hello")), story)
+
+
+# ---- before it is asked ----
+
+
+def test_a_model_is_read_before_anybody_asks() -> None:
+    """A tokenizer takes seconds: whoever asks first would wait, and a refusal would lose its status."""
+
+    async def run() -> None:
+        node = Node(Address("127.0.0.1", 9), RunnerState.IDLE, READY)
+        async with node.serving() as serving:
+            reading = asyncio.create_task(serving.read_ahead())
+            await asyncio.sleep(0.05)
+            assert node.loads == 0, "the file is not here yet"
+            for revision, states in enumerate([(RunnerState.LOADING, READY), (READY, READY)], start=8):
+                node.state = cluster(*states, revision=revision)
+                await until(lambda: node.loads)
+                await asyncio.sleep(0.03)
+            assert node.loads == 1
+            reading.cancel()
+
+    told(run)
+
+
+def test_a_model_of_other_nodes_is_not_read_ahead() -> None:
+    async def run() -> None:
+        node = Node(Address("127.0.0.1", 9), READY, READY)
+        node.state = msgspec.structs.replace(node.state, node_id=NodeId("elsewhere"))
+        async with node.serving() as serving:
+            reading = asyncio.create_task(serving.read_ahead())
+            await asyncio.sleep(0.05)
+            assert node.loads == 0
+            reading.cancel()
+
+    told(run)
 
 
 # ---- not ready ----

@@ -39,17 +39,21 @@ async def wait_disconnected(receive: Receive) -> None:
 
 
 class EventStream(Generic[Event]):
-    """One answer. `render` gives the bytes of an event; `refusal` says whether an event refuses the request."""
+    """One answer. `render` gives the bytes of an event; `refusal` says whether an event refuses the request; `failure`
+    gives the last bytes of a stream that ends by a mistake of ours.
+    """
 
     def __init__(
         self,
         events: AsyncGenerator[Event, None],
         render: Callable[[Event], Iterable[bytes]],
         refusal: Callable[[Event], RequestError | None] = lambda _: None,
+        failure: Callable[[RequestError], bytes] = lambda error: sse.failure(error.message, error.status) + sse.DONE,
     ) -> None:
         self._events = events
         self._render = render
         self._refusal = refusal
+        self._failure = failure
         self._begun = False
         self._lock = anyio.Lock()
         self._sent_at = anyio.current_time()
@@ -89,7 +93,7 @@ class EventStream(Generic[Event]):
             failure = RequestError("Something went wrong on this node; its log says what.", status=500)
             if not self._begun:
                 return failure
-            await self._write(send, sse.failure(failure.message, failure.status) + sse.DONE)
+            await self._write(send, self._failure(failure))
         await self._write(send, b"", more=False)
         return None
 

@@ -16,9 +16,10 @@ import msgspec
 
 from covey.api import sse
 from covey.api.body import fields, json_object
+from covey.api.errors import RequestError
 from covey.api.generation_body import GenerationBody
 from covey.schema.cluster import ClusterState
-from covey.schema.generation import GenerationEvent, GenerationRequest
+from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest
 
 
 def parse_generate(body: bytes) -> GenerationRequest:
@@ -29,6 +30,11 @@ def parse_generate(body: bytes) -> GenerationRequest:
 
 def render_event(event: GenerationEvent) -> bytes:
     return sse.data(event)
+
+
+def render_failure(error: RequestError) -> bytes:
+    """What ends a stream that breaks by itself."""
+    return render_event(GenerationFailed(error.message, error.status))
 
 
 def render_cluster(state: ClusterState) -> bytes:

@@ -169,7 +169,9 @@ class ChatRoutes:
     async def generate(self, request: Request) -> Response:
         """Covey's own: every `GenerationEvent`, with token ids."""
         events = await self._begin(native.parse_generate(await read_body(request)))
-        return StreamResponse(EventStream(events, lambda event: [native.render_event(event)], refusal))
+        return StreamResponse(
+            EventStream(events, lambda event: [native.render_event(event)], refusal, native.render_failure)
+        )
 
     async def _begin(self, asked: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Resolves the model's name, unless an instance has it: its file may be known elsewhere only."""

@@ -82,18 +82,24 @@ class ModelTexts:
     ) -> None:
         self._file_of = file_of
         self._load = load
-        self._kept: dict[ModelId, tuple[ModelCard, ModelText]] = {}  # the last used is the last
+        # The last used is the last. A future each: whoever gives up waiting leaves what is being read to the next.
+        self._kept: dict[ModelId, tuple[ModelCard, asyncio.Future[ModelText]]] = {}
         self._locks: defaultdict[ModelId, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def of(self, card: ModelCard) -> ModelText:
-        """Reads the file at most once for a card. Raises `RefusedError`, as do `file_of` and `load`."""
+        """Reads the file once for a card, unless that failed. Raises `RefusedError`, as do `file_of` and `load`."""
         async with self._locks[card.model_id]:
-            kept = self._kept.pop(card.model_id, None)
-            if kept is None or kept[0] != card:
+            kept = self._kept.get(card.model_id)
+            if kept is None or kept[0] != card or _has_failed(kept[1]):
                 path = await self._file_of(card)
-                kept = card, await asyncio.to_thread(self._load, path)
+                kept = card, asyncio.get_running_loop().run_in_executor(None, self._load, path)
+            self._kept.pop(card.model_id, None)
             self._kept[card.model_id] = kept
         while len(self._kept) > KEPT_MAX:
             oldest = next(iter(self._kept))
             del self._kept[oldest]
-        return kept[1]
+        return await asyncio.shield(kept[1])
+
+
+def _has_failed(reading: asyncio.Future[ModelText]) -> bool:
+    return reading.done() and (reading.cancelled() or reading.exception() is not None)

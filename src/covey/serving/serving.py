@@ -18,9 +18,12 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from covey.control import routing
+from covey.control.runner_table import LOADED_STATES
 from covey.schema.cluster import ClusterState, Instance, Refused
 from covey.schema.generation import Admit, GenerationEvent, GenerationFailed, GenerationRequest
-from covey.schema.ids import ModelId, RequestId
+from covey.schema.ids import InstanceId, ModelId, RequestId
+from covey.schema.model import ModelCard
+from covey.schema.runner import RunnerState
 from covey.serving.answer import AnswerText
 from covey.serving.head import HeadConnection, HeadLostError, Heads
 from covey.serving.model_text import ModelTexts
@@ -30,9 +33,11 @@ from covey.text.detokenize import IncrementalDecoder
 from covey.text.stop import StopStrings
 
 READY_S_MAX: Final = 120.0  # how long a request waits for a model that is placed and still loading
+WATCH_S_MAX: Final = 60.0  # one wait for a change of the cluster; then we look again
 SEED_BITS: Final = 63
 GONE: Final = 503  # HTTP: try again, another instance may be up
 FIRST_ATTEMPT: Final = 1
+HAS_FILE: Final = (RunnerState.LOADING, *LOADED_STATES)  # of a runner: its model's file lies on this node
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +80,27 @@ class Serving:
 
     def _start_reader(self, connection: HeadConnection) -> None:
         self._readers.start_soon(connection.read)
+
+    async def read_ahead(self) -> None:
+        """For ever: reads the text of each model that this node has a part of as soon as its file is here, so that
+        the first request is answered, or refused, without that wait. Large vocabularies take seconds.
+        """
+        begun: set[InstanceId] = set()
+        async with anyio.create_task_group() as tasks:
+            while True:
+                state = self._state()
+                begun &= {instance.instance_id for instance in state.instances}
+                for instance in held(state):
+                    if instance.instance_id not in begun:
+                        begun.add(instance.instance_id)
+                        tasks.start_soon(self._read, instance.card)
+                await self._wait_changed(state.revision, WATCH_S_MAX)
+
+    async def _read(self, card: ModelCard) -> None:
+        try:
+            await self._texts.of(card)
+        except RefusedError as refused:
+            _log.warning("requests for %s will be refused: %s", card.model_id, refused)
 
     # ---- one request ----
 
@@ -132,6 +158,14 @@ class Serving:
         if address is None:
             raise HeadLostError(f"The head of {instance.card.model_id} has gone.")
         return await self._heads.connect(instance.instance_id, address)
+
+
+def held(state: ClusterState) -> list[Instance]:
+    """The instances of which this node has a part, and so the model's file."""
+    reports = [member.report for member in state.members if member.node_id == state.node_id and member.report]
+    runners = [runner for report in reports for runner in report.runners if runner.state in HAS_FILE]
+    ids = {runner.instance_id for runner in runners}
+    return [instance for instance in state.instances if instance.instance_id in ids]
 
 
 def is_coming(state: ClusterState, model_id: ModelId) -> bool:
