@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from covey.checkpoints import gguf_file
 from covey.checkpoints.gguf_file import (
     TENSOR_TYPES,
     CheckpointError,
@@ -104,6 +105,37 @@ def test_a_file_cut_anywhere_is_refused(sample, tmp_path):
         with pytest.raises(CheckpointError) as refusal:
             read_header(cut)
         assert not isinstance(refusal.value, HeaderIncompleteError)
+
+
+def test_a_long_header_is_read_and_walked_through_once(tmp_path, monkeypatch):
+    """Those of large vocabularies have many megabytes: a second for each walk, and other readers wait for the disk."""
+    words = [b"word %d" % number for number in range(40_000)]
+    texts = b"".join(struct.pack("<Q", len(word)) + word for word in words)
+    path = tmp_path / "long.gguf"
+    path.write_bytes(
+        preamble(entries=2)
+        + text_value(b"words", 9, struct.pack("<IQ", 8, len(words)) + texts)
+        + text_value(b"numbers", 9, struct.pack("<IQ", 4, 20_000) + bytes(80_000))
+        + bytes(1_000_000)
+    )
+    reads, walks = [], []
+    real_read, real_version = gguf_file._read_on, gguf_file._read_version
+    monkeypatch.setattr(gguf_file, "READ_BYTES", 1000)
+    monkeypatch.setattr(gguf_file, "_read_on", lambda file, count: reads.append(real_read(file, count)) or reads[-1])
+    monkeypatch.setattr(gguf_file, "_read_version", lambda cursor: walks.append(1) or real_version(cursor))
+    header = read_header(path)
+    assert header.metadata["words"] == [word.decode() for word in words]
+    assert header.metadata["numbers"] == [0] * 20_000
+    assert len(walks) == 1
+    assert sum(len(read) for read in reads) <= path.stat().st_size - 1_000_000 + 1000
+    assert max(len(read) for read in reads) <= 80_000
+
+
+def test_a_header_may_be_cut_into_windows_anywhere(sample, monkeypatch):
+    whole = read_header(sample)
+    for read_bytes in (1, 7, 64):
+        monkeypatch.setattr(gguf_file, "READ_BYTES", read_bytes)
+        assert read_header(sample) == whole
 
 
 def test_a_cut_within_the_tensors_names_both_sizes(sample, tmp_path):

@@ -8,6 +8,8 @@ is wrong with a file ends in a `CheckpointError`. What the numbers in a tensor m
 import itertools
 import struct
 from collections.abc import Callable
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -20,7 +22,7 @@ VERSIONS: Final = (2, 3)
 ALIGNMENT_BYTES_DEFAULT: Final = 32
 ALIGNMENT_BYTES_MAX: Final = 1 << 20
 HEADER_BYTES_MAX: Final = 512 * 1024 * 1024  # the largest vocabularies take under 20 MB
-HEADER_BYTES_FIRST: Final = 1024 * 1024  # the first read; holds the header of small vocabularies
+READ_BYTES: Final = 1024 * 1024  # of one read; one or two hold the header of small vocabularies
 NAME_BYTES_MAX: Final = 65535  # of a metadata key, by the specification; tensor names are shorter still
 DIMENSIONS_MAX: Final = 4
 ARRAY_DEPTH_MAX: Final = 4
@@ -109,22 +111,40 @@ class GgufHeader(Struct, frozen=True):
     file_bytes: int
 
 
-class _Cursor:
-    """Walks through the header; every step is checked against the data at hand and the size of the file."""
+ReadOn = Callable[[int], bytes]  # gives the next bytes of the file, at least so many
 
-    def __init__(self, data: bytes | memoryview, file_bytes: int) -> None:
-        self.data = memoryview(data)
+
+class _Cursor:
+    """Walks through the header once; every step is checked against the size of the file. It sees a window of it, which
+    `read_on` moves; without that, all is there that ever will be.
+    """
+
+    def __init__(self, data: bytes | memoryview, file_bytes: int, read_on: ReadOn | None = None) -> None:
         self.file_bytes = file_bytes
         self.position = 0
+        self._window = memoryview(data)
+        self._window_start = 0
+        self._read_on = read_on
 
     def take(self, byte_count: int) -> memoryview:
-        start, end = self.position, self.position + byte_count
-        if end > len(self.data):
-            self._refuse_short(end)
-        self.position = end
-        return self.data[start:end]
+        start = self.position - self._window_start
+        if start + byte_count > len(self._window):
+            self._move_window(byte_count)
+            start = 0
+        self.position += byte_count
+        return self._window[start : start + byte_count]
 
-    def _refuse_short(self, end: int) -> None:
+    def _move_window(self, byte_count: int) -> None:
+        """Lets it begin at the position and hold `byte_count` or more."""
+        end = self.position + byte_count
+        self._refuse_long(end)
+        if self._read_on is None:
+            raise HeaderIncompleteError(end)
+        rest = self._window[self.position - self._window_start :]
+        self._window = memoryview(bytes(rest) + self._read_on(byte_count - len(rest)))
+        self._window_start = self.position
+
+    def _refuse_long(self, end: int) -> None:
         if end > self.file_bytes:
             raise CheckpointError(
                 f"the GGUF file is damaged or cut off: its header reaches beyond the end of the file "
@@ -134,7 +154,6 @@ class _Cursor:
             raise CheckpointError(
                 f"the GGUF file is damaged: its header claims over {HEADER_BYTES_MAX} bytes; fetch it again"
             )
-        raise HeaderIncompleteError(end)
 
     def uint32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -203,7 +222,11 @@ def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
 
     Raises `HeaderIncompleteError` when `data` ends too early but the file goes on, else `CheckpointError`.
     """
-    cursor = _Cursor(data, file_bytes)
+    return _parse(_Cursor(data, file_bytes))
+
+
+def _parse(cursor: _Cursor) -> GgufHeader:
+    file_bytes = cursor.file_bytes
     version = _read_version(cursor)
     tensor_count, metadata_count = cursor.uint64(), cursor.uint64()
     metadata = cursor.counted(metadata_count, 13, lambda: (cursor.name(), cursor.value(cursor.uint32())))
@@ -219,16 +242,10 @@ def read_header(path: str | Path) -> GgufHeader:
     with Path(path).open("rb", buffering=0) as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
-        data = bytearray()
-        wanted = HEADER_BYTES_FIRST
-        while True:
-            _extend(file, data, min(wanted, file_bytes))
-            try:
-                return parse_header(bytes(data), file_bytes)
-            except HeaderIncompleteError as incomplete:
-                wanted = max(incomplete.bytes_needed, len(data) * 3 // 2)
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {error}") from None
+        try:
+            return _parse(_Cursor(b"", file_bytes, partial(_read_on, file)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> NDArray[np.uint8]:
@@ -245,12 +262,14 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> NDArray[np.uint8]:
     return content
 
 
-def _extend(file: Any, data: bytearray, target_bytes: int) -> None:
-    while len(data) < target_bytes:
-        piece: bytes = file.read(target_bytes - len(data))
+def _read_on(file: FileIO, byte_count: int) -> bytes:
+    data = bytearray()
+    while len(data) < byte_count:
+        piece = file.read(max(READ_BYTES, byte_count) - len(data))
         if not piece:
             raise CheckpointError("the GGUF file became shorter while it was read")
         data += piece
+    return bytes(data)
 
 
 def _read_version(cursor: _Cursor) -> int:
