@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import httpx
+import httpx2
 import msgspec
 
 from covey.schema.cluster import ClusterState
@@ -31,9 +31,9 @@ class NodeClient:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        timeout = httpx.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
+        timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
         with self._explained():
-            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+            self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False)
 
     def __enter__(self) -> "NodeClient":
         return self
@@ -72,7 +72,7 @@ class NodeClient:
 
     def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
         """The data of each server-sent event."""
-        timeout = httpx.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX, read=SILENCE_SECONDS_MAX)
+        timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX, read=SILENCE_SECONDS_MAX)
         with self._explained(), self._http.stream(method, path, json=body, timeout=timeout) as response:
             if response.is_error:
                 response.read()
@@ -85,20 +85,20 @@ class NodeClient:
     def _explained(self) -> Generator[None]:
         try:
             yield
-        except httpx.ConnectError as error:
+        except httpx2.ConnectError as error:
             sentence = f"No node answers at {self.url}. Start one with `covey up`, or name another with --url."
             raise NodeAwayError(sentence) from error
-        except httpx.InvalidURL as error:
+        except httpx2.InvalidURL as error:
             raise CliError(f"{self.url!r} is not an address of a node: {error}.") from error
-        except httpx.UnsupportedProtocol as error:
+        except httpx2.UnsupportedProtocol as error:
             raise CliError(f"{self.url!r} is not an address of a node: write it as http://HOST:PORT.") from error
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise CliError(f"The node at {self.url} broke off: {error or type(error).__name__}.") from error
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise CliError(f"{self.url} does not answer like a Covey node of this version: {error}.") from error
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
+def _checked(response: httpx2.Response) -> httpx2.Response:
     """The answer, if it is one. Raises `CliError` with the node's own sentence."""
     if response.is_success:
         return response

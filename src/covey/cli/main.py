@@ -1,4 +1,7 @@
-"""The commands. Each is a client of a node's HTTP API, but for `up`, which is a node, and `demo`, which starts some."""
+"""The commands. Each is a client of a node's HTTP API, but for `up`, which is a node, and `demo`, which starts some.
+
+What only some commands need is imported where they run, so that the others start fast.
+"""
 
 import json
 import os
@@ -14,8 +17,6 @@ from rich.markup import escape
 from covey.cli import chat, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
-from covey.cli.demo import DemoOptions, run_demo
-from covey.cli.placing import ensure_ready, one_instance, wait_ready
 
 FAILURE_EXIT: Final = 1
 
@@ -72,8 +73,8 @@ def up(
     until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Run one node in the foreground."""
-    from covey.cli.welcome import welcome  # noqa: PLC0415 (the other commands start faster so)
-    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415 (as above)
+    from covey.cli.welcome import welcome  # noqa: PLC0415 (as the first lines say; so are the others)
+    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
 
     def announce(ready: NodeReady) -> None:
         out.print(welcome(ready), soft_wrap=True)
@@ -99,6 +100,8 @@ def run(
     temperature: Temperature = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
+    from covey.cli.placing import ensure_ready  # noqa: PLC0415
+
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {key: value for key, value in given.items() if value is not None}
     question = " ".join(prompt or ())
@@ -123,6 +126,8 @@ def place(
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
+    from covey.cli.placing import wait_ready  # noqa: PLC0415
+
     with NodeClient(url) as node:
         options = {} if nodes is None else {"min_nodes": nodes}
         instance = wait_ready(node, str(node.place(local_path(model), **options)["instance_id"]))
@@ -138,6 +143,8 @@ def place(
 @explained
 def stop(instance: str, url: Url = DEFAULT_URL) -> None:
     """Remove an instance: its id, or the beginning of it that only one has; `covey ps` lists them."""
+    from covey.cli.placing import one_instance  # noqa: PLC0415
+
     with NodeClient(url) as node:
         instance_id = one_instance(node.cluster(), instance)
         node.delete(instance_id)
@@ -193,6 +200,8 @@ def demo(
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""
+    from covey.cli.demo import DemoOptions, run_demo  # noqa: PLC0415
+
     options = DemoOptions(
         nodes=nodes,
         once=once,

@@ -2,8 +2,8 @@
 
 from rich.markup import escape
 
+from covey.checkpoints import catalogue
 from covey.cli.client import DEFAULT_URL
-from covey.cli.demo import MODEL
 from covey.node import NodeReady
 
 
@@ -15,7 +15,7 @@ def welcome(ready: NodeReady) -> str:
         *(("", f"[bold]{url}/v1[/] (from others)") for url in elsewhere),
         ("data", escape(str(ready.data_folder))),
         ("models", escape(str(ready.models_folder))),
-        ("try", f'covey run {MODEL} "Why is the sky blue?"{_naming(ready.url)}'),
+        ("try", f'covey run {catalogue.listed()[0].model_id} "Why is the sky blue?"{_naming(ready.url)}'),
         ("", f"covey models{_naming(ready.url)} (what can be run; a GGUF file of yours can, too)"),
     ]
     head = f"[bold]{escape(ready.name)}[/] is up (node {ready.node_id[:8]}). Ctrl-C ends it."
