@@ -23,6 +23,7 @@ from msgspec import Struct
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.api.server import create_app
+from covey.checkpoints.gguf_file import GgufHeader
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
 from covey.effects import addresses, clock, identity, mesh, paths, processes
@@ -159,7 +160,7 @@ class Node:
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
-        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._file_of))
+        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source))
         self._server = HttpServer(create_app(self), listener)
         self._server_ended = anyio.Event()
 
@@ -248,13 +249,9 @@ class Node:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         return self._serving.generate(request)
 
-    async def _file_of(self, card: ModelCard) -> Path:
-        """For the tokenizer. On disk already, unless this node holds no part of the instance."""
+    async def _text_source(self, card: ModelCard) -> Path | GgufHeader:
+        """On disk already, unless this node holds no part of the instance."""
         try:
-            return await self._files.ensure(card, _ignore_progress)
+            return await self._files.text_source(card)
         except FetchError as error:
             raise RefusedError(f"{error}.", HTTPStatus.SERVICE_UNAVAILABLE) from None
-
-
-def _ignore_progress(_: int, __: int) -> None:
-    """A file for the tokenizer alone is nobody's placement, so no report tells of it."""

@@ -9,10 +9,12 @@ import pytest
 from hub_server import COMMIT, Hub, serving
 from tiny_model import write_model
 
+from covey.checkpoints.gguf_file import GgufHeader
 from covey.effects import hub as hub_module
 from covey.effects.fetching import FetchError
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.schema.model import HubSource
+from covey.serving.model_text import load_model_text
 
 pytestmark = pytest.mark.anyio
 
@@ -172,6 +174,28 @@ async def test_a_header_larger_than_the_first_read(hub: Hub, files: ModelFiles, 
     monkeypatch.setattr(hub_module, "HEADER_BYTES_FIRST", 100)
     assert (await files.resolve(NAME)).layer_count == 1
     assert len(hub.gets()) > 1
+
+
+async def test_a_node_without_a_part_of_a_model_fetches_its_header_alone(hub: Hub, files: ModelFiles) -> None:
+    """Its tokenizer is all that such a node needs, and the file may have 40 GB."""
+    card = await files.resolve(NAME)
+    hub.requests.clear()
+    header = await files.text_source(card)
+    assert isinstance(header, GgufHeader)
+    assert load_model_text(header).stop_token_ids
+    assert hub.gets() == ["bytes=0-1048575"]
+    assert not files.is_on_disk(card)
+    path = await files.ensure(card, ignore)
+    assert await files.text_source(card) == path
+
+
+async def test_a_header_that_is_no_longer_the_placed_file_s(hub: Hub, files: ModelFiles) -> None:
+    card = await files.resolve(NAME)
+    with pytest.raises(FetchError, match="has changed on the hub"):
+        await files.text_source(msgspec.structs.replace(card, file_bytes=card.file_bytes + 1))
+    hub.files["owner/repo/sub/model.gguf"] = b"?" * card.file_bytes
+    with pytest.raises(FetchError, match="can't be read: this is not a GGUF file"):
+        await files.text_source(card)
 
 
 async def test_a_cancelled_fetch_keeps_what_it_has(hub: Hub, files: ModelFiles) -> None:

@@ -76,7 +76,7 @@ async def fetch_header(file: HubFile) -> GgufHeader:
         while True:
             await _extend(client, file, data, min(wanted, file.file_bytes))
             try:
-                return parse_header(bytes(data), file.file_bytes)
+                return await anyio.to_thread.run_sync(parse_header, bytes(data), file.file_bytes)
             except HeaderIncompleteError as incomplete:
                 wanted = max(incomplete.bytes_needed, 2 * len(data))
 

@@ -7,7 +7,7 @@ here runs at the start of a node, so that one without a network starts as fast a
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 import msgspec
@@ -24,6 +24,9 @@ from covey.engine.contract import EngineError
 from covey.engine.onnx.settings import read_settings
 from covey.schema.ids import ModelId
 from covey.schema.model import FileSource, HubSource, ModelCard, PackageSource
+
+if TYPE_CHECKING:
+    from covey.effects.hub import HubFile
 
 HTTP_SERVER_ERROR: Final = 500
 CARD_FILE: Final = "card.json"  # beside a hub's file: what it was, for when the hub can't be asked
@@ -131,8 +134,32 @@ class ModelFiles:
                 await make_present(path, card.file_bytes, progress, partial(_fetch_from_hub, card, card.source))
         return path
 
+    async def text_source(self, card: ModelCard) -> Path | GgufHeader:
+        """What the model's tokenizer can be read from: its file, which is fetched if it is not there; but of a hub's
+        file no more than the header. Raises `FetchError`.
+        """
+        if isinstance(card.source, HubSource) and not self.is_on_disk(card):
+            return await _header_on_hub(card, card.source)
+        return await self.ensure(card, _ignore_progress)
+
+
+async def _header_on_hub(card: ModelCard, source: HubSource) -> GgufHeader:
+    from covey.effects import hub  # noqa: PLC0415 - as above
+
+    try:
+        return await hub.fetch_header(await _located(card, source))
+    except CheckpointError as error:
+        raise FetchError(f"the header of {card.model_id} can't be read: {error}") from None
+
 
 async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Path:
+    from covey.effects import hub  # noqa: PLC0415 - as above
+
+    return await hub.fetch_from_hub(await _located(card, source), work)
+
+
+async def _located(card: ModelCard, source: HubSource) -> "HubFile":
+    """Raises `FetchError` if it is no longer the file that the card describes."""
     from covey.effects import hub  # noqa: PLC0415 - as above
 
     file = await hub.locate(source)
@@ -141,7 +168,11 @@ async def _fetch_from_hub(card: ModelCard, source: HubSource, work: Path) -> Pat
             f"{card.model_id} has changed on the hub: it has {file.file_bytes} bytes, not {card.file_bytes}; "
             "place it anew"
         )
-    return await hub.fetch_from_hub(file, work)
+    return file
+
+
+def _ignore_progress(_: int, __: int) -> None:
+    """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
 
 
 def _expect_runnable(header: GgufHeader) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
 from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
 from covey.schema.generation import ChatMessage
 from covey.schema.ids import ModelId
@@ -66,33 +66,38 @@ class FileText:
         return self._tokenizer.token_bytes(token_id)
 
 
-def load_model_text(path: Path) -> ModelText:
-    """Reads the header of a GGUF file. Raises `RefusedError`."""
+def load_model_text(source: Path | GgufHeader) -> ModelText:
+    """Of a GGUF file, or of its header. Raises `RefusedError`."""
     try:
-        return FileText(load_tokenizer(read_header(path)))
+        return FileText(load_tokenizer(source if isinstance(source, GgufHeader) else read_header(source)))
     except (CheckpointError, OSError) as error:
-        raise RefusedError(f"The tokenizer in {path.name} can't be read: {error}.", SERVER_ERROR) from None
+        place = "the model's header" if isinstance(source, GgufHeader) else source.name
+        raise RefusedError(f"The tokenizer in {place} can't be read: {error}.", SERVER_ERROR) from None
 
 
 class ModelTexts:
-    """The texts of the models that were asked for last. `file_of` makes a file present, `load` reads one (slow)."""
+    """The texts of the models that were asked for last. `source_of` makes a file or its header present, `load` reads
+    the text from it (slow).
+    """
 
     def __init__(
-        self, file_of: Callable[[ModelCard], Awaitable[Path]], load: Callable[[Path], ModelText] = load_model_text
+        self,
+        source_of: Callable[[ModelCard], Awaitable[Path | GgufHeader]],
+        load: Callable[[Path | GgufHeader], ModelText] = load_model_text,
     ) -> None:
-        self._file_of = file_of
+        self._source_of = source_of
         self._load = load
         # The last used is the last. A future each: whoever gives up waiting leaves what is being read to the next.
         self._kept: dict[ModelId, tuple[ModelCard, asyncio.Future[ModelText]]] = {}
         self._locks: defaultdict[ModelId, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def of(self, card: ModelCard) -> ModelText:
-        """Reads the file once for a card, unless that failed. Raises `RefusedError`, as do `file_of` and `load`."""
+        """Reads the file once for a card, unless that failed. Raises `RefusedError`, as do `source_of` and `load`."""
         async with self._locks[card.model_id]:
             kept = self._kept.get(card.model_id)
             if kept is None or kept[0] != card or _has_failed(kept[1]):
-                path = await self._file_of(card)
-                kept = card, asyncio.get_running_loop().run_in_executor(None, self._load, path)
+                source = await self._source_of(card)
+                kept = card, asyncio.get_running_loop().run_in_executor(None, self._load, source)
             self._kept.pop(card.model_id, None)
             self._kept[card.model_id] = kept
         while len(self._kept) > KEPT_MAX:
