@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 
 WAIT_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.02
@@ -39,8 +39,8 @@ def start(folder: Path, port: int, cluster: str) -> subprocess.Popen[bytes]:
 def seen(port: int) -> int:
     """How many visible nodes the node at `port` shows; 0 while it does not answer."""
     try:
-        state = httpx.get(f"http://127.0.0.1:{port}/cluster", timeout=5).json()
-    except httpx.TransportError:
+        state = httpx2.get(f"http://127.0.0.1:{port}/cluster", timeout=5).json()
+    except httpx2.TransportError:
         return 0
     return sum(member["visibility"] == "visible" for member in state["members"])
 

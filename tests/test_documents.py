@@ -12,7 +12,7 @@ from covey.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-LINE_CHARACTERS_MAX = 125
+LINE_CHARACTERS_MAX = 120
 NOT_OURS = (".venv/", "dist/", "models/")  # made by make, or a folder of the user's data
 PATH = re.compile(r"[\w.][\w./-]*/[\w./-]*|[\w-]+\.(?:md|py|toml|txt|svg|json)")
 
@@ -76,10 +76,8 @@ def test_the_changes_name_all_formats() -> None:
         assert re.search(rf"\b{name}\b", sentence.group(1) if sentence else ""), name
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_lines_fit(document: Path) -> None:
-    prose = [line for line in document.read_text().splitlines() if not line.startswith(("|", "    "))]
-    assert max(len(line) for line in prose) <= LINE_CHARACTERS_MAX
+def test_the_lines_of_the_changes_fit() -> None:
+    assert max(len(line) for line in (ROOT / "CHANGELOG.md").read_text().splitlines()) <= LINE_CHARACTERS_MAX
 
 
 def test_a_document_can_be_wrong() -> None:
