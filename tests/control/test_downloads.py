@@ -1,10 +1,13 @@
 """A fetch starts only because an assignment needs it, one at a time, and never again at once."""
 
+from msgspec.structs import replace
+
 from covey.control.downloads import Downloads
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import DownloadState
 from covey.schema.ids import ModelId
 from covey.schema.machine import CancelFetch, FetchFailed, FetchFinished, FetchProgressed, StartFetch
+from covey.schema.model import HubSource
 from simulation.people import SMALL
 
 MODEL = SMALL.model_id
@@ -13,7 +16,7 @@ NEEDED = {MODEL: SMALL}
 
 def test_nothing_is_fetched_because_it_was_found() -> None:
     downloads = Downloads(MachineSettings())
-    downloads.list_models((ModelId("other"),))
+    downloads.list_models(0, (ModelId("other"),))
     assert downloads.advance(0, {}) == []
     assert downloads.models_on_disk() == (ModelId("other"),)
 
@@ -55,3 +58,24 @@ def test_what_is_not_needed_any_more_is_cancelled_once() -> None:
     downloads.finish(FetchFinished(MODEL, 1, "/stale", 1))
     assert downloads.path(MODEL) is None
     assert downloads.reports()[0].state is DownloadState.ONGOING
+
+
+def test_a_file_that_was_deleted_by_hand_is_fetched_again() -> None:
+    downloads = Downloads(MachineSettings())
+    card = replace(SMALL, source=HubSource("owner/repository", "small.gguf"))
+    downloads.advance(0, {MODEL: card})
+    downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
+    downloads.list_models(1_000, (MODEL,))
+    assert downloads.advance(1_000, {MODEL: card}) == []
+    downloads.list_models(5_000, ())
+    assert downloads.path(MODEL) is None
+    assert downloads.models_on_disk() == ()
+    assert downloads.advance(5_000, {MODEL: card}) == [StartFetch(card, 2)]
+
+
+def test_a_file_that_a_person_named_is_in_no_list() -> None:
+    downloads = Downloads(MachineSettings())
+    downloads.advance(0, NEEDED)
+    downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
+    downloads.list_models(1_000, ())
+    assert downloads.path(MODEL) == "/small.gguf"

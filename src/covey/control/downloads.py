@@ -13,7 +13,7 @@ from covey.control.settings import MachineSettings
 from covey.schema.cluster import DownloadReport, DownloadState
 from covey.schema.ids import ModelId
 from covey.schema.machine import CancelFetch, Effect, FetchFailed, FetchFinished, FetchProgressed, StartFetch
-from covey.schema.model import ModelCard
+from covey.schema.model import FileSource, ModelCard
 
 RATE_WINDOW_MS: Final = 2_000  # bytes per second are measured over at least this
 
@@ -83,9 +83,14 @@ class Downloads:
 
     # ---- answers ----
 
-    def list_models(self, model_ids: tuple[ModelId, ...]) -> None:
+    def list_models(self, now_ms: int, model_ids: tuple[ModelId, ...]) -> None:
+        """What lies on the disk; a file that was deleted by hand is fetched again."""
         self.revision += model_ids != self.on_disk
         self.on_disk = model_ids
+        for model_id, download in self.downloads.items():
+            if download.phase is Phase.PRESENT and model_id not in model_ids and _is_listed(download.card):
+                download.phase, download.due_ms, download.bytes_done = Phase.WAITING, now_ms, 0
+                self.revision += 1
 
     def progress(self, now_ms: int, news: FetchProgressed) -> None:
         download = self._current(news.model_id, news.attempt)
@@ -138,6 +143,11 @@ class Downloads:
         if now_ms - started_ms >= RATE_WINDOW_MS:
             download.bytes_per_second = (download.bytes_done - started_bytes) * 1000 / (now_ms - started_ms)
             download.rate_from = (now_ms, download.bytes_done)
+
+
+def _is_listed(card: ModelCard) -> bool:
+    """Files that a person named by their path are nobody's to list, or to fetch."""
+    return not isinstance(card.source, FileSource)
 
 
 def _report(download: Download) -> DownloadReport:

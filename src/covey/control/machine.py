@@ -172,8 +172,8 @@ class Machine:
         self.memory.probe(news.hardware, self.runners.resident_bytes())
         return []
 
-    def _on_models(self, _: int, news: ModelsListed) -> list[Effect]:
-        self.downloads.list_models(news.model_ids)
+    def _on_models(self, now_ms: int, news: ModelsListed) -> list[Effect]:
+        self.downloads.list_models(now_ms, news.model_ids)
         return []
 
     def _on_command(self, now_ms: int, news: CommandSubmitted) -> list[Effect]:
