@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.checkpoints import catalogue
-from covey.checkpoints.card import card_from_header, shard_bytes
+from covey.checkpoints.card import card_from_header
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
 from covey.schema.ids import ModelId
-from covey.schema.model import FileSource, ModelCard, Shard
+from covey.schema.model import FileSource, ModelCard
 
 SOURCE = FileSource("/models/some.gguf")
 
@@ -53,14 +53,6 @@ def test_a_card_says_what_the_header_says() -> None:
 
 def test_an_output_of_its_own_replaces_the_tied_embedding() -> None:
     assert card_of(llama_header(tied=False)).output_bytes == 857
-
-
-def test_shards_count_what_their_runner_reads() -> None:
-    card = card_of(llama_header())
-    assert shard_bytes(card, Shard(0, 2, 3)) == 2707
-    assert shard_bytes(card, Shard(1, 2, 3)) == 1000
-    assert shard_bytes(card, Shard(2, 3, 3)) == 1757
-    assert shard_bytes(card, Shard(0, 3, 3)) <= card.file_bytes  # nobody reads the tied embedding twice
 
 
 def test_what_may_be_missing_has_a_default() -> None:

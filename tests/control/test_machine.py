@@ -32,6 +32,7 @@ from covey.schema.machine import (
     LeaveRequested,
     Left,
     MessageReceived,
+    ModelsListed,
     Publish,
     SendTo,
     Started,
@@ -321,8 +322,7 @@ def test_reports_are_coalesced() -> None:
     effects: list[Effect] = []
     for number in range(100):
         effects += lone.until(5_000 + number * 10)
-        lone.machine.set_api_address(Address("127.0.0.1", number))
-        effects += lone.feed(DeadlinePassed())
+        effects += lone.feed(ModelsListed((ModelId(f"model {number}"),)))
     reports = [each for each in effects if isinstance(each, Publish) and isinstance(each.message, NodeReport)]
     assert 4 <= len(reports) <= 6
 
@@ -344,8 +344,7 @@ def test_a_client_hears_of_changes_only() -> None:
     before = lone.machine.state(lone.now_ms).revision
     assert StateChanged() not in lone.feed(DeadlinePassed(), 5_001)
     assert lone.machine.state(lone.now_ms).revision == before
-    lone.machine.set_api_address(Address("127.0.0.1", 9))
-    assert StateChanged() in lone.feed(DeadlinePassed(), 5_002)
+    assert StateChanged() in lone.feed(ModelsListed((ModelId("small"),)), 5_002)
     assert lone.machine.state(lone.now_ms).revision == before + 1
 
 

@@ -62,6 +62,16 @@ async def test_the_file_comes_whole_and_only_once(hub: Hub, files: ModelFiles) -
     assert sorted(item.name for item in path.parent.iterdir()) == ["card.json", "lock", "model.gguf"]
 
 
+async def test_what_was_looked_up_elsewhere_is_listed_where_it_was_fetched(
+    hub: Hub, files: ModelFiles, tmp_path: Path
+) -> None:
+    """Else nobody would miss the file there, should a person delete it."""
+    card = await files.resolve(NAME)
+    other = ModelFiles(tmp_path / "another machine")
+    await other.ensure(card, ignore)
+    assert card in other.known()
+
+
 async def test_what_was_fetched_can_be_named_without_a_network(hub: Hub, files: ModelFiles, monkeypatch) -> None:
     card = await files.resolve(NAME)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -14,7 +14,6 @@ from covey.schema.generation import (
     FinishReason,
     HeadEvent,
     Prefilled,
-    ServeCommand,
     ServeHello,
     Timings,
     TokenSampled,
@@ -23,7 +22,7 @@ from covey.schema.runner import Address
 from covey.schema.wire import FrameBuffer, pack
 
 TIMINGS = Timings(1.0, 20.0, 30.0)
-_commands = msgspec.msgpack.Decoder(ServeCommand)
+_commands = msgspec.msgpack.Decoder(ServeHello | Admit | Cancel)
 
 
 def answer(admit: Admit, token_ids: Sequence[int], cached_tokens: int = 0) -> list[HeadEvent]:
@@ -66,7 +65,7 @@ class FakeHead:
                 self._hear(_commands.decode(body), writer)
         writer.close()
 
-    def _hear(self, command: ServeCommand, writer: asyncio.StreamWriter) -> None:
+    def _hear(self, command: ServeHello | Admit | Cancel, writer: asyncio.StreamWriter) -> None:
         match command:
             case ServeHello():
                 self.hellos.append(command)

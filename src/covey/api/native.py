@@ -12,8 +12,6 @@ event for each `GenerationEvent`, whose `type` is the name of the message:
 `GET /cluster` is the `ClusterState`; `GET /cluster/changes` streams it, at once and whenever it changes.
 """
 
-import msgspec
-
 from covey.api import sse
 from covey.api.body import fields, json_object
 from covey.api.errors import RequestError
@@ -35,10 +33,6 @@ def render_event(event: GenerationEvent) -> bytes:
 def render_failure(error: RequestError) -> bytes:
     """What ends a stream that breaks by itself."""
     return render_event(GenerationFailed(error.message, error.status))
-
-
-def render_cluster(state: ClusterState) -> bytes:
-    return msgspec.json.encode(state)
 
 
 def render_change(state: ClusterState) -> bytes:

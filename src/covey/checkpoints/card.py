@@ -14,7 +14,7 @@ from msgspec import Struct
 from covey.checkpoints import metadata as read
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry
 from covey.schema.ids import ModelId
-from covey.schema.model import ModelCard, ModelSource, Shard
+from covey.schema.model import ModelCard, ModelSource
 
 # More than any model has; a value beyond is damage, and would only fail later and less clearly.
 LAYERS_MAX: Final = 10_000
@@ -51,14 +51,6 @@ def card_from_header(header: GgufHeader, model_id: ModelId, source: ModelSource)
         embedding_bytes=embedding,
         output_bytes=output,
     )
-
-
-def shard_bytes(card: ModelCard, shard: Shard) -> int:
-    """Bytes of the tensors that the runner of `shard` reads; a tied embedding counts at both ends."""
-    layers = sum(card.layer_bytes[shard.layer_start : shard.layer_end])
-    first = card.embedding_bytes if shard.layer_start == 0 else 0
-    last = card.output_bytes if shard.layer_end == card.layer_count else 0
-    return min(first + layers + last, card.file_bytes)  # a shard with both ends reads a tied embedding once
 
 
 class _Sizes(Struct, frozen=True):

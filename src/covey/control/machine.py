@@ -55,7 +55,6 @@ from covey.schema.machine import (
     StateChanged,
 )
 from covey.schema.model import ModelCard
-from covey.schema.runner import Address
 
 LEAVING: Final = "this node is ending: ask another one."
 MARK_CHARACTERS: Final = 8  # of a node's id, in the ids of instances; boot and counter do the rest within a node
@@ -79,7 +78,6 @@ class Machine:
         self.runners = Runners(node_id, boot, settings)
         self.memory = MemoryFigures(settings)
         self.reporter = Reporter(node_id, boot, name, version, settings)
-        self.api_address = settings.api_address
         self._now_ms: int | None = None  # of the last input
         self._listening_since_ms = 0
         self._sequence = 0
@@ -151,10 +149,6 @@ class Machine:
             wishes=tuple(self.cluster.wishes.values()),
             instances=tuple(self._active(now_ms).values()),
         )
-
-    def set_api_address(self, address: Address) -> None:
-        """Known once the server listens; reported with the next input."""
-        self.api_address = address
 
     # ---- inputs ----
 
@@ -399,10 +393,10 @@ class Machine:
 
     def _content(self) -> Content:
         """What the report would say; made anew only when one of its parts has changed."""
-        parts = (self.runners.revision, self.downloads.revision, self.memory.revision, self.api_address)
+        parts = (self.runners.revision, self.downloads.revision, self.memory.revision)
         if self._content_made is None or self._content_made[0] != parts:
             content = Content(
-                api_address=self.api_address,
+                api_address=self.settings.api_address,
                 hardware=self.memory.show(self.runners.resident_bytes()),
                 downloads=self.downloads.reports(),
                 runners=self.runners.reports(),

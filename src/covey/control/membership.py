@@ -5,8 +5,6 @@ A node is visible while it was heard lately and hears us. It is away after `away
 seen can neither bring a node back nor change what we know of it.
 """
 
-from collections.abc import Sequence
-
 from msgspec import Struct
 
 from covey.control.settings import NODES_REMEMBERED_MAX, MachineSettings
@@ -165,8 +163,3 @@ class Membership:
         ]
         own = Member(node_id=self.node_id, visibility=Visibility.VISIBLE, heard_ms_ago=0, report=own_report)
         return tuple(sorted([own, *others], key=lambda member: member.node_id))
-
-
-def reports_of(members: Sequence[Member]) -> dict[NodeId, NodeReport]:
-    """The reports that have come, by node."""
-    return {member.node_id: member.report for member in members if member.report}

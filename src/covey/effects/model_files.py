@@ -89,10 +89,7 @@ class ModelFiles:
             return self._remembered_or_refused(name, error)
         except (CheckpointError, EngineError) as error:
             raise ModelNotFoundError(f"{name} is no model that can be run: {error}", 400) from None
-        try:
-            await anyio.to_thread.run_sync(self._remember, card)
-        except OSError as error:
-            _log.warning("the card of %s can't be stored, so it is looked up each time: %s", name, error)
+        await anyio.to_thread.run_sync(self._remember, card)
         return card
 
     def _remembered_or_refused(self, name: str, error: HubError) -> ModelCard:
@@ -104,10 +101,12 @@ class ModelFiles:
         raise ModelNotFoundError(str(error), error.status) from None
 
     def _remember(self, card: ModelCard) -> None:
-        """Raises `OSError`."""
         path = self.path_of(card.source).with_name(CARD_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, msgspec.json.encode(card))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, msgspec.json.encode(card))
+        except OSError as error:
+            _log.warning("the card of %s can't be stored, so it is looked up each time: %s", card.model_id, error)
 
     def _remembered(self) -> list[ModelCard]:
         """The cards of hub files, newest first; what is damaged is as good as forgotten."""
@@ -132,6 +131,8 @@ class ModelFiles:
                 await make_present(path, card.file_bytes, progress, fetch)
             case HubSource():
                 await make_present(path, card.file_bytes, progress, partial(_fetch_from_hub, card, card.source))
+                if not path.with_name(CARD_FILE).exists():  # it was looked up elsewhere; here it is to be listed too
+                    await anyio.to_thread.run_sync(self._remember, card)
         return path
 
     async def text_source(self, card: ModelCard) -> Path | GgufHeader:

@@ -141,7 +141,10 @@ class Claim(Struct, frozen=True, order=True):
 
 
 class Heartbeat(Struct, frozen=True, tag=True):
-    """Once a second from every node. `hears`: the nodes whose heartbeat reached it within the last 3 s."""
+    """From every node, every `heartbeat_ms`. `hears`: the nodes whose heartbeat reached it within the last `away_ms`.
+
+    Both are named in `control/settings.py`, as are all intervals.
+    """
 
     node_id: NodeId
     boot: int
@@ -218,8 +221,8 @@ MeshMessage = Heartbeat | NodeReport | IntentUpdate | CommandRequest | CommandAn
 
 
 class Visibility(StrEnum):
-    VISIBLE = "visible"  # heard within 3 s, in both directions
-    AWAY = "away"  # not heard for 3 s; forgotten 30 s after it was last heard
+    VISIBLE = "visible"  # heard within `away_ms`, in both directions
+    AWAY = "away"  # not heard for so long; forgotten `forgotten_ms` after it was last heard
 
 
 class Member(Struct, frozen=True, kw_only=True):

@@ -166,5 +166,4 @@ class Broken(Struct, frozen=True, tag=True):
     status: int
 
 
-ServeCommand = ServeHello | Admit | Cancel
 HeadEvent = Queued | Prefilled | TokenSampled | Ended | Broken

@@ -11,4 +11,3 @@ InstanceId = NewType("InstanceId", str)
 RunnerId = NewType("RunnerId", str)
 ModelId = NewType("ModelId", str)  # as a person names it, for example "SmolLM2-135M-Instruct"
 RequestId = NewType("RequestId", str)
-CommandId = NewType("CommandId", str)
