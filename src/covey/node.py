@@ -37,7 +37,7 @@ from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.watching import ModelWatch, watch_hardware
-from covey.schema.cluster import ClusterState, Command, CommandOutcome, Hardware
+from covey.schema.cluster import ClusterState, Command, CommandResult, Hardware
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -243,7 +243,7 @@ class Node:
     def models(self) -> Sequence[ListedModel]:
         return [ListedModel(card, self._models.is_on_disk(card)) for card in self._models.cards()]
 
-    async def submit(self, command: Command) -> CommandOutcome:
+    async def submit(self, command: Command) -> CommandResult:
         return await self._driver.submit(command)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:

@@ -13,6 +13,7 @@ from covey.schema.cluster import (
     ClusterState,
     Command,
     CommandOutcome,
+    CommandResult,
     Hardware,
     Instance,
     Member,
@@ -174,9 +175,9 @@ class FakeBackend:
     def models(self) -> Sequence[ListedModel]:
         return [ListedModel(CARD, on_disk=True)]
 
-    async def submit(self, command: Command) -> CommandOutcome:
+    async def submit(self, command: Command) -> CommandResult:
         self.commands.append(command)
-        return self.outcome
+        return CommandResult(f"command-{len(self.commands)}", self.outcome)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         self.requests.append(request)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
 from covey.cli.main import app
-from covey.schema.cluster import DeleteInstance, PlaceModel, Refused, Visibility
+from covey.schema.cluster import CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
@@ -101,7 +101,7 @@ def test_a_model_that_is_not_placed_is_placed_by_run(node: ServedNode, monkeypat
     async def submit(command: object) -> object:
         node.backend.commands.append(command)  # type: ignore[arg-type]
         node.backend.current = msgspec.structs.replace(ready, revision=8)
-        return node.backend.outcome
+        return CommandResult("command-1", node.backend.outcome)
 
     monkeypatch.setattr(node.backend, "submit", submit)
     done = invoke(node, "run", "Tiny-Chat", "Hi")

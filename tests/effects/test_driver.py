@@ -12,7 +12,7 @@ import pytest
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
-from covey.schema.cluster import Accepted, ClusterState, DeleteInstance, Heartbeat, MeshMessage, Refused
+from covey.schema.cluster import Accepted, ClusterState, CommandResult, DeleteInstance, Heartbeat, MeshMessage, Refused
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
 from covey.schema.machine import (
     AnswerCommand,
@@ -163,10 +163,13 @@ async def test_a_command_gets_the_answer_of_its_own_id() -> None:
         return []
 
     async with driving(rules) as rig:
-        for name in ("a", "b"):
-            assert await rig.driver.submit(DeleteInstance(InstanceId(name))) == Accepted(InstanceId(name))
+        results = [await rig.driver.submit(DeleteInstance(InstanceId(name))) for name in ("a", "b")]
     ids = [item.command_id for item in rig.machine.inputs if isinstance(item, CommandSubmitted)]
     assert ids == ["me-1-1", "me-1-2"]
+    assert results == [
+        CommandResult(ids[0], Accepted(InstanceId("a"))),
+        CommandResult(ids[1], Accepted(InstanceId("b"))),
+    ]
 
 
 async def test_who_still_waits_when_the_node_leaves_is_told() -> None:
@@ -174,11 +177,11 @@ async def test_who_still_waits_when_the_node_leaves_is_told() -> None:
     async with anyio.create_task_group() as tasks, driving(lambda _: []) as rig:
 
         async def ask() -> None:
-            outcomes.append(await rig.driver.submit(DeleteInstance(InstanceId("a"))))
+            outcomes.append((await rig.driver.submit(DeleteInstance(InstanceId("a")))).outcome)
 
         tasks.start_soon(ask)
         await rig.wait_input(CommandSubmitted)
-    outcomes.append(await rig.driver.submit(DeleteInstance(InstanceId("a"))))
+    outcomes.append((await rig.driver.submit(DeleteInstance(InstanceId("a")))).outcome)
     assert [outcome.status for outcome in outcomes if isinstance(outcome, Refused)] == [503, 503]
 
 

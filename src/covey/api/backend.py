@@ -8,7 +8,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from covey.schema.cluster import ClusterState, Command, CommandOutcome
+from covey.schema.cluster import ClusterState, Command, CommandResult
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -47,7 +47,7 @@ class Backend(Protocol):
         """The models listed here: the catalogue's and those placed or on disk, in a stable order."""
         ...
 
-    async def submit(self, command: Command) -> CommandOutcome:
+    async def submit(self, command: Command) -> CommandResult:
         """To the leader and back. Never raises for the cluster's sake: no leader is `TimedOut`."""
         ...
 

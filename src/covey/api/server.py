@@ -301,9 +301,9 @@ class InstanceRoutes:
         """Places a model; answers when the leader has decided, with the id of the instance."""
         asked = cluster_commands.parse_place(await read_body(request))
         card = await self._backend.resolve_model(asked.model_id)
-        outcome = await self._backend.submit(asked.command(card))
-        instance_id = cluster_commands.accepted_instance(outcome)
-        return json_response(cluster_commands.render_placed(str(uuid.uuid4()), card, instance_id))
+        result = await self._backend.submit(asked.command(card))
+        instance_id = cluster_commands.accepted_instance(result.outcome)
+        return json_response(cluster_commands.render_placed(result.command_id, card, instance_id))
 
     async def get(self, request: Request) -> Response:
         """One instance."""
@@ -314,8 +314,9 @@ class InstanceRoutes:
     async def delete(self, request: Request) -> Response:
         """Stops an instance; its runners end."""
         instance_id = InstanceId(request.path_params["instance_id"])
-        cluster_commands.accepted_instance(await self._backend.submit(DeleteInstance(instance_id)))
-        return json_response(cluster_commands.render_deleted(str(uuid.uuid4()), instance_id))
+        result = await self._backend.submit(DeleteInstance(instance_id))
+        cluster_commands.accepted_instance(result.outcome)
+        return json_response(cluster_commands.render_deleted(result.command_id, instance_id))
 
     async def wait_ready(self, request: Request) -> Response:
         """Streams one event: when an instance of the model can answer, or when the time is over."""

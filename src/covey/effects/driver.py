@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 from covey.effects.clock import Clock
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
-from covey.schema.cluster import ClusterState, Command, CommandOutcome, MeshMessage, Refused
+from covey.schema.cluster import ClusterState, Command, CommandOutcome, CommandResult, MeshMessage, Refused
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.machine import (
     AnswerCommand,
@@ -111,16 +111,16 @@ class Driver:
         finally:
             self._refuse_rest()
 
-    async def submit(self, command: Command) -> CommandOutcome:
+    async def submit(self, command: Command) -> CommandResult:
         """The outcome, by exactly one answer of the machine."""
-        if self._has_left:
-            return _LEAVING
         self._command_count += 1
         command_id = f"{self._command_prefix}-{self._command_count}"
+        if self._has_left:
+            return CommandResult(command_id, _LEAVING)
         answer = self._answers[command_id] = asyncio.get_running_loop().create_future()
         try:
             await self._mailbox.put(CommandSubmitted(command_id, command))
-            return await answer
+            return CommandResult(command_id, await answer)
         finally:
             self._answers.pop(command_id, None)
 

@@ -206,6 +206,13 @@ class TimedOut(Struct, frozen=True, tag=True):
 CommandOutcome = Accepted | Refused | TimedOut
 
 
+class CommandResult(Struct, frozen=True):
+    """For whoever asked at a node: the id that the command ran under, and what came of it."""
+
+    command_id: str
+    outcome: CommandOutcome
+
+
 class CommandAnswer(Struct, frozen=True, tag=True):
     """From the leader to `CommandRequest.origin`."""
 
