@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from covey.schema.cluster import Command, CommandOutcome, DeleteInstance, PlaceModel
-from covey.schema.ids import InstanceId, ModelId
+from covey.schema.ids import InstanceId, ModelId, NodeId
 from covey.schema.model import FileSource, ModelCard
 from simulation.failure import Failure
 
@@ -51,8 +51,8 @@ class People:
         self.asked: dict[str, Command] = {}
         self.answers: dict[str, CommandOutcome] = {}
 
-    def place(self, host: Host, model: ModelCard, node_count_min: int = 1) -> str:
-        return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min))
+    def place(self, host: Host, model: ModelCard, node_count_min: int = 1, node_ids: tuple[NodeId, ...] = ()) -> str:
+        return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids))
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
         return self._ask(host, DeleteInstance(instance_id))
@@ -65,7 +65,10 @@ class People:
         if instances and random.random() < 0.4:
             self.delete(host, random.choice(instances))
         else:
-            self.place(host, random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3)))
+            model, count = random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3))
+            chosen = random.sample(self.world.hosts, random.randint(1, len(self.world.hosts)))
+            node_ids = tuple(each.node_id for each in chosen) if random.random() < 0.25 else ()
+            self.place(host, model, count, node_ids)
 
     def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
         if command_id in self.answers:

@@ -133,6 +133,7 @@ class Safety:
             if isinstance(entry.value, Instance) and not self.world.ledger.knows(key):
                 self._check_single(machine, entry.value)
                 self._check_memory(machine, entry.value)
+                self._check_chosen(machine, entry.value)
             if entry.value is None and key.startswith(INSTANCE) and entry.version.writer == self.host.node_id:
                 self._check_dropped(machine, wish_of(InstanceId(key.removeprefix(INSTANCE))))
         self.world.ledger.hold(self.host, written)
@@ -158,6 +159,13 @@ class Safety:
             taken = sum(each.memory_bytes for each in stages if each.node_id in sharers)
             if taken > host.memory_bytes:
                 self._fail(f"{taken} bytes are assigned to {host.name}, which has {host.memory_bytes}")
+
+    def _check_chosen(self, machine: Machine, instance: Instance) -> None:
+        """Who chose nodes gets no others, however often the leader has to mend."""
+        wish = machine.cluster.wishes.get(instance.wish_id)
+        for stage in instance.stages:
+            if wish and wish.node_ids and stage.node_id not in wish.node_ids:
+                self._fail(f"{instance.instance_id} is on {stage.node_id}, which nobody chose for it")
 
     def _check_members(self, machine: Machine) -> None:
         peers = machine.membership.peers

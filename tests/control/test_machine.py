@@ -169,6 +169,21 @@ def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:
     assert instance_status(state(hosts[0]), instance).text == "ready"
 
 
+def test_a_lost_node_is_replaced_only_by_nodes_that_were_chosen() -> None:
+    world, hosts = cluster_of(4)
+    first, second, _, _ = (host.node_id for host in hosts)
+    world.people.place(hosts[3], SMALL, 2, (first, second))
+    world.run_until(7_000)
+    hosts[1].crash()
+    world.run_until(60_000)
+    [instance] = state(hosts[3]).instances
+    assert [stage.node_id for stage in instance.stages] == [first]
+    hosts[0].crash()
+    world.run_until(120_000)
+    [instance] = state(hosts[3]).instances
+    assert instance_status(state(hosts[3]), instance).text.startswith("waiting for node")
+
+
 def test_memory_that_is_promised_but_not_loaded_counts() -> None:
     world, [ada] = cluster_of(1, memory=8)
     first, second = world.people.place(ada, LARGE), world.people.place(ada, LARGE)

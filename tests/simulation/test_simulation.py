@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from covey.control import cluster
+from covey.control import cluster, tending
 from covey.control.cluster import Cluster
 from covey.control.commands import Answering, Asking
 from covey.control.downloads import Downloads
 from covey.control.leadership import Leadership
 from covey.control.machine import Machine
 from covey.control.membership import Membership
+from covey.control.placement.place import Options
 from covey.control.replication import Replication
 from covey.control.runners import Runners
 from simulation.run import run
@@ -74,6 +75,10 @@ def retry_a_fetch_at_once(self: Downloads, now_ms: int, news: Any) -> None:
         download.phase, download.due_ms = type(download.phase)("waiting"), now_ms
 
 
+def any_nodes(wish: Any, _: Any) -> Options:
+    return Options(context_length=wish.context_length, slot_count=wish.slot_count)
+
+
 BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "an old report replaces a newer one": ((Membership, "hear_report", take_every_report),),
     "who is heard counts as visible": ((Membership, "is_visible", hear_is_seen),),
@@ -87,6 +92,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "a command waits for ever": ((Asking, "expire", nothing),),
     "instances of forgotten nodes stay": ((Machine, "_gone", nothing),),
     "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
+    "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
 }
 

@@ -124,6 +124,7 @@ class Cluster:
             node_count_min=command.node_count_min,
             context_length=placement.context_length,
             slot_count=placement.slot_count,
+            node_ids=command.node_ids,
         )
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))

@@ -100,11 +100,16 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
 
 
 def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
-    """For placing a wish again: on fewer nodes than it asked for, rather than not at all."""
+    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
+
+    Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
+    """
+    here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
     return Options(
-        node_count_min=min(wish.node_count_min, max(len(nodes), 1)),
+        node_count_min=min(wish.node_count_min, max(len(here), 1)),
         context_length=wish.context_length,
         slot_count=wish.slot_count,
+        node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
     )
 
 

@@ -40,6 +40,7 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     node_count_min: int
     context_length: int  # tokens of one KV slot
     slot_count: int
+    node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
