@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from covey.control.placement.place import place
-from covey.control.routing import InstancePhase, instance_status, nodes_of, options_of
-from covey.schema.cluster import ClusterState, Instance, Refused, Visibility, Wish
+from covey.control.routing import instance_status, nodes_of, options_of
+from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused, Visibility, Wish
 
 if TYPE_CHECKING:
     from covey.control.machine import Machine

@@ -24,6 +24,7 @@ from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.api.server import create_app
 from covey.checkpoints.gguf_file import GgufHeader
+from covey.control import routing
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
 from covey.effects import addresses, clock, identity, mesh, paths, processes
@@ -37,7 +38,7 @@ from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.watching import ModelWatch, watch_hardware
-from covey.schema.cluster import ClusterState, Command, CommandResult, Hardware
+from covey.schema.cluster import ClusterState, Command, CommandResult, Hardware, Instance, InstanceStatus
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -230,6 +231,9 @@ class Node:
 
     def state(self) -> ClusterState:
         return self._driver.state()
+
+    def instance_status(self, instance: Instance) -> InstanceStatus:
+        return routing.instance_status(self.state(), instance)
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
         await self._driver.wait_changed(revision, timeout_s)

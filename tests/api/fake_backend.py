@@ -8,6 +8,7 @@ import msgspec
 
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
+from covey.control import routing
 from covey.schema.cluster import (
     Accepted,
     ClusterState,
@@ -16,6 +17,7 @@ from covey.schema.cluster import (
     CommandResult,
     Hardware,
     Instance,
+    InstanceStatus,
     Member,
     NodeReport,
     RunnerReport,
@@ -100,7 +102,7 @@ def instance() -> Instance:
     )
 
 
-def runner(number: int, state: RunnerState, reason: str = "") -> RunnerReport:
+def runner(number: int, state: RunnerState, reason: str = "", retries_left: int = 0) -> RunnerReport:
     return RunnerReport(
         runner_id=RunnerId(f"run-{number}"),
         instance_id=InstanceId("inst-1"),
@@ -110,6 +112,7 @@ def runner(number: int, state: RunnerState, reason: str = "") -> RunnerReport:
         layers_loaded=1,
         layers_total=2,
         reason=reason,
+        retries_left=retries_left,
     )
 
 
@@ -130,9 +133,10 @@ def member(node_id: NodeId, name: str, runners: tuple[RunnerReport, ...], **chan
     return Member(node_id=node_id, visibility=Visibility.VISIBLE, heard_ms_ago=0, report=report)
 
 
-def cluster(*states: RunnerState, revision: int = 7, reason: str = "") -> ClusterState:
+def cluster(*states: RunnerState, revision: int = 7, reason: str = "", retries_left: int = 0) -> ClusterState:
     """Two nodes that hold one instance, if states of its two runners are given."""
-    runners = [(runner(number, state, reason),) for number, state in enumerate(states, start=1)] or [(), ()]
+    numbered = enumerate(states, start=1)
+    runners = [(runner(number, state, reason, retries_left),) for number, state in numbered] or [(), ()]
     return ClusterState(
         node_id=FIRST,
         leader=FIRST,
@@ -158,6 +162,9 @@ class FakeBackend:
 
     def state(self) -> ClusterState:
         return self.current
+
+    def instance_status(self, instance: Instance) -> InstanceStatus:
+        return routing.instance_status(self.current, instance)
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
         try:

@@ -174,7 +174,7 @@ def test_ready_means_that_the_runners_are_ready(client: TestClient, backend: Fak
     event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0.05")
     assert event == {
         "type": "timeout",
-        "message": "Tiny-Chat was not ready within 0.05 s. The runner on berta is in state Loading.",
+        "message": "Tiny-Chat was not ready within 0.05 s: loading 2 of 4 layers.",
     }
 
 
@@ -183,6 +183,21 @@ def test_an_instance_on_a_node_that_is_away_is_not_ready(client: TestClient, bac
     away = msgspec.structs.replace(second, visibility=Visibility.AWAY)
     backend.current = msgspec.structs.replace(backend.current, members=(first, away))
     assert awaited(client, "model_id=Tiny-Chat&timeout_seconds=0.05")["type"] == "timeout"
+
+
+def test_a_runner_that_is_tried_again_is_waited_for_and_one_that_is_not_ends_the_wait(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.current = cluster(READY, RunnerState.FAILED, reason="load: no memory left", retries_left=2)
+    event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0.05")
+    assert event["type"] == "timeout"
+    assert "berta tries again after a failure (load: no memory left)" in str(event["message"])
+    backend.current = cluster(READY, RunnerState.FAILED, reason="load: no memory left")
+    event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0")
+    assert event == {
+        "type": "failed",
+        "message": "Tiny-Chat failed: load: no memory left\n`covey stop inst-1` gives up on it.",
+    }
 
 
 @pytest.mark.parametrize("seconds", ["-1", "301", "soon", "nan"])

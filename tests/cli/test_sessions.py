@@ -109,6 +109,19 @@ def test_a_model_that_is_not_placed_is_placed_by_run(node: ServedNode, monkeypat
     assert node.backend.commands == [PlaceModel(card=CARD)]
 
 
+def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
+    """The node tries the runner again by itself, and the second time it comes up."""
+    ready = node.backend.current
+    node.backend.current = cluster(RunnerState.READY, RunnerState.FAILED, reason="load: broke", retries_left=3)
+
+    async def wait_changed(revision: int, _: float) -> None:
+        node.backend.current = msgspec.structs.replace(ready, revision=revision + 1)
+
+    node.backend.wait_changed = wait_changed  # type: ignore[method-assign]
+    done = invoke(node, "run", "Tiny-Chat", "Hi")
+    assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
+
+
 def test_stopping_by_the_beginning_of_an_id(node: ServedNode) -> None:
     invoke(node, "stop", "ins")
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from covey.control.cluster import Written
 from covey.control.machine import Machine
-from covey.control.routing import InstancePhase, head_address, instance_status, pick, ready_instances
+from covey.control.routing import head_address, instance_status, pick, ready_instances
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import (
     Accepted,
@@ -17,6 +17,7 @@ from covey.schema.cluster import (
     CommandRequest,
     DeleteInstance,
     Heartbeat,
+    InstancePhase,
     NodeReport,
     PlaceModel,
     Refused,
@@ -156,6 +157,26 @@ def test_an_instance_that_fits_nowhere_else_waits_for_its_node() -> None:
     seen = state(hosts[0])
     assert seen.instances == (placed,)
     assert instance_status(seen, placed).text == "ready"
+
+
+def test_a_runner_that_is_tried_again_is_loading_and_one_that_is_not_has_failed() -> None:
+    world, [ada] = cluster_of(1)
+    world.people.place(ada, SMALL)
+    world.run_until(6_000)
+    [instance] = state(ada).instances
+    texts: list[str] = []
+    for pause_ms in (*MachineSettings().runner_back_off_ms, 0):
+        [process] = ada.processes
+        process.fail("load", "the file is cut short")
+        world.run_until(world.now_ms + 900)
+        status = instance_status(state(ada), instance)
+        texts.append(f"{status.phase.value}: {status.text}")
+        world.run_until(world.now_ms + pause_ms)
+    again = "loading: node0 tries again after a failure (load: the file is cut short)"
+    assert texts == [again, again, again, "failed: failed: load: the file is cut short\nthe last line"]
+    refused = pick(state(ada), SMALL.model_id)
+    assert isinstance(refused, Refused)
+    assert refused.reason.endswith(f"\n`covey stop {instance.instance_id}` gives up on it.")
 
 
 def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:

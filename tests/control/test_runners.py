@@ -160,12 +160,14 @@ def test_failures_back_off_and_end_after_the_budget() -> None:
     bench.advance()
     for attempt, pause_ms in ((1, 1_000), (2, 4_000), (3, 16_000)):
         bench.exit(attempt)
+        assert bench.runners.reports()[0].retries_left == 4 - attempt
         assert bench.mine.reason == "the runner ended: exit status 1\nout of memory"
         assert bench.advance(pause_ms - 1) == []
         [start] = bench.advance(1)
         assert isinstance(start, StartRunner)
         assert start.attempt == attempt + 1
     bench.exit(4)
+    assert bench.runners.reports()[0].retries_left == 0
     assert bench.advance(10**9) == []
     assert bench.mine.state is RunnerState.FAILED
 

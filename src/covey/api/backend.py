@@ -8,7 +8,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from covey.schema.cluster import ClusterState, Command, CommandResult
+from covey.schema.cluster import ClusterState, Command, CommandResult, Instance, InstanceStatus
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -29,6 +29,10 @@ class Backend(Protocol):
 
     def state(self) -> ClusterState:
         """The latest snapshot. Cheap: called for every request."""
+        ...
+
+    def instance_status(self, instance: Instance) -> InstanceStatus:
+        """How far an instance of the latest snapshot has come."""
         ...
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:

@@ -1,5 +1,6 @@
 """exo's routes that place, await and delete an instance: parse what is asked, render what was decided. Pure."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -9,12 +10,13 @@ from covey.api import cluster_objects as objects
 from covey.api.body import DialectBody, fields, json_object
 from covey.api.case import camel_case, snake_case
 from covey.api.errors import RequestError
-from covey.api.readiness import describe, is_ready, runner_reports
 from covey.schema.cluster import (
     Accepted,
     ClusterState,
     CommandOutcome,
     Instance,
+    InstancePhase,
+    InstanceStatus,
     PlaceModel,
     Refused,
     TimedOut,
@@ -27,6 +29,8 @@ TOKENS_MAX = 2**31 - 1
 SLOTS_MAX = 1024
 AWAIT_S_MAX = 300
 RECEIVED = "Command received."
+
+Awaited = Sequence[tuple[Instance, InstanceStatus]]  # the instances of a model, and how far each has come
 
 
 class PlaceBody(DialectBody):
@@ -117,18 +121,19 @@ def instance_with(state: ClusterState, instance_id: str) -> Instance:
 
 
 def render_instance(state: ClusterState, instance: Instance) -> dict[str, Any]:
-    return objects.instance(camel_case, instance, runner_reports(state))
+    return objects.instance(camel_case, instance, objects.runner_reports(state))
 
 
-def render_awaited(state: ClusterState, model_id: str) -> dict[str, Any] | None:
-    """The event "ready" once an instance of the model can answer. exo speaks snake_case here."""
-    for instance in state.instances:
-        if instance.card.model_id == model_id and is_ready(state, instance):
-            return {"type": "ready", "instance": objects.instance(snake_case, instance, runner_reports(state))}
+def render_awaited(state: ClusterState, placed: Awaited) -> dict[str, Any] | None:
+    """The event "ready" once an instance can answer (exo speaks snake_case here), "failed" once none ever will."""
+    for instance, status in placed:
+        if status.phase is InstancePhase.READY:
+            return {"type": "ready", "instance": objects.instance(snake_case, instance, objects.runner_reports(state))}
+    if placed and all(status.phase is InstancePhase.FAILED for _, status in placed):
+        return {"type": "failed", "message": placed[0][1].explanation}
     return None
 
 
-def render_timeout(state: ClusterState, query: AwaitQuery) -> dict[str, Any]:
-    waiting = [describe(state, item) for item in state.instances if item.card.model_id == query.model_id]
-    reason = waiting[0] if waiting else "It is not placed."
-    return {"type": "timeout", "message": f"{query.model_id} was not ready within {query.timeout_s:g} s. {reason}"}
+def render_timeout(placed: Awaited, query: AwaitQuery) -> dict[str, Any]:
+    reason = placed[0][1].text if placed else "it is not placed"
+    return {"type": "timeout", "message": f"{query.model_id} was not ready within {query.timeout_s:g} s: {reason}."}

@@ -6,12 +6,18 @@ Each is rendered in the `Case` that its route speaks; tagged objects are `{"Clas
 from typing import Any
 
 from covey.api.case import Case
-from covey.schema.cluster import DownloadReport, DownloadState, Instance, RunnerReport, Stage
+from covey.schema.cluster import ClusterState, DownloadReport, DownloadState, Instance, RunnerReport, Stage
 from covey.schema.ids import NodeId, RunnerId
 from covey.schema.model import ModelCard
 from covey.schema.runner import RunnerState
 
 MILLISECONDS = 1000
+
+
+def runner_reports(state: ClusterState) -> dict[RunnerId, RunnerReport]:
+    """What the nodes say of their runners."""
+    reports = (member.report for member in state.members)
+    return {runner.runner_id: runner for report in reports if report for runner in report.runners}
 
 
 def memory(case: Case, byte_count: int) -> dict[str, int]:

@@ -10,7 +10,6 @@ from typing import Any, cast
 from covey.api import cluster_objects as objects
 from covey.api.case import camel_case
 from covey.api.errors import RequestError
-from covey.api.readiness import runner_reports
 from covey.schema.cluster import ClusterState, DownloadReport, DownloadState, Hardware, Member, NodeReport, Visibility
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.model import ModelCard
@@ -32,7 +31,7 @@ INDEX_DIGITS_MAX = 6  # no list here is longer, and a number of thousands of dig
 
 def render_state(state: ClusterState, cards: dict[ModelId, ModelCard], now: datetime) -> dict[str, Any]:
     """`cards`: the models that this node can name, for downloads that no instance asks for. `now` is in UTC."""
-    runners = runner_reports(state)
+    runners = objects.runner_reports(state)
     reports = [member.report for member in state.members if member.report]
     rendered: dict[str, Any] = {
         "instances": {item.instance_id: objects.instance(camel_case, item, runners) for item in state.instances},

@@ -33,7 +33,7 @@ from covey.schema.generation import (
     TextGenerated,
     Timings,
 )
-from covey.schema.ids import InstanceId, ModelId
+from covey.schema.ids import InstanceId
 
 RETRY_AFTER_S = 5  # a model that loads, or a queue that is full, may be ready by then
 WORTH_A_RETRY = frozenset({429, 503})
@@ -319,7 +319,7 @@ class InstanceRoutes:
         return json_response(cluster_commands.render_deleted(result.command_id, instance_id))
 
     async def wait_ready(self, request: Request) -> Response:
-        """Streams one event: when an instance of the model can answer, or when the time is over."""
+        """Streams one event: when an instance of the model can answer, or none ever will, or the time is over."""
         parameters = request.query_params
         query = cluster_commands.parse_await(parameters.get("model_id"), parameters.get("timeout_seconds"))
         return stream(self._ready(query), lambda event: [sse.data(event)])
@@ -328,9 +328,11 @@ class InstanceRoutes:
         deadline = anyio.current_time() + query.timeout_s if query.timeout_s else float("inf")
         while True:
             state = self._backend.state()
-            ready = cluster_commands.render_awaited(state, ModelId(query.model_id))
+            placed = [each for each in state.instances if each.card.model_id == query.model_id]
+            awaited = [(each, self._backend.instance_status(each)) for each in placed]
+            end = cluster_commands.render_awaited(state, awaited)
             left = deadline - anyio.current_time()
-            if ready or left <= 0:
-                yield ready or cluster_commands.render_timeout(state, query)
+            if end or left <= 0:
+                yield end or cluster_commands.render_timeout(awaited, query)
                 return
             await self._backend.wait_changed(state.revision, min(left, WAIT_S_MAX))

@@ -7,8 +7,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
-from covey.control.routing import InstancePhase, instance_status
-from covey.schema.cluster import ClusterState, DownloadState, Instance
+from covey.control.routing import instance_status
+from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
 from covey.schema.ids import InstanceId
 
 APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
@@ -56,7 +56,7 @@ def wait_ready(node: NodeClient, instance_id: str) -> Instance:
             if status.phase is InstancePhase.READY:
                 return instance
             if status.phase is InstancePhase.FAILED:
-                raise CliError(f"{instance.card.model_id} {status.text}")
+                raise CliError(status.explanation)
             _show(progress, task, state, instance)
     raise CliError(f"The node at {node.url} ended while {instance_id} was being made ready.")
 

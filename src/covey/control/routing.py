@@ -3,9 +3,7 @@ everywhere.
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.placement.nodes import Candidate
@@ -17,6 +15,8 @@ from covey.schema.cluster import (
     DownloadState,
     Hardware,
     Instance,
+    InstancePhase,
+    InstanceStatus,
     NodeReport,
     Refused,
     RunnerReport,
@@ -28,21 +28,7 @@ from covey.schema.ids import ModelId, NodeId
 from covey.schema.runner import Address, RunnerState
 
 Reports = dict[NodeId, NodeReport]
-
-
-class InstancePhase(StrEnum):
-    WAITING = "waiting"
-    DOWNLOADING = "downloading"
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-
-
-class InstanceStatus(Struct, frozen=True):
-    """How far an instance has come. `text` is for a person: "loading 12 of 30 layers", "failed: …"."""
-
-    phase: InstancePhase
-    text: str
+Progress = tuple[InstancePhase, str]
 
 
 # ---- which one ----
@@ -62,7 +48,7 @@ def pick(state: ClusterState, model_id: ModelId) -> Instance | Refused:
         return min(ready, key=lambda each: (request_count(each, reports), each.instance_id))
     placed = [each for each in state.instances if each.card.model_id == model_id]
     if placed:
-        return Refused(f"{model_id} is not ready: {instance_status(state, placed[0]).text}.", 503)
+        return Refused(instance_status(state, placed[0]).explanation, 503)
     wished = [each for each in state.wishes if each.card.model_id == model_id]
     if wished:
         return Refused(f"{model_id} is not placed: {wish_status(state, wished[0])}", 503)
@@ -80,14 +66,25 @@ def head_address(state: ClusterState, instance: Instance) -> Address | None:
 
 def instance_status(state: ClusterState, instance: Instance) -> InstanceStatus:
     """One summary of an instance: the first of its nodes, downloads or runners that holds it up."""
+    phase, text = _progress(state, instance)
+    name = instance.card.model_id
+    if phase is InstancePhase.FAILED:
+        explanation = f"{name} {text}\n`covey stop {instance.instance_id}` gives up on it."
+    else:
+        explanation = f"{name} is {text}." if phase is InstancePhase.READY else f"{name} is not ready: {text}."
+    return InstanceStatus(phase, text, explanation)
+
+
+def _progress(state: ClusterState, instance: Instance) -> Progress:
     reports = visible_reports(state)
     lost = [stage for stage in instance.stages if stage.node_id not in reports]
     if lost:
         names = ", ".join(_name(state, stage) for stage in lost)
-        return InstanceStatus(InstancePhase.WAITING, f"waiting for {names}")
+        return InstancePhase.WAITING, f"waiting for {names}"
     if is_ready(instance, reports):
-        return InstanceStatus(InstancePhase.READY, "ready")
-    return _failure(instance, reports) or _download(instance, reports) or _loading(instance, reports)
+        return InstancePhase.READY, "ready"
+    failure, download = _failure(instance, reports), _download(instance, reports)
+    return failure or download or _retry(instance, reports) or _loading(instance, reports)
 
 
 def wish_status(state: ClusterState, wish: Wish) -> str:
@@ -113,18 +110,19 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
     )
 
 
-def _failure(instance: Instance, reports: Reports) -> InstanceStatus | None:
+def _failure(instance: Instance, reports: Reports) -> Progress | None:
+    """What nobody tries again; and a download that failed, though that is: what it lacks is a person's to give."""
     for stage in instance.stages:
         report = runner_report(stage, reports)
-        if report and report.state is RunnerState.FAILED:
-            return InstanceStatus(InstancePhase.FAILED, f"failed: {report.reason}")
+        if report and report.state is RunnerState.FAILED and not report.retries_left:
+            return InstancePhase.FAILED, f"failed: {report.reason}"
         download = _download_report(instance, reports[stage.node_id])
         if download and download.state is DownloadState.FAILED:
-            return InstanceStatus(InstancePhase.FAILED, f"failed: {download.reason}")
+            return InstancePhase.FAILED, f"failed: {download.reason}"
     return None
 
 
-def _download(instance: Instance, reports: Reports) -> InstanceStatus | None:
+def _download(instance: Instance, reports: Reports) -> Progress | None:
     """The download that is furthest behind."""
     found = [_download_report(instance, reports[stage.node_id]) for stage in instance.stages]
     percents = [
@@ -132,18 +130,26 @@ def _download(instance: Instance, reports: Reports) -> InstanceStatus | None:
         for each in found
         if each and each.state is DownloadState.ONGOING
     ]
-    if not percents:
-        return None
-    return InstanceStatus(InstancePhase.DOWNLOADING, f"downloading {min(99, *percents)} %")
+    return (InstancePhase.DOWNLOADING, f"downloading {min(99, *percents)} %") if percents else None
 
 
-def _loading(instance: Instance, reports: Reports) -> InstanceStatus:
+def _retry(instance: Instance, reports: Reports) -> Progress | None:
+    """A runner that failed and is tried again. Of its reason the log is left out."""
+    for stage in instance.stages:
+        report = runner_report(stage, reports)
+        if report and report.state is RunnerState.FAILED:
+            reason = report.reason.partition("\n")[0]
+            return InstancePhase.LOADING, f"{reports[stage.node_id].name} tries again after a failure ({reason})"
+    return None
+
+
+def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
     loaded = sum(each.layers_loaded for each in runners if each)
     if loaded or any(each and each.state is RunnerState.LOADING for each in runners):
-        return InstanceStatus(InstancePhase.LOADING, f"loading {loaded} of {instance.card.layer_count} layers")
+        return InstancePhase.LOADING, f"loading {loaded} of {instance.card.layer_count} layers"
     states = ", ".join(sorted({each.state.value if each else "not started" for each in runners}))
-    return InstanceStatus(InstancePhase.WAITING, f"waiting for its runners ({states})")
+    return InstancePhase.WAITING, f"waiting for its runners ({states})"
 
 
 def nodes_of(state: ClusterState, leaving: Sequence[Instance] = ()) -> tuple[Candidate, ...]:

@@ -55,8 +55,8 @@ class Runner(Struct):
     last_attempt: int = 0  # that had a process
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
-    failures: int = 0  # since it was last healthy
-    retry_ms: int | None = None  # when FAILED ends; None: never
+    retries_left: int = 0
+    retry_ms: int | None = None  # when FAILED ends; None: not before its process is reaped, or never
     listen_host: str = ""
     data_address: Address | None = None
     linked_to: tuple[int, Address] | None = None  # the next stage: its node's boot, and where it listens
@@ -73,6 +73,7 @@ class Runner(Struct):
             instance_id=self.instance.instance_id,
             state=self.state,
             attempt=self.attempt,
+            retries_left=self.retries_left,
             data_address=self.data_address,
             layers_loaded=self.layers_loaded,
             layers_total=shard.layer_end - shard.layer_start,
@@ -240,7 +241,7 @@ def _stopped(runner: Runner, _: RunnerExited) -> Outcome:
 
 
 def _retry(runner: Runner, news: Retry) -> Outcome:
-    runner.attempt, runner.retry_ms = news.attempt, None
+    runner.attempt, runner.retry_ms, runner.retries_left = news.attempt, None, runner.retries_left - 1
     return IDLE, []
 
 

@@ -84,14 +84,12 @@ class Runners:
         if runner.state in SERVING_STATES:
             runner.serving_since_ms = now_ms if runner.serving_since_ms is None else runner.serving_since_ms
             return
+        steps = self.settings.runner_back_off_ms
         since, runner.serving_since_ms = runner.serving_since_ms, None
         if since is not None and now_ms - since >= self.settings.runner_healthy_ms:
-            runner.failures = 0
-        if runner.state is RunnerState.FAILED and not runner.has_process and runner.retry_ms is None:
-            steps = self.settings.runner_back_off_ms
-            if runner.failures < len(steps):
-                runner.retry_ms = now_ms + steps[runner.failures]
-            runner.failures += 1
+            runner.retries_left = len(steps)
+        if runner.state is RunnerState.FAILED and not runner.has_process and runner.retries_left:
+            runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
 
     # ---- desired minus actual ----
 
@@ -138,7 +136,8 @@ class Runners:
                     assigned[stage.runner_id] = (instance, stage)
         for runner_id, (instance, stage) in assigned.items():
             if runner_id not in self.runners:
-                self.runners[runner_id] = Runner(instance, stage, self.settings.stop_grace_ms)
+                retries = len(self.settings.runner_back_off_ms)
+                self.runners[runner_id] = Runner(instance, stage, self.settings.stop_grace_ms, retries_left=retries)
                 self.revision += 1
         for runner_id, runner in self.runners.items():
             runner.wanted = runner_id in assigned

@@ -107,6 +107,7 @@ class RunnerReport(Struct, frozen=True, kw_only=True):
     instance_id: InstanceId
     state: RunnerState
     attempt: int
+    retries_left: int = 0  # how often it is still started anew after a failure; a failed one with none stays failed
     data_address: Address | None = None  # where its data port listens
     layers_loaded: int = 0
     layers_total: int = 0
@@ -238,6 +239,22 @@ class Member(Struct, frozen=True, kw_only=True):
     visibility: Visibility
     heard_ms_ago: int  # 0 for this node
     report: NodeReport | None  # None until its first report has come
+
+
+class InstancePhase(StrEnum):
+    WAITING = "waiting"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"  # until a person does something about it
+
+
+class InstanceStatus(Struct, frozen=True):
+    """How far an instance has come."""
+
+    phase: InstancePhase
+    text: str  # a few words for a table: "loading 12 of 30 layers", "failed: …"
+    explanation: str  # why it can't answer, and what to do if it has failed: sentences for whoever waits for it
 
 
 class ClusterState(Struct, frozen=True, kw_only=True):

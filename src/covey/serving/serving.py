@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from covey.control import routing
 from covey.control.runner_table import LOADED_STATES
-from covey.schema.cluster import ClusterState, Instance, Refused
+from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
 from covey.schema.generation import Admit, GenerationEvent, GenerationFailed, GenerationRequest
 from covey.schema.ids import InstanceId, ModelId, RequestId
 from covey.schema.model import ModelCard
@@ -171,7 +171,7 @@ def held(state: ClusterState) -> list[Instance]:
 def is_coming(state: ClusterState, model_id: ModelId) -> bool:
     """Whether an instance of the model may become ready by itself."""
     placed = [instance for instance in state.instances if instance.card.model_id == model_id]
-    failed = routing.InstancePhase.FAILED
+    failed = InstancePhase.FAILED
     return any(routing.instance_status(state, instance).phase is not failed for instance in placed)
 
 
