@@ -61,6 +61,7 @@ class Safety:
         self.map_sent_ms: dict[NodeId, int] = {}
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
         self.heard_ms: dict[NodeId, int] = {}
+        self.left: dict[NodeId, int] = {}  # the boot that said goodbye
         self.stale: Heartbeat | NodeReport | None = None  # what has arrived now, and says nothing new
         self.last_ms: int | None = None  # of the last step
         self.woke_ms = -(10**9)
@@ -96,6 +97,8 @@ class Safety:
                 self.stale = message
             else:
                 self.heartbeats[message.node_id] = message
+            if message.is_leaving:
+                self.left[message.node_id] = max(message.boot, self.left.get(message.node_id, 0))
 
     # ---- after every step ----
 
@@ -173,6 +176,8 @@ class Safety:
             latest = machine.membership.seen[node_id]
             if node_id not in self.members and latest <= self.forgotten.get(node_id, NEVER):
                 self._fail(f"it took {node_id} back, though it said nothing new")
+            if peer.boot <= self.left.get(node_id, 0):
+                self._fail(f"it counts on {node_id}, which has said goodbye")
             self.members[node_id] = latest
             if peer.report:
                 moment = (peer.report.boot, peer.report.sequence)

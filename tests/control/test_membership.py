@@ -1,5 +1,7 @@
 """Who is visible, away and forgotten; what is stale stays stale."""
 
+from msgspec.structs import replace
+
 from covey.control.leadership import Leadership
 from covey.control.membership import Membership
 from covey.control.settings import MachineSettings
@@ -95,6 +97,21 @@ def test_a_new_life_of_a_node_drops_what_the_old_one_said() -> None:
     assert members.peers[ADA].report is not None
 
 
+def test_who_says_goodbye_is_gone_at_once_and_only_a_new_life_comes_back() -> None:
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(ADA, 5))
+    assert not members.hear_heartbeat(100, replace(beat(ADA, 8), is_leaving=True))
+    assert ADA not in members.peers
+    members.hear_heartbeat(110, beat(ADA, 7))
+    members.hear_heartbeat(110, replace(beat(ADA, 9), is_leaving=True))
+    members.hear_report(110, report(ADA, 6))
+    members.hear_report(110, report(ADA, 10))  # of a runner that has ended since
+    assert ADA not in members.peers
+    assert members.hear_heartbeat(200, beat(ADA, 1, boot=2))
+    members.hear_heartbeat(210, replace(beat(ADA, 11), is_leaving=True))  # of the life before, late
+    assert shown(members) is Visibility.VISIBLE
+
+
 def test_reports_may_overtake_one_another() -> None:
     members = Membership(ME, SETTINGS)
     members.hear_report(0, report(ADA, 3))
@@ -166,3 +183,14 @@ def test_the_next_claim_is_higher_than_any_term_seen() -> None:
     assert leadership.leader is None
     leadership.advance(3_500)
     assert leadership.claim == Claim(42, ME)
+
+
+def test_a_leader_that_says_goodbye_is_followed_at_once() -> None:
+    members = Membership(ME, SETTINGS)
+    leadership = Leadership(ME, SETTINGS, members)
+    members.hear_heartbeat(0, beat(ADA, 1, claim=Claim(4, ADA)))
+    leadership.advance(0)
+    members.hear_heartbeat(100, replace(beat(ADA, 2), is_leaving=True))
+    leadership.hear_goodbye(100, ADA)
+    leadership.advance(100)
+    assert leadership.claim == Claim(5, ME)

@@ -83,6 +83,17 @@ def the_leader_dies(story: Story) -> None:
     story.go_on(35_000)
 
 
+def the_leader_leaves(story: Story) -> None:
+    for host in story.hosts("ada", "bea", "cleo"):
+        host.start()
+    story.go_on(2_000)
+    story.world.people.place(story.leader(), SMALL)
+    story.go_on(5_000)
+    story.say("the leader leaves, and takes its runner along: nobody waits for it, another leads and serves the model")
+    story.leader().leave()
+    story.go_on(9_000)
+
+
 def a_node_crashes_and_returns(story: Story) -> None:
     ada, bea = story.hosts("ada", "bea")
     ada.start()
@@ -284,6 +295,7 @@ def one_link_of_three_is_missing(story: Story) -> None:
 STORIES: tuple[Callable[[Story], None], ...] = (
     three_nodes_start_at_once,
     the_leader_dies,
+    the_leader_leaves,
     a_node_crashes_and_returns,
     a_command_at_a_node_that_does_not_lead,
     a_placement_is_refused,

@@ -75,6 +75,10 @@ def retry_a_fetch_at_once(self: Downloads, now_ms: int, news: Any) -> None:
         download.phase, download.due_ms = type(download.phase)("waiting"), now_ms
 
 
+def let_go_and_forget(self: Membership, heartbeat: Any) -> None:
+    self.peers.pop(heartbeat.node_id, None)
+
+
 def any_nodes(wish: Any, _: Any) -> Options:
     return Options(context_length=wish.context_length, slot_count=wish.slot_count)
 
@@ -93,6 +97,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "instances of forgotten nodes stay": ((Machine, "_gone", nothing),),
     "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
+    "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
 }
 

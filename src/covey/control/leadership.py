@@ -41,6 +41,12 @@ class Leadership:
         self.leaderless_since_ms = now_ms
         self._follow(now_ms, None)
 
+    def hear_goodbye(self, now_ms: int, node_id: NodeId) -> None:
+        """A leader that says that it leaves is not waited for."""
+        if node_id == self.leader:
+            self.leaderless_since_ms = now_ms - self.settings.leaderless_ms
+            self._follow(now_ms, None)
+
     def deadline(self) -> int | None:
         """When this node may have to claim."""
         since = self.leaderless_since_ms

@@ -191,6 +191,7 @@ class Machine:
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
         self._is_leaving = True
+        self._heartbeat_due_ms = now_ms  # says so
         self.leadership.resign(now_ms)
         return self.asking.refuse_all(LEAVING)
 
@@ -200,6 +201,9 @@ class Machine:
         if heartbeat.node_id == self.node_id:
             return []
         arrived = self.membership.hear_heartbeat(now_ms, heartbeat)
+        if heartbeat.node_id not in self.membership.peers:
+            self.leadership.hear_goodbye(now_ms, heartbeat.node_id)
+            return []
         greeting: list[Effect] = self._greet(now_ms, heartbeat.node_id) if arrived else []
         return greeting + self.replication.compare(now_ms, heartbeat)
 
@@ -384,7 +388,7 @@ class Machine:
     def _heartbeat(self, now_ms: int) -> Heartbeat:
         self._sequence += 1
         hears, claim = self.membership.hears(now_ms), self.leadership.claim
-        return Heartbeat(self.node_id, self.boot, self._sequence, hears, claim, self.cluster.digest)
+        return Heartbeat(self.node_id, self.boot, self._sequence, hears, claim, self.cluster.digest, self._is_leaving)
 
     def _greet(self, now_ms: int, node_id: NodeId) -> list[Effect]:
         """To a node that just came: that we hear it, and what we have to say, without waiting for the next beat."""

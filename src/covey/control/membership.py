@@ -1,9 +1,12 @@
 """Who is here, by heartbeats that say whom their sender hears.
 
 A node is visible while it was heard lately and hears us. It is away after `away_ms`, and forgotten, with its report,
-`forgotten_ms` after it was last heard. (boot, sequence) is remembered even then: what was sent before what we have
-seen can neither bring a node back nor change what we know of it.
+`forgotten_ms` after it was last heard. A node that says that it leaves is forgotten at once. (boot, sequence) is
+remembered even then: what was sent before what we have seen can neither bring a node back nor change what we know of
+it, and of a boot that left nothing counts any more.
 """
+
+from typing import Final
 
 from msgspec import Struct
 
@@ -13,6 +16,7 @@ from covey.schema.ids import NodeId
 
 Moment = tuple[int, int]  # (boot, sequence)
 NEVER: Moment = (-1, -1)
+LAST_SEQUENCE: Final = 2**63 - 1  # of a boot: later than all that it can have said
 
 
 class Peer(Struct):
@@ -45,12 +49,18 @@ class Membership:
     # ---- what comes in ----
 
     def hear_heartbeat(self, now_ms: int, heartbeat: Heartbeat) -> bool:
-        """Takes it in, unless it is stale. True if its sender is new here, started anew, or was away: greet it."""
+        """Takes it in, unless it is stale or says goodbye.
+
+        True if its sender is new here, started anew, or was away: greet it.
+        """
         moment = (heartbeat.boot, heartbeat.sequence)
         peer = self.peers.get(heartbeat.node_id)
         if moment <= (peer.heartbeat_moment if peer else self.seen.get(heartbeat.node_id, NEVER)):
             return False
         if peer and heartbeat.boot < peer.boot:
+            return False
+        if heartbeat.is_leaving:
+            self._let_go(heartbeat)
             return False
         peer, arrived = self._hear(now_ms, heartbeat.node_id, moment)
         peer.heartbeat_moment = moment
@@ -89,6 +99,10 @@ class Membership:
         peer.forget_ms = now_ms + self.settings.forgotten_ms
         self._remember(node_id, moment)
         return peer, arrived
+
+    def _let_go(self, heartbeat: Heartbeat) -> None:
+        self.revision += self.peers.pop(heartbeat.node_id, None) is not None
+        self._remember(heartbeat.node_id, (heartbeat.boot, LAST_SEQUENCE))
 
     def _remember(self, node_id: NodeId, moment: Moment) -> None:
         latest = max(moment, self.seen.pop(node_id, NEVER))

@@ -154,6 +154,7 @@ class Heartbeat(Struct, frozen=True, tag=True):
     hears: tuple[NodeId, ...]
     claim: Claim | None
     intent_digest: str  # differs from the hearer's: one of the two sends `IntentUpdate` with what it has
+    is_leaving: bool = False  # its runners end, then it: nobody is to count on this boot any more
 
 
 class IntentUpdate(Struct, frozen=True, tag=True):
