@@ -237,7 +237,16 @@ class Safety:
         if now_ms - started_ms < machine.settings.runner_spacing_ms:
             self._fail(f"{runner_id} is started twice within {now_ms - started_ms} ms")
         self.attempts[runner_id] = (effect.attempt, now_ms)
+        self._check_room(effect)
         self._check_back_off(machine, runner_id)
+
+    def _check_room(self, effect: StartRunner) -> None:
+        """A node starts only what fits beside its other processes, whatever was assigned to it."""
+        assert self.host.machine is not None
+        stages = self.host.machine.cluster.instances[effect.spec.instance_id].stages
+        taken = stages[effect.spec.stage_index].memory_bytes + sum(each.memory_bytes for each in self.host.processes)
+        if taken > self.host.memory_bytes:
+            self._fail(f"it starts {effect.runner_id}, and its runners need {taken} of {self.host.memory_bytes} bytes")
 
     def _check_back_off(self, machine: Machine, runner_id: RunnerId) -> None:
         failures = self.failures.get(runner_id, [])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
 from covey.control.runners import Runners, World
@@ -43,11 +44,11 @@ others are what the process says or does.
 """
 
 
-def instance(stage_count: int) -> Instance:
+def instance(stage_count: int, memory_bytes: int = 100) -> Instance:
     cuts = [0, 3, 6] if stage_count == 2 else [0, 6]
     owners = [(MINE, ME), (THEIRS, OTHER)][:stage_count]
     stages = [
-        Stage(runner_id, node_id, Shard(start, end, 6), 100)
+        Stage(runner_id, node_id, Shard(start, end, 6), memory_bytes)
         for (runner_id, node_id), start, end in zip(owners, cuts, cuts[1:], strict=False)
     ]
     return Instance(
@@ -69,6 +70,7 @@ class Bench:
         self.instances = [instance(stage_count)]
         self.paths: dict[str, str] = {ModelId("small"): "/small.gguf"}
         self.other: NodeReport | None = None
+        self.free_bytes: int | None = 1_000
         self.now_ms = 0
 
     def report(self, state: RunnerState, attempt: int, boot: int = 1, port: int | None = None) -> None:
@@ -95,7 +97,7 @@ class Bench:
     def advance(self, by_ms: int = 0) -> list[Effect]:
         self.now_ms += by_ms
         reports = {OTHER: self.other} if self.other else {}
-        return self.runners.advance(self.now_ms, World(self.instances, reports, self.paths))
+        return self.runners.advance(self.now_ms, World(self.instances, reports, self.paths, self.free_bytes))
 
     def say(self, message: Any, attempt: int = 1) -> list[Effect]:
         return self.hear(RunnerSaid(MINE, attempt, message))
@@ -210,6 +212,56 @@ def test_a_former_attempt_is_not_heard() -> None:
     assert bench.exit(1) == []
     assert bench.say(Listening(7), attempt=1) == []
     assert bench.mine.state is RunnerState.IDLE
+
+
+def test_what_does_not_fit_is_not_started_and_tried_again() -> None:
+    """The node knows its memory better than the leader that placed it there."""
+    bench = Bench()
+    bench.instances = [instance(1, 2_500_000_000)]
+    bench.free_bytes = None
+    assert bench.advance() == []
+    assert bench.mine.state is RunnerState.IDLE  # nobody knows yet
+    bench.free_bytes = 2_100_000_000
+    assert bench.advance() == []
+    [report] = bench.runners.reports()
+    assert (report.state, report.attempt, report.retries_left) == (RunnerState.FAILED, 1, 3)
+    assert report.reason == (
+        "memory: the runner needs 2.5 GB; its node has 2.1 GB free, 0 MB of that promised to other runners, "
+        "so 400 MB are missing"
+    )
+    bench.free_bytes = 2_500_000_000
+    assert bench.advance(999) == []
+    [start] = bench.advance(1)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+
+
+def test_what_never_fits_fails_for_good() -> None:
+    bench = Bench()
+    bench.free_bytes = 99
+    for pause_ms in (0, 1_000, 4_000, 16_000, 10**9):
+        assert bench.advance(pause_ms) == []
+    assert bench.mine.state is RunnerState.FAILED
+    assert bench.runners.reports()[0].retries_left == 0
+
+
+def test_memory_is_promised_to_runners_that_start_and_to_the_caches_of_those_that_have_loaded() -> None:
+    bench = Bench()
+    bench.advance()
+    second = replace(
+        bench.instances[0], instance_id=InstanceId("j"), stages=(replace(instance(1).stages[0], runner_id="j.0"),)
+    )
+    bench.instances.append(second)
+    bench.free_bytes = 199  # the first takes 100 of it
+    assert bench.advance() == []
+    assert bench.runners.reports()[1].state is RunnerState.FAILED
+    for message in (Listening(7), Connected(), Loaded(60)):
+        bench.say(message)
+    bench.free_bytes = 139  # the first holds 60 and takes 40 more
+    assert bench.advance(1_000) == []
+    bench.free_bytes = 140
+    [start] = bench.advance(4_000)
+    assert isinstance(start, StartRunner)
 
 
 # ---- two stages ----

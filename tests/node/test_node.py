@@ -18,6 +18,7 @@ from tiny_model import write_model
 from covey.node import NodeOptions, run_node
 
 TOGETHER_S_MAX = AWAY_S_MAX = 3.0
+GONE_S_MAX = 2.0  # of a node that says goodbye: it takes some 10 ms, and to be away takes 2.5 s
 
 
 def place(node: NodeProcess, model: Path, nodes: int) -> None:
@@ -53,6 +54,19 @@ def test_two_nodes_from_start_to_end(tmp_path: Path) -> None:
         assert a.leave() == 0
         assert psutil.wait_procs(left, timeout=1)[1] == []
         assert "Traceback" not in a.errors() + b.errors()
+
+
+def test_a_node_that_leaves_is_gone_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, "a", "b", "c") as nodes:
+        until(lambda: all(len(node.visibility()) == len(nodes) for node in nodes))
+        until(lambda: all(node.get("/cluster")["leader"] for node in nodes))
+        [leader] = [node for node in nodes if node.get("/cluster")["leader"] == node.node_id]
+        others = [node for node in nodes if node is not leader]
+        leader.process.send_signal(signal.SIGTERM)
+        took_s = until(lambda: all(set(node.visibility()) == {other.name for other in others} for node in others))
+        took_s += until(lambda: all(node.get("/cluster")["leader"] for node in others))
+        print(f"gone, and followed by another, after {took_s:.2f} s")
+        assert took_s < GONE_S_MAX
 
 
 def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

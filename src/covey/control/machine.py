@@ -290,7 +290,8 @@ class Machine:
         mine: list[Instance] = [] if self._is_leaving else self._assigned(now_ms)
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
-        world = World(mine, self._reports(), self._paths(needed))
+        free_bytes = self.memory.free_bytes(self.runners.resident_bytes(), self.runners.living())
+        world = World(mine, self._reports(), self._paths(needed), free_bytes)
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
 from covey.control.runner_table import LOADED_STATES, SERVING_STATES
@@ -228,15 +229,11 @@ def _candidate(
 
 
 def _promised(stage: Stage, report: NodeReport) -> int:
-    """What a stage will still take of the memory that its node says is available.
-
-    A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill.
-    """
+    """What a stage will still take of the memory that its node says is available."""
     if stage.node_id != report.node_id:
         return 0
-    resident = [each.resident_bytes for each in report.runners if each.runner_id == stage.runner_id]
-    loaded = any(each.runner_id == stage.runner_id and each.state in LOADED_STATES for each in report.runners)
-    return max(stage.memory_bytes - resident[0], 0) if loaded else stage.memory_bytes
+    own = [each for each in report.runners if each.runner_id == stage.runner_id and each.state in LOADED_STATES]
+    return still_to_take_bytes(stage.memory_bytes, own[0].resident_bytes if own else None)
 
 
 def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:

@@ -95,6 +95,13 @@ class Begin(Struct, frozen=True):
     now_ms: int
 
 
+class Refuse(Struct, frozen=True):
+    """What placement counted for it is not free here: it fails before it has a process."""
+
+    attempt: int
+    reason: str
+
+
 class Link(Struct, frozen=True):
     """All stages listen, in the same generation; this is the next one."""
 
@@ -159,6 +166,13 @@ def _begin(runner: Runner, news: Begin) -> Outcome:
     runner.has_process, runner.started_ms = True, news.now_ms
     runner.listen_host = news.spec.listen_host
     return IDLE, [StartRunner(runner.stage.runner_id, runner.attempt, news.spec)]
+
+
+def _refuse(runner: Runner, news: Refuse) -> Outcome:
+    if runner.has_process:
+        raise UnexpectedInputError(f"{runner.stage.runner_id} has a process, it can't be refused one")
+    runner.attempt, runner.reason = news.attempt, news.reason
+    return FAILED, []
 
 
 def _stay(runner: Runner, _: Any) -> Outcome:
@@ -269,6 +283,7 @@ PROCESS_WORDS: Final = (Listening, Connected, LoadProgressed, Loaded, Ready, Act
 
 TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (IDLE, Begin): Transition(_begin, (IDLE,)),
+    (IDLE, Refuse): Transition(_refuse, (FAILED,)),
     (IDLE, Listening): Transition(_listening, (CONNECTING,)),
     (CONNECTING, Link): Transition(_link, (CONNECTING,)),
     (CONNECTING, Connected): Transition(_connected, (CONNECTED,)),

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from covey.control.placement.memory import still_to_take_bytes
+from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
     LOADED_STATES,
     SERVING_STATES,
@@ -23,6 +25,7 @@ from covey.control.runner_table import (
     Begin,
     Link,
     Proceed,
+    Refuse,
     Retry,
     Runner,
     Stop,
@@ -49,6 +52,7 @@ class World(Struct, frozen=True):
     instances: Sequence[Instance]
     reports: dict[NodeId, NodeReport]
     paths: dict[str, str]
+    memory_bytes_free: int | None  # on this node now; None: not known yet, so nothing starts
 
 
 class Runners:
@@ -127,6 +131,10 @@ class Runners:
             if runner.state in LOADED_STATES
         }
 
+    def living(self) -> tuple[RunnerId, ...]:
+        """Those whose process is not reaped yet."""
+        return tuple(runner_id for runner_id, runner in self.runners.items() if runner.has_process)
+
     def _assign(self, instances: Sequence[Instance]) -> None:
         """Makes a record for what is newly assigned, and marks what no longer is."""
         assigned: dict[RunnerId, tuple[Instance, Stage]] = {}
@@ -179,9 +187,32 @@ class Runners:
         last = runner.started_ms
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
         someone_failed = any(other.report.state is RunnerState.FAILED for other in others.values())
-        if path is None or too_soon or someone_failed:
+        if path is None or too_soon or someone_failed or world.memory_bytes_free is None:
             return []
-        return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
+        attempt, lack = _open_generation(runner, others), self._lack(runner, world.memory_bytes_free)
+        if lack is None:
+            return self._step(runner, Begin(attempt, self._spec(runner, path), now_ms))
+        effects = self._step(runner, Refuse(attempt, lack))
+        self._note(now_ms, runner)
+        return effects
+
+    def _lack(self, runner: Runner, free_bytes: int) -> str | None:
+        """Why `runner` does not fit into what is free and not promised to others here; None if it does.
+
+        Placement leaves a margin of what is free to the machine's owner. What has shrunk since then may use it up.
+        """
+        others = [each for each in self.runners.values() if each.has_process and each.state in STARTED_STATES]
+        loaded = self.resident_bytes()
+        promised = sum(
+            still_to_take_bytes(each.stage.memory_bytes, loaded.get(each.stage.runner_id)) for each in others
+        )
+        missing = runner.stage.memory_bytes + promised - free_bytes
+        if missing <= 0:
+            return None
+        return (
+            f"memory: the runner needs {amount(runner.stage.memory_bytes)}; its node has {amount(free_bytes)} free, "
+            f"{amount(promised)} of that promised to other runners, so {amount(missing)} are missing"
+        )
 
     def _link(self, runner: Runner, others: dict[int, Neighbour]) -> list[Effect]:
         """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""

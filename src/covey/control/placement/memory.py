@@ -56,5 +56,13 @@ def whole_bytes(load: Load, stage_count: int) -> int:
     return layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
 
 
+def still_to_take_bytes(counted_bytes: int, resident_bytes: int | None) -> int:
+    """What a runner will still take of the memory that is free: all that was counted, until it has loaded (None).
+
+    A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill.
+    """
+    return counted_bytes if resident_bytes is None else max(counted_bytes - resident_bytes, 0)
+
+
 def _in_memory(file_bytes: int) -> int:
     return file_bytes * WEIGHTS_PERCENT // 100
