@@ -110,12 +110,16 @@ class Host:
             os_name="Linux",
             os_version="1",
             memory_bytes_total=self.memory_bytes,
-            memory_bytes_available=max(0, self.memory_bytes * 9 // 10 - self.world.resident_bytes(self.machine_id)),
+            memory_bytes_available=self.free_bytes(),
             swap_bytes_total=0,
             swap_bytes_available=0,
             disk_bytes_total=DISK_BYTES,
             disk_bytes_available=DISK_BYTES,
         )
+
+    def free_bytes(self) -> int:
+        """A tenth is other programs', and the machine may be shared."""
+        return max(0, self.memory_bytes * 9 // 10 - self.world.resident_bytes(self.machine_id))
 
     # ---- its machine ----
 

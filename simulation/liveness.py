@@ -104,10 +104,11 @@ def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
 
 
 def _used_up(world: World, instance: Instance) -> bool:
-    """Whether one of its runners has failed as often as it may."""
+    """Whether one of its runners has failed as often as it may, or did not fit."""
     budget = len(world.settings.runner_back_off_ms)
     for stage in instance.stages:
-        if len(world.host(stage.node_id).safety.failures.get(stage.runner_id, [])) > budget:
+        safety = world.host(stage.node_id).safety
+        if len(safety.failures.get(stage.runner_id, [])) > budget or stage.runner_id in safety.refusals:
             return True
     return False
 

@@ -31,6 +31,7 @@ from covey.schema.machine import (
     StartFetch,
     StartRunner,
 )
+from covey.schema.runner import RunnerState
 from simulation.failure import Failure
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Safety:
         self.waiting: dict[str, int] = {}  # commands: when they were submitted
         self.attempts: dict[RunnerId, tuple[int, int]] = {}  # (attempt, when it was started)
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
+        self.refusals: set[RunnerId] = set()  # runners that did not fit
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
         self.map_sent_ms: dict[NodeId, int] = {}
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
@@ -110,6 +112,7 @@ class Safety:
             self._check_intent(machine)
         self._check_members(machine)
         self._check_seen(machine)
+        self._check_refusals(machine, effects)
         for effect in effects:
             self._check_effect(machine, effect)
         if not isinstance(news, MessageReceived):
@@ -199,6 +202,20 @@ class Safety:
                 self._fail(f"a stale heartbeat of {node_id} was taken for a fresh one")
             self.heard_ms[node_id] = peer.heard_ms
 
+    def _check_refusals(self, machine: Machine, effects: Sequence[Effect]) -> None:
+        """What a node has no room for does not fit, unless what other nodes of its machine freed is not probed yet."""
+        starting = [machine.runners.runners[each.runner_id] for each in effects if isinstance(each, StartRunner)]
+        taken = sum(process.memory_bytes - process.resident_bytes for process in self.host.processes)
+        taken += sum(runner.stage.memory_bytes for runner in starting)
+        is_alone = [host.machine_id for host in self.world.hosts].count(self.host.machine_id) == 1
+        for runner_id, runner in machine.runners.runners.items():
+            if runner.state is not RunnerState.FAILED or not runner.reason.startswith("memory: "):
+                continue
+            fits = taken + runner.stage.memory_bytes <= self.host.free_bytes()
+            if fits and is_alone and runner_id not in self.refusals:
+                self._fail(f"it refuses {runner_id}, which would fit")
+            self.refusals.add(runner_id)
+
     def _check_waiting(self, machine: Machine) -> None:
         limit_ms = machine.settings.command_timeout_ms
         for command_id, since_ms in self.waiting.items():
@@ -244,7 +261,8 @@ class Safety:
         """A node starts only what fits beside its other processes, whatever was assigned to it."""
         assert self.host.machine is not None
         stages = self.host.machine.cluster.instances[effect.spec.instance_id].stages
-        taken = stages[effect.spec.stage_index].memory_bytes + sum(each.memory_bytes for each in self.host.processes)
+        others = [each.resident_bytes if each.was_asked_to_stop else each.memory_bytes for each in self.host.processes]
+        taken = stages[effect.spec.stage_index].memory_bytes + sum(others)
         if taken > self.host.memory_bytes:
             self._fail(f"it starts {effect.runner_id}, and its runners need {taken} of {self.host.memory_bytes} bytes")
 

@@ -214,6 +214,23 @@ def test_memory_that_is_promised_but_not_loaded_counts() -> None:
     assert "are missing" in refused.reason
 
 
+def test_a_node_does_not_start_what_two_leaders_assigned_to_the_same_memory() -> None:
+    world, [ada] = cluster_of(1, memory=5)
+    world.people.place(ada, LARGE)
+    world.run_until(9_000)
+    assert ada.machine is not None
+    [wish], [instance] = ada.machine.cluster.wishes.values(), state(ada).instances
+    stages = tuple(replace(stage, runner_id=RunnerId("d1.0")) for stage in instance.stages)
+    other = replace(instance, instance_id=InstanceId("d1.b-1-0"), wish_id="d1", stages=stages)
+    ada.machine.cluster.apply((Written("wish/d1", replace(wish, wish_id="d1")), Written("instance/d1.b-1-0", other)))
+    world.run_until(30_000)
+    assert instance_status(state(ada), instance).phase is InstancePhase.READY
+    status = instance_status(state(ada), other)
+    assert status.phase is InstancePhase.FAILED
+    assert status.text.startswith("failed: memory: the runner needs ")
+    assert len(ada.processes) == 1
+
+
 # ---- commands ----
 
 

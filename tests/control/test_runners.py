@@ -36,8 +36,8 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "runner-states.m
 PAGE_TEXT = """# The states of a runner
 
 Drawn from the table in `src/covey/control/runner_table.py`; `COVEY_UPDATE_GOLDEN=1 make test` draws it again. Inputs
-that change nothing are left out. `Begin`, `Link`, `Proceed`, `Stop` and `Retry` are what the node itself decides, the
-others are what the process says or does.
+that change nothing are left out. `Begin`, `Refuse`, `Link`, `Proceed`, `Stop` and `Retry` are what the node itself
+decides, the others are what the process says or does.
 
 ```mermaid
 {diagram}```
@@ -71,6 +71,7 @@ class Bench:
         self.paths: dict[str, str] = {ModelId("small"): "/small.gguf"}
         self.other: NodeReport | None = None
         self.free_bytes: int | None = 1_000
+        self.is_memory_fresh = True
         self.now_ms = 0
 
     def report(self, state: RunnerState, attempt: int, boot: int = 1, port: int | None = None) -> None:
@@ -97,7 +98,8 @@ class Bench:
     def advance(self, by_ms: int = 0) -> list[Effect]:
         self.now_ms += by_ms
         reports = {OTHER: self.other} if self.other else {}
-        return self.runners.advance(self.now_ms, World(self.instances, reports, self.paths, self.free_bytes))
+        world = World(self.instances, reports, self.paths, self.free_bytes, self.is_memory_fresh)
+        return self.runners.advance(self.now_ms, world)
 
     def say(self, message: Any, attempt: int = 1) -> list[Effect]:
         return self.hear(RunnerSaid(MINE, attempt, message))
@@ -155,6 +157,37 @@ def test_an_unassigned_runner_is_stopped_reaped_and_forgotten() -> None:
     assert bench.mine.state is RunnerState.SHUTTING_DOWN
     bench.exit()
     assert bench.runners.runners == {}
+
+
+def test_a_runner_that_is_assigned_again_goes_on_counting_its_attempts() -> None:
+    """Its instance was dormant while a node was gone; what its former process says late must be known as stale."""
+    bench = Bench()
+    bench.advance()
+    assigned, bench.instances = bench.instances, []
+    bench.advance()
+    bench.exit()
+    bench.instances = assigned
+    assert bench.advance() == []  # within a second of its last start
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+
+
+def test_what_a_runner_says_while_it_is_stopped_is_no_failure() -> None:
+    """Its neighbour may have been stopped before it, and then its link broke."""
+    for still_assigned in (False, True):
+        bench = Bench(2)
+        bench.advance()
+        if still_assigned:
+            bench.report(RunnerState.FAILED, 1)
+        else:
+            bench.instances = []
+        assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
+        assert bench.say(PhaseFailed("running", "the link broke")) == []
+        [report] = bench.runners.reports()
+        assert (report.state, report.retries_left, report.reason) == (RunnerState.SHUTTING_DOWN, 3, "")
+        bench.exit()
+        assert [each.state for each in bench.runners.reports()] == ([RunnerState.IDLE] if still_assigned else [])
 
 
 def test_failures_back_off_and_end_after_the_budget() -> None:
@@ -234,6 +267,16 @@ def test_what_does_not_fit_is_not_started_and_tried_again() -> None:
     [start] = bench.advance(1)
     assert isinstance(start, StartRunner)
     assert start.attempt == 2
+
+
+def test_nothing_is_refused_on_figures_from_before_the_last_runner_ended() -> None:
+    bench = Bench()
+    bench.free_bytes, bench.is_memory_fresh = 99, False
+    assert bench.advance() == []
+    assert bench.mine.state is RunnerState.IDLE
+    bench.is_memory_fresh = True
+    bench.advance()
+    assert bench.mine.state is RunnerState.FAILED
 
 
 def test_what_never_fits_fails_for_good() -> None:

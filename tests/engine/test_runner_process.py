@@ -12,7 +12,9 @@ import msgspec
 import psutil
 import pytest
 
+from covey.engine import runner as runner_module
 from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, receive_first
+from covey.engine.link import LinkBrokenError
 from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
 from covey.schema.ids import RequestId
 from covey.schema.runner import Activity, Address, Connected, ConnectTo, Listening, Load, PhaseFailed, Ready, WarmUp
@@ -365,3 +367,24 @@ def test_many_requests_come_and_go(alone: tuple[Runner, int]) -> None:
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
     assert_serves(alone[1])
+
+
+def test_what_breaks_while_the_node_ends_it_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbour was stopped first, and the broken link is noticed just before the signal."""
+    told: list[object] = []
+
+    class Pipe:
+        is_ending = False
+        tell = told.append
+
+    def live(_: object) -> None:
+        raise LinkBrokenError("the stage before has gone")
+
+    monkeypatch.setattr(runner_module, "NodePipe", Pipe)
+    monkeypatch.setattr(runner_module.Runner, "live", live)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert runner_module.main() == 1
+    assert told == [PhaseFailed("configuring", "the stage before has gone")]
+    Pipe.is_ending = True
+    assert runner_module.main() == 0
+    assert len(told) == 1

@@ -98,7 +98,6 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
-    "a node starts what does not fit": ((Runners, "_lack", lambda *_: None),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
 }
 

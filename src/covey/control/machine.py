@@ -187,6 +187,7 @@ class Machine:
         return []
 
     def _on_runner(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
+        self.memory.is_fresh = self.memory.is_fresh and not isinstance(news, RunnerExited)
         return self.runners.hear(now_ms, news)
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
@@ -290,8 +291,8 @@ class Machine:
         mine: list[Instance] = [] if self._is_leaving else self._assigned(now_ms)
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
-        free_bytes = self.memory.free_bytes(self.runners.resident_bytes(), self.runners.living())
-        world = World(mine, self._reports(), self._paths(needed), free_bytes)
+        free_bytes = self.memory.free_bytes(self.runners.resident_bytes())
+        world = World(mine, self._reports(), self._paths(needed), free_bytes, self.memory.is_fresh)
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:

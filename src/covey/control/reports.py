@@ -4,8 +4,6 @@ Free memory moves all the time; a figure counts as changed only if it moved by a
 placement.
 """
 
-from collections.abc import Container
-
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -32,34 +30,30 @@ class MemoryFigures:
         self.settings = settings
         self.probed: Hardware | None = None
         self.loaded_at_probe: dict[RunnerId, int] = {}
+        self.is_fresh = False  # no runner has ended since the probe
         self.shown: Hardware | None = None
         self.revision = 0
 
     def probe(self, hardware: Hardware, loaded: dict[RunnerId, int]) -> None:
         self.revision += 1
-        self.probed, self.loaded_at_probe = hardware, loaded
+        self.probed, self.loaded_at_probe, self.is_fresh = hardware, loaded, True
 
     def show(self, loaded: dict[RunnerId, int]) -> Hardware | None:
         """What to report now: the last figures shown, unless they are wrong by a step."""
         if self.probed is None:
             return None
-        current = replace(self.probed, memory_bytes_available=max(0, self._available(self.probed, loaded)))
+        current = replace(self.probed, memory_bytes_available=self._available(self.probed, loaded))
         if self.shown is None or self._differs(self.shown, current):
             self.shown = current
         return self.shown
 
-    def free_bytes(self, loaded: dict[RunnerId, int], living: Container[RunnerId]) -> int | None:
-        """What is free now, not steadied, with what ended since the probe; None before the first. `living`: whose
-        process is not reaped.
-        """
-        if self.probed is None:
-            return None
-        ended = sum(count for runner_id, count in self.loaded_at_probe.items() if runner_id not in living)
-        return max(0, self._available(self.probed, loaded) + ended)
+    def free_bytes(self, loaded: dict[RunnerId, int]) -> int | None:
+        """What is free now, not steadied; None before the first probe."""
+        return None if self.probed is None else self._available(self.probed, loaded)
 
     def _available(self, probed: Hardware, loaded: dict[RunnerId, int]) -> int:
         since = sum(count for runner_id, count in loaded.items() if runner_id not in self.loaded_at_probe)
-        return probed.memory_bytes_available - since
+        return max(0, probed.memory_bytes_available - since)
 
     def _differs(self, shown: Hardware, current: Hardware) -> bool:
         step = max(self.settings.memory_step_bytes, current.memory_bytes_total // self.settings.memory_step_fraction)

@@ -19,7 +19,6 @@ from msgspec import Struct
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
-    LOADED_STATES,
     SERVING_STATES,
     STARTED_STATES,
     Begin,
@@ -32,7 +31,7 @@ from covey.control.runner_table import (
     can_step,
     step,
 )
-from covey.control.settings import MachineSettings
+from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
@@ -53,6 +52,7 @@ class World(Struct, frozen=True):
     reports: dict[NodeId, NodeReport]
     paths: dict[str, str]
     memory_bytes_free: int | None  # on this node now; None: not known yet, so nothing starts
+    is_memory_fresh: bool  # else a runner that has ended since may have freed more
 
 
 class Runners:
@@ -63,6 +63,7 @@ class Runners:
         self.boot = boot
         self.settings = settings
         self.runners: dict[RunnerId, Runner] = {}
+        self.former: dict[RunnerId, Runner] = {}  # not assigned any more, the latest `RUNNERS_REMEMBERED_MAX`
         self.revision = 0
 
     # ---- answers ----
@@ -104,8 +105,7 @@ class Runners:
         for runner in list(self.runners.values()):
             effects += self._advance_one(now_ms, runner, world)
             if runner.state is RunnerState.SHUTDOWN:
-                del self.runners[runner.stage.runner_id]
-                self.revision += 1
+                self._forget(runner)
         return effects
 
     def deadline(self) -> int | None:
@@ -124,16 +124,8 @@ class Runners:
         return tuple(self.runners[runner_id].report() for runner_id in sorted(self.runners))
 
     def resident_bytes(self) -> dict[RunnerId, int]:
-        """Memory of the runners that have loaded, as they measured it."""
-        return {
-            runner_id: runner.resident_bytes
-            for runner_id, runner in self.runners.items()
-            if runner.state in LOADED_STATES
-        }
-
-    def living(self) -> tuple[RunnerId, ...]:
-        """Those whose process is not reaped yet."""
-        return tuple(runner_id for runner_id, runner in self.runners.items() if runner.has_process)
+        """Memory of the processes that have loaded and are not reaped yet, as they measured it."""
+        return {runner_id: runner.resident_bytes for runner_id, runner in self.runners.items() if runner.resident_bytes}
 
     def _assign(self, instances: Sequence[Instance]) -> None:
         """Makes a record for what is newly assigned, and marks what no longer is."""
@@ -144,11 +136,26 @@ class Runners:
                     assigned[stage.runner_id] = (instance, stage)
         for runner_id, (instance, stage) in assigned.items():
             if runner_id not in self.runners:
-                retries = len(self.settings.runner_back_off_ms)
-                self.runners[runner_id] = Runner(instance, stage, self.settings.stop_grace_ms, retries_left=retries)
+                self.runners[runner_id] = self._record(instance, stage)
                 self.revision += 1
         for runner_id, runner in self.runners.items():
             runner.wanted = runner_id in assigned
+
+    def _record(self, instance: Instance, stage: Stage) -> Runner:
+        """A fresh one, but attempts, their spacing and their budget go on where the runner was assigned before."""
+        runner = Runner(instance, stage, self.settings.stop_grace_ms)
+        runner.retries_left = len(self.settings.runner_back_off_ms)
+        former = self.former.pop(stage.runner_id, None)
+        if former:
+            runner.last_attempt, runner.started_ms = former.last_attempt, former.started_ms
+            runner.retries_left = former.retries_left
+        return runner
+
+    def _forget(self, runner: Runner) -> None:
+        self.revision += 1
+        self.former[runner.stage.runner_id] = self.runners.pop(runner.stage.runner_id)
+        if len(self.former) > RUNNERS_REMEMBERED_MAX:
+            self.former.pop(next(iter(self.former)))
 
     def _advance_one(self, now_ms: int, runner: Runner, world: World) -> list[Effect]:
         """At most two steps lie between what a runner is and what it should be: stop, or go on."""
@@ -192,6 +199,8 @@ class Runners:
         attempt, lack = _open_generation(runner, others), self._lack(runner, world.memory_bytes_free)
         if lack is None:
             return self._step(runner, Begin(attempt, self._spec(runner, path), now_ms))
+        if not world.is_memory_fresh:
+            return []  # the next probe tells
         effects = self._step(runner, Refuse(attempt, lack))
         self._note(now_ms, runner)
         return effects
@@ -201,10 +210,10 @@ class Runners:
 
         Placement leaves a margin of what is free to the machine's owner. What has shrunk since then may use it up.
         """
-        others = [each for each in self.runners.values() if each.has_process and each.state in STARTED_STATES]
-        loaded = self.resident_bytes()
         promised = sum(
-            still_to_take_bytes(each.stage.memory_bytes, loaded.get(each.stage.runner_id)) for each in others
+            still_to_take_bytes(each.stage.memory_bytes, each.resident_bytes or None)
+            for each in self.runners.values()
+            if each.has_process
         )
         missing = runner.stage.memory_bytes + promised - free_bytes
         if missing <= 0:

@@ -8,6 +8,7 @@ from covey.schema.runner import Address
 
 NODES_REMEMBERED_MAX: Final = 1024  # (boot, sequence) of forgotten nodes; a home has a handful
 COMMANDS_REMEMBERED_MAX: Final = 1024  # outcomes kept for repeated requests; one is repeated for 10 s at most
+RUNNERS_REMEMBERED_MAX: Final = 256  # attempts of runners that are not assigned any more; they may be again
 TOMBSTONES_MAX: Final = 4096  # deletions kept; a node that was away for longer than that can bring a key back
 
 

@@ -28,7 +28,7 @@ class NodePipe:
         self._main_thread = threading.get_ident()
         self._input = os.dup(INPUT)
         self._output = os.dup(OUTPUT)
-        self._is_ending = False
+        self.is_ending = False  # the node has asked for it
         empty = os.open(os.devnull, os.O_RDONLY)
         os.dup2(empty, INPUT)
         os.close(empty)
@@ -59,7 +59,7 @@ class NodePipe:
     def _pass_on(self, command: RunnerCommand, mailbox: Mailbox) -> None:
         if isinstance(command, ShutDown):
             # The same as SIGTERM, which interrupts the main thread in whatever phase it is.
-            self._is_ending = True
+            self.is_ending = True
             signal.pthread_kill(self._main_thread, signal.SIGTERM)
         else:
             mailbox.put(command)
@@ -67,11 +67,11 @@ class NodePipe:
     def _vanish(self, reason: str) -> NoReturn:
         """Ends the process even while the main thread computes: nobody is left whom a clean end would serve."""
         try:
-            if not self._is_ending:
+            if not self.is_ending:
                 sys.stderr.write(f"runner: {reason}\n")
                 sys.stderr.flush()
         finally:  # the node was also the reader of standard error: writing to it may fail
             self._exit()
 
     def _exit(self) -> NoReturn:
-        os._exit(0 if self._is_ending else 1)
+        os._exit(0 if self.is_ending else 1)

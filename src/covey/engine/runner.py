@@ -174,6 +174,8 @@ def main() -> int:
     try:
         runner.live()
     except Exception as error:  # the top of the process: whatever it was, the node is told
+        if pipe.is_ending:
+            return 0  # a neighbour was stopped first, or something broke on the way out: no failure
         if _is_ours(error):
             log.warning("it failed while %s: %s", runner.phase, error)
         else:
