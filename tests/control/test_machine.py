@@ -215,7 +215,7 @@ def test_memory_that_is_promised_but_not_loaded_counts() -> None:
 
 
 def test_a_node_does_not_start_what_two_leaders_assigned_to_the_same_memory() -> None:
-    world, [ada] = cluster_of(1, memory=5)
+    world, [ada] = cluster_of(1, memory=7)
     world.people.place(ada, LARGE)
     world.run_until(9_000)
     assert ada.machine is not None
