@@ -6,6 +6,7 @@ One task group holds all that a node does. A signal makes it leave: runners end 
 import math
 import os
 import platform
+import secrets
 import signal
 import socket
 import sys
@@ -91,12 +92,15 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
             _warn_of_strangers(options.host)
-            anyio.run(_run, options, folder, mine, listener, announce)
+            reason = anyio.run(_run, options, folder, mine, listener, announce)
     except (IdentityError, ListenError, MeshError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
         return EXIT_INTERRUPTED
+    if reason:
+        sys.stderr.write(f"covey: {reason}\n")
+        return EXIT_REFUSED
     return EXIT_OK
 
 
@@ -120,12 +124,13 @@ async def _run(
     mine: Identity,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
-) -> None:
+) -> str:
+    """Returns why the node ended, if nobody asked it to."""
     api_port = port_of(listener)
     settings = MeshSettings(cluster=cluster_name(options.cluster), port=mesh.mesh_port(api_port), peers=options.peers)
     with closing(Mailbox()) as mailbox:
         async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
-            await Node(options, folder, mine, opened, mailbox, listener).run(announce)
+            return await Node(options, folder, mine, opened, mailbox, listener).run(announce)
 
 
 class Node:
@@ -171,13 +176,15 @@ class Node:
             thread_count=hardware.physical_cores,
             engine=options.engine,
             engine_options=options.engine_options,
+            life=secrets.token_hex(8),
             api_address=Address(hosts[0], self._port),
         )
 
     # ---- its life ----
 
-    async def run(self, announce: Callable[[NodeReady], None]) -> None:
-        """Until a signal asks it to leave and all has ended, or has been ended."""
+    async def run(self, announce: Callable[[NodeReady], None]) -> str:
+        """Until a signal asks it to leave and all has ended, or has been ended. Returns why, if nobody asked."""
+        reason = ""
         await self._models.look()  # so that the first client is not told of an empty list
         async with self._serving, anyio.create_task_group() as tasks:
             tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
@@ -189,10 +196,11 @@ class Node:
             tasks.start_soon(self._serving.read_ahead)
             tasks.start_soon(self._serve)
             announce(self._ready())
-            await self._driver.run(self._open_runners)
+            reason = await self._driver.run(self._open_runners)
             self._server.stop()
             await self._server_ended.wait()
             tasks.cancel_scope.cancel()
+        return reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
         return processes.Processes(tasks, self._mailbox.put, self._folder / "logs")
