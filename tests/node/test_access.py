@@ -87,7 +87,7 @@ def test_a_node_that_listens_everywhere_starts_without_keys_and_says_how_to_make
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(up, env=environment, stdout=log, stderr=log)
     try:
-        until(lambda: "The API is at" in (tmp_path / "log").read_text())
+        until(lambda: " is up (node" in (tmp_path / "log").read_text())
         until(lambda: covey("nodes", environment).returncode == 0)
         assert "`covey keys add NAME`" in (tmp_path / "log").read_text()
         until(lambda: covey("keys add laptop", environment).returncode == 0)
