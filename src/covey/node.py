@@ -30,7 +30,7 @@ from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
-from covey.effects import addresses, clock, identity, mesh, paths, processes
+from covey.effects import addresses, clock, identity, mesh, paths, processes, store
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
@@ -40,6 +40,7 @@ from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, user_name
 from covey.effects.standard_input import wait_input_closed
+from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityPage
 from covey.schema.cluster import ApiKey, ClusterState, Command, CommandResult, Hardware, Instance, InstanceStatus
@@ -99,11 +100,12 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
+            intent = held.enter_context(store.opened(folder, version("covey")))
             _warn_of_strangers(options)
             if options.logs_requests:
                 log_requests()
-            reason = anyio.run(_run, options, folder, mine, listener, announce)
-    except (IdentityError, ListenError, MeshError) as error:
+            reason = anyio.run(_run, options, folder, mine, intent, listener, announce)
+    except (IdentityError, ListenError, MeshError, StoreError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
@@ -146,6 +148,7 @@ async def _run(
     options: NodeOptions,
     folder: Path,
     mine: Identity,
+    intent: Store,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
 ) -> str:
@@ -154,7 +157,7 @@ async def _run(
     settings = MeshSettings(cluster=cluster_name(options.cluster), port=mesh.mesh_port(api_port), peers=options.peers)
     with closing(Mailbox()) as mailbox:
         async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
-            return await Node(options, folder, mine, opened, mailbox, listener).run(announce)
+            return await Node(options, folder, mine, intent, opened, mailbox, listener).run(announce)
 
 
 class Node:
@@ -165,6 +168,7 @@ class Node:
         options: NodeOptions,
         folder: Path,
         mine: Identity,
+        intent: Store,
         opened: mesh.Mesh,
         mailbox: Mailbox,
         listener: socket.socket,
@@ -187,6 +191,7 @@ class Node:
             mailbox,
             opened,
             self._files,
+            intent,
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
