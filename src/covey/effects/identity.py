@@ -4,7 +4,6 @@ The node's id is the hash of its public key. A key that can't be read is an erro
 a new identity: other nodes would see a stranger, and the old node would haunt them.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Generator
@@ -25,12 +24,12 @@ from msgspec import Struct
 
 from covey.effects.durable import LockedError, locked, write_durably
 from covey.effects.paths import make_private
+from covey.schema import trust
 from covey.schema.ids import NodeId
 
 KEY_FILE: Final = "node.key"
 BOOT_FILE: Final = "boot"
 LOCK_FILE: Final = "lock"
-NODE_ID_LENGTH: Final = 32
 PRIVATE_MODE: Final = 0o600
 
 _log = logging.getLogger(__name__)
@@ -76,8 +75,7 @@ def _in_use(folder: Path, holder: str) -> str:
 
 
 def node_id_of(key: Ed25519PrivateKey) -> NodeId:
-    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    return NodeId(hashlib.sha256(public).hexdigest()[:NODE_ID_LENGTH])
+    return trust.node_id_of(key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
 
 
 def _identity(folder: Path) -> Identity:
