@@ -38,18 +38,23 @@ def new_join_code() -> JoinCode:
 
 def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Credentials:
     """What the node `mine` shows in the cluster of `code`. `cluster` tells apart clusters of one code."""
-    authority_key = Ed25519PrivateKey.from_private_bytes(derive(code, "certificate authority", cluster, SEED_BYTES))
+    signer = authority_key(code, cluster)
     cluster_id = derive(code, "cluster id", cluster, CLUSTER_ID_BYTES).hex()
     scouting = derive(code, "scouting", cluster, 4)
-    authority = _authority(authority_key, cluster_id)
+    authority = _authority(signer, cluster_id)
     return Credentials(
         authority=authority.public_bytes(Encoding.PEM),
-        certificate=_certificate(mine, authority, authority_key).public_bytes(Encoding.PEM),
+        certificate=_certificate(mine, authority, signer).public_bytes(Encoding.PEM),
         private_key=mine.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         cluster_id=cluster_id,
         scouting_group=f"239.255.{scouting[0]}.{scouting[1]}",  # RFC 2365: never leaves the site
         scouting_port=SCOUTING_PORT_FIRST + int.from_bytes(scouting[2:], "big") % SCOUTING_PORT_COUNT,
     )
+
+
+def authority_key(code: JoinCode, cluster: str = "") -> Ed25519PrivateKey:
+    """Whoever has it can make members."""
+    return Ed25519PrivateKey.from_private_bytes(derive(code, "certificate authority", cluster, SEED_BYTES))
 
 
 def derive(code: JoinCode, label: str, cluster: str, length: int) -> bytes:
@@ -66,13 +71,13 @@ def _authority(key: Ed25519PrivateKey, cluster_id: str) -> x509.Certificate:
     return builder.sign(key, None)
 
 
-def _certificate(mine: Identity, authority: x509.Certificate, authority_key: Ed25519PrivateKey) -> x509.Certificate:
+def _certificate(mine: Identity, authority: x509.Certificate, signer: Ed25519PrivateKey) -> x509.Certificate:
     """For both roles of TLS: every node listens and connects."""
     public = mine.key.public_key()
     serial = x509.random_serial_number()
     builder = _builder(_name(mine.node_id), authority.subject, public, serial, _usage(is_authority=False))
     roles = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     for extension, is_critical in (
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (x509.ExtendedKeyUsage(roles), False),
@@ -81,7 +86,7 @@ def _certificate(mine: Identity, authority: x509.Certificate, authority_key: Ed2
         (issuer, False),
     ):
         builder = builder.add_extension(extension, critical=is_critical)
-    return builder.sign(authority_key, None)
+    return builder.sign(signer, None)
 
 
 def _builder(
