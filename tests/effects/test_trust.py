@@ -28,7 +28,7 @@ def pem(data: bytes) -> x509.Certificate:
 
 def test_what_is_shared_is_the_same_on_every_node() -> None:
     first, second = make_credentials(CODE, identity()), make_credentials(CODE, identity())
-    for field in ("authority", "cluster_id", "scouting_group", "scouting_port"):
+    for field in ("authority", "cluster_id", "scouting_group", "scouting_port", "mesh_key"):
         assert getattr(first, field) == getattr(second, field)
     assert first.certificate != second.certificate
 
@@ -53,7 +53,7 @@ def clusters() -> Sequence[Credentials]:
 
 
 def test_clusters_share_nothing() -> None:
-    for field in ("authority", "cluster_id", "certificate"):
+    for field in ("authority", "cluster_id", "certificate", "mesh_key"):
         assert len({getattr(each, field) for each in clusters()}) == 4
     for each in clusters():
         assert ipaddress.ip_address(each.scouting_group).is_multicast

@@ -49,6 +49,7 @@ def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Crede
         cluster_id=cluster_id,
         scouting_group=f"239.255.{scouting[0]}.{scouting[1]}",  # RFC 2365: never leaves the site
         scouting_port=SCOUTING_PORT_FIRST + int.from_bytes(scouting[2:], "big") % SCOUTING_PORT_COUNT,
+        mesh_key=derive(code, "mesh", cluster, SEED_BYTES),
     )
 
 

@@ -165,13 +165,9 @@ class Channel:
         a time. Raises `OSError`.
         """
         while True:
-            with self._lock:
-                try:
-                    return self._read(into)
-                except ssl.SSLWantReadError:
-                    pass
-                except ssl.SSLZeroReturnError:
-                    return 0
+            # Asking in vain costs an exception, which takes longer than all the rest.
+            if (self._tls.pending() or self._incoming.pending) and (count := self._read(into)) is not None:
+                return count
             if not self._receive():
                 return 0
 
@@ -182,8 +178,15 @@ class Channel:
             count += more
         return count
 
-    def _read(self, into: memoryview) -> int:
-        count = self._tls.read(len(into), into)
+    def _read(self, into: memoryview) -> int | None:
+        """What is here already: None until a record is complete, 0 once the other side has closed."""
+        with self._lock:
+            try:
+                count = self._tls.read(len(into), into)
+            except ssl.SSLWantReadError:
+                return None
+            except ssl.SSLZeroReturnError:
+                return 0
         assert isinstance(count, int), "given a buffer, it counts"
         return count
 

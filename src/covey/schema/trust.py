@@ -22,6 +22,7 @@ class Credentials(Struct, frozen=True, kw_only=True):
     cluster_id: str  # 16 hex digits, safe to show: tells clusters apart, and prefixes the keys of the mesh
     scouting_group: str  # IPv4 multicast address of this cluster's discovery
     scouting_port: int
+    mesh_key: bytes  # 32: seals messages on the mesh, inside its TLS
 
     def __repr__(self) -> str:
         """Without the key, so that no log shows it."""
