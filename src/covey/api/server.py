@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from covey.api import cluster_commands, cluster_state, models, native, openai_chat, sse
 from covey.api.backend import Backend
 from covey.api.body import BODY_BYTES_MAX
+from covey.api.code_routes import CodeRoutes
 from covey.api.errors import RequestError, render_error
 from covey.api.event_stream import Event, EventStream, wait_disconnected
 from covey.schema.cluster import ClusterState, DeleteInstance
@@ -62,6 +63,7 @@ def create_app(backend: Backend) -> FastAPI:
         ("GET", "/instance/await", instances.wait_ready),
         ("GET", "/instance/{instance_id}", instances.get),
         ("DELETE", "/instance/{instance_id}", instances.delete),
+        ("POST", "/join_code/rotate", CodeRoutes(backend, read_body).rotate),
     ]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)

@@ -28,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+join_code_app = typer.Typer(help="Show or change the code by which devices join.")
+app.add_typer(join_code_app, name="join-code")
+
 Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to talk to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
@@ -62,6 +65,7 @@ def print_json(value: Any) -> None:
 
 
 @app.command()
+@explained
 def up(
     host: Annotated[str, typer.Option(help="Where the HTTP API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The HTTP API's port.")] = DEFAULT_PORT,
@@ -70,21 +74,39 @@ def up(
     peer: Annotated[
         list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")
     ] = None,
-    until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002 (Typer's way to a flag)
+    join: Annotated[
+        str | None,
+        typer.Option(help="Join the cluster of this code, once and for all; - asks for it. COVEY_JOIN does the same."),
+    ] = None,
+    interface: Annotated[
+        list[str] | None,
+        typer.Option(help="Meet other nodes here alone: an interface's name or address; default: all private ones."),
+    ] = None,
+    is_open: Annotated[  # noqa: FBT002 (Typer's way to a flag)
+        bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")
+    ] = False,
+    until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002
 ) -> None:
     """Run one node in the foreground."""
-    from covey.cli.welcome import welcome  # noqa: PLC0415 (as the first lines say; so are the others)
+    from covey.cli import joining  # noqa: PLC0415 (as the first lines say; so are the others)
+    from covey.cli.welcome import welcome  # noqa: PLC0415
     from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
 
     def announce(ready: NodeReady) -> None:
-        out.print(welcome(ready), soft_wrap=True)
+        out.print(welcome(ready, joining.how_to_join(is_open=is_open)), soft_wrap=True)
 
+    if not is_open:
+        joining.take_code(join)
+    elif join is not None:
+        raise CliError("An open cluster has no join code: leave out --open or --join.")
     options = NodeOptions(
         host=host,
         port=port,
         data_dir=data_dir,
         name=name,
         peers=tuple(peer or ()),
+        interfaces=tuple(interface or ()),
+        anyone_joins=is_open,
         until_stdin_closes=until_stdin_closes,
     )
     raise typer.Exit(run_node(options, announce))
@@ -217,6 +239,28 @@ def demo(
         if once:
             raise
         err.print("All nodes have ended.", style="dim")
+
+
+@join_code_app.callback(invoke_without_command=True)
+@explained
+def join_code(context: typer.Context, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
+    """Show how another device joins this one's cluster."""
+    from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
+
+    if context.invoked_subcommand is None:
+        print_json(joining.code_report()) if as_json else joining.show_code()
+
+
+@join_code_app.command()
+@explained
+def rotate(
+    without: Annotated[list[str] | None, typer.Option(help="A node to shut out, by name or id.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Change the join code, and give it to all nodes that are here and stay."""
+    from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
+
+    joining.rotate(url, without or [])
 
 
 def local_path(model: str) -> str:

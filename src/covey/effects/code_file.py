@@ -49,13 +49,13 @@ def replace_code(folder: Path, code: JoinCode) -> Path | None:
     try:
         make_private(folder)
         with locked(folder / LOCK_FILE, waits=True):
-            former = _read(folder)
-            if former == code:
-                return None
-            if former is not None:
-                write_durably(folder / FORMER_FILE, _content(former))
+            former = folder / CODE_FILE
+            before = former.read_bytes() if former.exists() else _content(code)  # as it is: it may be damaged
             _write(folder, code)
-            return folder / FORMER_FILE if former is not None else None
+            if before == _content(code):
+                return None
+            write_durably(folder / FORMER_FILE, before)
+            return folder / FORMER_FILE
     except OSError as error:
         raise _unusable(folder, error) from None
 

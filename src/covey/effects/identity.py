@@ -59,11 +59,26 @@ def claimed(folder: Path) -> Generator[Identity]:
         except LockedError as error:
             raise IdentityError(_in_use(folder, error.holder)) from None
         except OSError as error:
-            raise IdentityError(
-                f"the data folder {folder} can't be used ({error.strerror or error}); "
-                "check its permissions and the free space, or choose another with --data-dir"
-            ) from None
+            raise IdentityError(_unusable(folder, error)) from None
         yield identity
+
+
+def renewed(folder: Path, mine: Identity) -> Identity:
+    """The same node in its next life, in the same process: others must not take it for the former one.
+
+    Raises `IdentityError`.
+    """
+    try:
+        return Identity(mine.node_id, _next_boot(folder / BOOT_FILE, is_first=False), mine.key)
+    except OSError as error:
+        raise IdentityError(_unusable(folder, error)) from None
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return (
+        f"the data folder {folder} can't be used ({error.strerror or error}); "
+        "check its permissions and the free space, or choose another with --data-dir"
+    )
 
 
 def _in_use(folder: Path, holder: str) -> str:

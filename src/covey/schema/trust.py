@@ -29,6 +29,13 @@ class Credentials(Struct, frozen=True, kw_only=True):
         return f"Credentials(cluster_id={self.cluster_id!r}, …)"
 
 
+class RotationOutcome(Struct, frozen=True):
+    """Who has the new join code, and who stays but has to be told it by a person."""
+
+    reached: tuple[NodeId, ...]
+    missed: tuple[NodeId, ...]
+
+
 def node_id_of(public_key: bytes) -> NodeId:
     """The id of the node whose Ed25519 public key (32 raw bytes) this is."""
     return NodeId(hashlib.sha256(public_key).hexdigest()[:NODE_ID_LENGTH])
