@@ -51,6 +51,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups if group.name}
     for link in links_of(text):
         assert (document.parent / link).resolve().relative_to(ROOT).as_posix() in files, link
     for code in code_of(text):
@@ -58,7 +59,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
             assert exists(code, files), code
         for target in re.findall(r"(?:^|\s)make ([a-z]+)", code):
             assert target in targets, code
-        for command in re.findall(r"(?:^|\s)covey ([a-z]+)", code):
+        for command in re.findall(r"(?:^|\s)covey ([a-z-]+)", code):
             assert command in commands, code
 
 
