@@ -160,7 +160,7 @@ class Host:
         elif isinstance(effect, AnswerCommand):
             self.world.people.hear_answer(effect.command_id, effect.outcome)
         elif isinstance(effect, Left):
-            self.world.note(f"{self.name} has left")
+            self.world.note(f"{self.name} has left{': ' if effect.reason else ''}{effect.reason}")
             self.go()
         else:
             self.work(effect)

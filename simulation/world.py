@@ -59,6 +59,13 @@ class World:
         self.hosts.append(host)
         return host
 
+    def copy(self, host: Host, name: str) -> Host:
+        """Another device with a copy of `host`'s data folder."""
+        copied = Host(self, host.node_id, name, f"machine of {name}", host.memory_bytes)
+        copied.boot = host.boot
+        self.hosts.append(copied)
+        return copied
+
     def host(self, node_id: str) -> Host:
         return next(host for host in self.hosts if host.node_id == node_id)
 
@@ -67,7 +74,8 @@ class World:
         return [host for host in self.hosts if host.is_up]
 
     def settings_of(self, host: Host) -> MachineSettings:
-        return msgspec.structs.replace(self.settings, listen_host=f"{host.machine_id}.test")
+        life = f"{host.name} {host.boot}"
+        return msgspec.structs.replace(self.settings, life=life, listen_host=f"{host.machine_id}.test")
 
     def resident_bytes(self, machine_id: str) -> int:
         """What loaded runners take of a machine."""
@@ -127,7 +135,9 @@ class World:
                 self._carry(source, target, message)
 
     def send(self, source: Host, target_id: NodeId, message: MeshMessage) -> None:
-        self._carry(source, self.host(target_id), message)
+        for target in self.hosts:
+            if target.node_id == target_id and target is not source:
+                self._carry(source, target, message)
 
     def _carry(self, source: Host, target: Host, message: MeshMessage) -> None:
         for arrival_ms in self.network.arrivals_ms(self.now_ms, source.node_id, target.node_id):

@@ -6,6 +6,7 @@ One task group holds all that a node does. A signal makes it leave: runners end 
 import asyncio
 import math
 import platform
+import secrets
 import signal
 import socket
 import sys
@@ -107,13 +108,16 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
             _warn_of_strangers(options.host)
-            while anyio.run(_run, options, folder, mine, listener, announce):
+            while (reason := anyio.run(_run, options, folder, mine, listener, announce)) is None:
                 mine = identity.renewed(folder, mine)  # there is a new join code
     except (CodeFileError, IdentityError, ListenError, MeshError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
         return EXIT_INTERRUPTED
+    if reason:
+        sys.stderr.write(f"covey: {reason}\n")
+        return EXIT_REFUSED
     return EXIT_OK
 
 
@@ -132,8 +136,8 @@ async def _run(
     mine: Identity,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
-) -> bool:
-    """One life. True if another one is to follow."""
+) -> str | None:
+    """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
     member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     cluster, api_port = member.credentials.cluster_id, port_of(listener)
     settings = MeshSettings(cluster=cluster, port=mesh.mesh_port(api_port), peers=options.peers)
@@ -209,6 +213,7 @@ class Node:
             thread_count=hardware.physical_cores,
             engine=options.engine,
             engine_options=options.engine_options,
+            life=secrets.token_hex(8),
             api_address=Address(hosts[0], self._port),
             listen_host=_data_host(options.interfaces),
             public_key=self._public_key,
@@ -216,10 +221,11 @@ class Node:
 
     # ---- its life ----
 
-    async def run(self, announce: Callable[[NodeReady], None]) -> bool:
-        """Until a signal asks it to leave and all has ended, or has been ended. True if it is to begin anew, with
-        another join code.
+    async def run(self, announce: Callable[[NodeReady], None]) -> str | None:
+        """Until a signal asks it to leave and all has ended, or has been ended. Returns why, if nobody asked; None if
+        it is to begin anew, with another join code.
         """
+        reason = ""
         await self._models.look()  # so that the first client is not told of an empty list
         async with self._serving, anyio.create_task_group() as tasks:
             tasks.start_soon(self._leave_on_signal, tasks.cancel_scope)
@@ -232,11 +238,11 @@ class Node:
             tasks.start_soon(self._serve)
             tasks.start_soon(self._leave_for_new_code, tasks.cancel_scope)
             announce(self._ready())
-            await self._driver.run(self._open_runners)
+            reason = await self._driver.run(self._open_runners)
             self._server.stop()
             await self._server_ended.wait()
             tasks.cancel_scope.cancel()
-        return self._begins_anew
+        return None if self._begins_anew else reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
         return processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)

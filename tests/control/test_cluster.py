@@ -86,6 +86,17 @@ def test_deleting_takes_the_wish_and_its_later_instances_along() -> None:
     assert not cluster.instances
 
 
+def test_counters_from_the_future_are_not_taken_in() -> None:
+    """A member with a bad disk or bad intentions: versions near the end of their range would be the last ever."""
+    cluster = Cluster(NodeId("a"))
+    carry_out(cluster, PlaceModel(card=SMALL))
+    before = dict(cluster.entries)
+    key = next(iter(before))
+    assert not cluster.merge({key: Entry(None, Version(2**63, NodeId("b")))})
+    assert cluster.entries == before
+    assert cluster.merge({key: Entry(None, Version(1_000_000, NodeId("b")))})
+
+
 def test_deleting_twice_is_success_and_what_never_was_is_not_found() -> None:
     cluster = Cluster(NodeId("a"))
     made = carry_out(cluster, PlaceModel(card=SMALL))

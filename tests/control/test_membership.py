@@ -194,3 +194,13 @@ def test_a_leader_that_says_goodbye_is_followed_at_once() -> None:
     leadership.hear_goodbye(100, ADA)
     leadership.advance(100)
     assert leadership.claim == Claim(5, ME)
+
+
+def test_a_claim_from_the_future_is_not_followed() -> None:
+    members = Membership(ME, SETTINGS)
+    leadership = Leadership(ME, SETTINGS, members)
+    members.hear_heartbeat(0, beat(ADA, 1, claim=Claim(2**63, ADA)))
+    members.hear_heartbeat(0, beat(BEA, 1, claim=Claim(7, BEA)))
+    leadership.advance(0)
+    assert leadership.leader == BEA
+    assert leadership.term_seen == 7

@@ -292,6 +292,19 @@ def one_link_of_three_is_missing(story: Story) -> None:
     story.status(ada, bea, cleo)
 
 
+def a_data_folder_is_copied_to_a_second_machine(story: Story) -> None:
+    ada, bea = story.hosts("ada", "bea")
+    ada.start()
+    bea.start()
+    story.go_on(3_000)
+    place_over(story, ada, 2)
+    copy = story.world.copy(ada, "copy of ada")
+    story.say("a machine starts with a copy of ada's folder: it stops, ada goes on, and bea believes ada")
+    copy.start()
+    story.go_on(20_000)
+    story.status(ada, bea)
+
+
 STORIES: tuple[Callable[[Story], None], ...] = (
     three_nodes_start_at_once,
     the_leader_dies,
@@ -307,6 +320,7 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     a_laptop_wakes_elsewhere_four_times,
     a_partition_with_commands_on_both_sides,
     one_link_of_three_is_missing,
+    a_data_folder_is_copied_to_a_second_machine,
 )
 
 

@@ -112,6 +112,25 @@ def up(
     raise typer.Exit(run_node(options, announce))
 
 
+identity_app = typer.Typer(help="Who this node is to the others.", no_args_is_help=True)
+app.add_typer(identity_app, name="identity")
+
+
+@identity_app.command("new")
+@explained
+def identity_new(
+    data_dir: Annotated[Path | None, typer.Option(help="The node's data folder, as given to `covey up`.")] = None,
+) -> None:
+    """Make this node another one, where its data folder was copied from a second machine."""
+    from covey.effects import identity, paths  # noqa: PLC0415
+
+    try:
+        node_id = identity.renew(paths.node_folder(data_dir))
+    except identity.IdentityError as error:
+        raise CliError(str(error)) from None
+    out.print(f"This node is now {node_id[:8]}. Start it with [bold]covey up[/].")
+
+
 @app.command()
 @explained
 def run(

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
-from covey.control.settings import TOMBSTONES_MAX
+from covey.control.settings import COUNTER_LEAP_MAX, TOMBSTONES_MAX
 from covey.schema.cluster import (
     Accepted,
     Command,
@@ -81,7 +81,7 @@ class Cluster:
 
     def apply(self, events: tuple[Written, ...]) -> dict[str, Entry]:
         """Writes what was decided, newer than anything here. Returns the entries for the other nodes."""
-        counter = max((entry.version.counter for entry in self.entries.values()), default=0)
+        counter = self._counter()
         written: dict[str, Entry] = {}
         for number, event in enumerate(events, start=counter + 1):
             written[event.key] = Entry(event.value, Version(number, self.node_id))
@@ -90,11 +90,19 @@ class Cluster:
 
     def merge(self, entries: Mapping[str, Entry]) -> bool:
         """Takes in what is newer. True if anything was."""
-        newer = {key: entry for key, entry in entries.items() if is_newer(entry, self.entries.get(key))}
+        highest = self._counter() + COUNTER_LEAP_MAX
+        newer = {
+            key: entry
+            for key, entry in entries.items()
+            if entry.version.counter <= highest and is_newer(entry, self.entries.get(key))
+        }
         if newer:
             self.entries = _bounded(dict(sorted({**self.entries, **newer}.items())))
             self._index()
         return bool(newer)
+
+    def _counter(self) -> int:
+        return max((entry.version.counter for entry in self.entries.values()), default=0)
 
     def _index(self) -> None:
         self.revision += 1

@@ -6,7 +6,7 @@ of itself, so it ends with its node, and a leader that sees a higher claim gives
 """
 
 from covey.control.membership import Membership
-from covey.control.settings import MachineSettings
+from covey.control.settings import COUNTER_LEAP_MAX, MachineSettings
 from covey.schema.cluster import Claim
 from covey.schema.ids import NodeId
 
@@ -57,7 +57,9 @@ class Leadership:
         return self.leader == self.node_id
 
     def _claimants(self, now_ms: int) -> list[Claim]:
-        return [peer.claim for peer in self.membership.visible(now_ms) if peer.claim]
+        highest = self.term_seen + COUNTER_LEAP_MAX
+        claims = [peer.claim for peer in self.membership.visible(now_ms)]
+        return [claim for claim in claims if claim and claim.term <= highest]
 
     def _highest_claim(self, now_ms: int) -> Claim | None:
         claims = self._claimants(now_ms) + ([self.claim] if self.claim else [])

@@ -20,6 +20,7 @@ from covey.control.routing import candidates
 from covey.control.runners import Runners, World
 from covey.control.settings import MachineSettings
 from covey.control.tending import Tending
+from covey.control.twins import COPIED, Twins
 from covey.schema.cluster import (
     ClusterState,
     CommandAnswer,
@@ -74,17 +75,20 @@ class Machine:
         self.tending = Tending(self.cluster)
         self.asking = Asking(node_id, settings)
         self.answering = Answering()
+        self.twins = Twins(settings.life)
         self.downloads = Downloads(settings)
         self.runners = Runners(node_id, boot, settings)
         self.memory = MemoryFigures(settings)
         self.reporter = Reporter(node_id, boot, name, version, settings)
         self._now_ms: int | None = None  # of the last input
+        self._started_ms = 0
         self._listening_since_ms = 0
         self._sequence = 0
         self._instance_counter = 0
         self._heartbeat_due_ms = 0
         self._tidy_due_ms = 0
         self._is_leaving = False
+        self._leaving_reason = ""
         self._has_left = False
         self._content_made: tuple[tuple[object, ...], Content] | None = None
         self._shown: tuple[int, ...] = ()
@@ -153,13 +157,15 @@ class Machine:
     # ---- inputs ----
 
     def _on_started(self, now_ms: int, _: Started) -> list[Effect]:
-        self._listening_since_ms = self._heartbeat_due_ms = now_ms
+        self._started_ms = self._listening_since_ms = self._heartbeat_due_ms = now_ms
         return []
 
     def _on_deadline(self, _: int, __: DeadlinePassed) -> list[Effect]:
         return []
 
     def _on_message(self, now_ms: int, news: MessageReceived) -> list[Effect]:
+        if self._leaving_reason:
+            return []  # our name is another's: nothing more is said in it
         return self._messages[type(news.message)](now_ms, news.message)
 
     def _on_hardware(self, _: int, news: HardwareProbed) -> list[Effect]:
@@ -200,13 +206,23 @@ class Machine:
 
     def _on_heartbeat(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
         if heartbeat.node_id == self.node_id:
-            return []
+            return self._hear_twin(now_ms, heartbeat)
         arrived = self.membership.hear_heartbeat(now_ms, heartbeat)
         if heartbeat.node_id not in self.membership.peers:
             self.leadership.hear_goodbye(now_ms, heartbeat.node_id)
             return []
         greeting: list[Effect] = self._greet(now_ms, heartbeat.node_id) if arrived else []
         return greeting + self.replication.compare(now_ms, heartbeat)
+
+    def _hear_twin(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
+        """Of two living nodes with one identity the later one leaves, without a goodbye in the other's name."""
+        if self._is_leaving or not self.twins.hear(now_ms, heartbeat):
+            return []
+        if self.twins.is_older(self._age_ms(now_ms), heartbeat):
+            self.boot = self.reporter.boot = max(self.boot, heartbeat.boot + 1)
+            return []
+        self._leaving_reason = COPIED
+        return self._on_leave(now_ms, LeaveRequested())
 
     def _on_report(self, now_ms: int, report: NodeReport) -> list[Effect]:
         if report.node_id != self.node_id:
@@ -244,7 +260,7 @@ class Machine:
             effects.append(StateChanged())
         if self._is_leaving and not self.runners.runners:
             self._has_left = True
-            effects.append(Left())
+            effects.append(Left(self._leaving_reason))
         return effects
 
     def _lead(self, now_ms: int) -> None:
@@ -296,14 +312,14 @@ class Machine:
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:
-        if now_ms < self._heartbeat_due_ms:
+        if now_ms < self._heartbeat_due_ms or self._leaving_reason:
             return []
         self._heartbeat_due_ms = now_ms + self.settings.heartbeat_ms
         return [Publish(self._heartbeat(now_ms))]
 
     def _report(self, now_ms: int) -> list[Effect]:
         report = self.reporter.advance(now_ms, self._content(), self._sequence + 1)
-        if report is None:
+        if report is None or self._leaving_reason:
             return []
         self._sequence = report.sequence
         return [Publish(report)]
@@ -390,7 +406,20 @@ class Machine:
     def _heartbeat(self, now_ms: int) -> Heartbeat:
         self._sequence += 1
         hears, claim = self.membership.hears(now_ms), self.leadership.claim
-        return Heartbeat(self.node_id, self.boot, self._sequence, hears, claim, self.cluster.digest, self._is_leaving)
+        return Heartbeat(
+            self.node_id,
+            self.boot,
+            self._sequence,
+            hears,
+            claim,
+            self.cluster.digest,
+            is_leaving=self._is_leaving,
+            life=self.settings.life,
+            age_ms=self._age_ms(now_ms),
+        )
+
+    def _age_ms(self, now_ms: int) -> int:
+        return now_ms - self._started_ms
 
     def _greet(self, now_ms: int, node_id: NodeId) -> list[Effect]:
         """To a node that just came: that we hear it, and what we have to say, without waiting for the next beat."""

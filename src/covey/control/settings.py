@@ -10,6 +10,9 @@ NODES_REMEMBERED_MAX: Final = 1024  # (boot, sequence) of forgotten nodes; a hom
 COMMANDS_REMEMBERED_MAX: Final = 1024  # outcomes kept for repeated requests; one is repeated for 10 s at most
 RUNNERS_REMEMBERED_MAX: Final = 256  # attempts of runners that are not assigned any more; they may be again
 TOMBSTONES_MAX: Final = 4096  # deletions kept; a node that was away for longer than that can bring a key back
+# A counter that is further ahead of all we know than this was not counted but made up; taking it in would bring every
+# later counter near the end of its range. At one change a millisecond it takes a life of 50 days.
+COUNTER_LEAP_MAX: Final = 2**32
 
 
 class MachineSettings(Struct, frozen=True, kw_only=True):
@@ -45,6 +48,7 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     runner_healthy_ms: int = 60_000  # a runner that was ready for so long has its budget of failures back
     stop_grace_ms: int = 3_000
 
+    life: str = ""  # drawn at random at every start
     listen_host: str = "127.0.0.1"  # the runners' data ports
     thread_count: int = 1
     engine: str = "onnx"

@@ -98,9 +98,12 @@ class Driver:
         self._snapshot_ms = clock()
         self._changed = anyio.Event()
         self._has_left = False
+        self._left_because = ""
 
-    async def run(self, open_runners: Callable[[TaskGroup], Runners]) -> None:
-        """Until the machine has left. Cancelling it ends every fetch and every runner, reaped."""
+    async def run(self, open_runners: Callable[[TaskGroup], Runners]) -> str:
+        """Until the machine has left: returns why, if nobody asked it to. Cancelling it ends every fetch and every
+        runner, reaped.
+        """
         try:
             async with anyio.create_task_group() as tasks:
                 runners = open_runners(tasks)
@@ -110,6 +113,7 @@ class Driver:
                 tasks.cancel_scope.cancel()
         finally:
             self._refuse_rest()
+        return self._left_because
 
     async def submit(self, command: Command) -> CommandResult:
         """The outcome, by exactly one answer of the machine."""
@@ -164,8 +168,8 @@ class Driver:
                 self._cancel_fetch(model_id, attempt)
             case StateChanged():
                 self._take_snapshot(now_ms)
-            case Left():
-                self._has_left = True
+            case Left(reason):
+                self._has_left, self._left_because = True, reason
             case _:
                 _carry_out_at_runner(effect, runners)
 

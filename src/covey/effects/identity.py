@@ -123,13 +123,33 @@ def _read_key(path: Path) -> Ed25519PrivateKey:
 
 
 def _next_boot(path: Path, *, is_first: bool) -> int:
-    """One more than the last start. Where the count was lost, the seconds of the calendar are above any count."""
+    """More than at the last start, and than in any backup or copy of this folder: the seconds of the calendar.
+
+    A device without a clock counts on by one.
+    """
     try:
-        boot = int(path.read_text()) + 1
+        before = int(path.read_text())
     except FileNotFoundError:
-        boot = 1 if is_first else int(time.time())
+        before = 0
+        if not is_first:
+            _log.warning("the count of starts in %s is lost; counting on from the calendar", path)
     except ValueError:
+        before = 0
         _log.warning("the count of starts in %s is damaged; counting on from the calendar", path)
-        boot = int(time.time())
+    boot = max(before + 1, int(time.time()))
     write_durably(path, str(boot).encode(), PRIVATE_MODE)
     return boot
+
+
+def renew(folder: Path) -> NodeId:
+    """Makes the node of this folder another one: a new key, the old one kept beside it. Returns the new id.
+
+    Raises `IdentityError`, also where there is no identity yet.
+    """
+    with claimed(folder) as old:
+        path = folder / KEY_FILE
+        try:
+            path.replace(folder / f"{KEY_FILE}.{old.node_id[:8]}")
+            return node_id_of(_make_key(path))
+        except OSError as error:
+            raise IdentityError(f"the data folder {folder} can't be written ({error.strerror or error})") from None

@@ -156,6 +156,8 @@ class Heartbeat(Struct, frozen=True, tag=True):
     claim: Claim | None
     intent_digest: str  # differs from the hearer's: one of the two sends `IntentUpdate` with what it has
     is_leaving: bool = False  # its runners end, then it: nobody is to count on this boot any more
+    life: str = ""  # drawn at random at its start: tells it from a node with a copy of its data folder
+    age_ms: int = 0  # since that start
 
 
 class IntentUpdate(Struct, frozen=True, tag=True):

@@ -166,7 +166,9 @@ class StateChanged(Struct, frozen=True, tag=True):
 
 
 class Left(Struct, frozen=True, tag=True):
-    """Nothing is left running; the driver may end."""
+    """Nothing is left running; the driver may end. `reason`: one sentence, where nobody asked the node to leave."""
+
+    reason: str = ""
 
 
 Effect = (
