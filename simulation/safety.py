@@ -298,7 +298,7 @@ class Safety:
         if not isinstance(effect.outcome, Accepted):
             return
         command = self.world.people.asked[effect.command_id]
-        key = f"instance/{effect.outcome.instance_id}"
+        key = f"instance/{effect.outcome.effect_id}"
         entry = machine.cluster.entries.get(key)
         if isinstance(command, PlaceModel) and entry is None and not self.world.ledger.knows(key):
             self._fail(f"command {effect.command_id} was accepted, but {key} was never written")

@@ -148,7 +148,7 @@ def _answer(answer: CommandAnswer) -> str:
 
 def _outcome(outcome: CommandOutcome) -> str:
     if isinstance(outcome, Accepted):
-        return f"accepted, {outcome.instance_id}"
+        return f"accepted, {outcome.effect_id}"
     if isinstance(outcome, Refused):
         return f"refused ({outcome.status}), {outcome.reason}"
     return f"timed out after {outcome.waited_ms} ms"

@@ -51,7 +51,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    commands |= {group.name for group in app.registered_groups if group.name}
+    commands |= {group.name for group in app.registered_groups}
     for link in links_of(text):
         assert (document.parent / link).resolve().relative_to(ROOT).as_posix() in files, link
     for code in code_of(text):

@@ -23,16 +23,18 @@ from msgspec import Struct
 
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
-from covey.api.server import create_app
+from covey.api.guard import Access
+from covey.api.server import create_guarded_app
 from covey.checkpoints.gguf_file import GgufHeader
 from covey.control import routing
+from covey.control.activity import Activity
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
 from covey.effects import addresses, clock, identity, mesh, paths, processes
 from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
-from covey.effects.http_server import HttpServer, ListenError, listen, port_of
+from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
 from covey.effects.membership import keep_code, membership_of
@@ -41,8 +43,10 @@ from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation
 from covey.effects.standard_input import wait_input_closed
-from covey.effects.watching import ModelWatch, watch_hardware
+from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
+from covey.schema.activity import ActivityPage
 from covey.schema.cluster import (
+    ApiKey,
     ClusterState,
     CodeSealed,
     CodeTaken,
@@ -82,6 +86,11 @@ class NodeOptions(Struct, frozen=True, kw_only=True):
     engine: str = "onnx"
     engine_options: dict[str, str] = {}
     until_stdin_closes: bool = False
+    allowed_hosts: tuple[str, ...] = ()  # names by which clients call this node, beside its host's own
+    allowed_origins: tuple[str, ...] = ()  # web pages that may use the API
+    is_open: bool = False  # no API key is asked of other machines
+    asks_everybody: bool = False  # an API key is asked on this machine, too
+    logs_requests: bool = False  # one line each, to standard error
 
 
 class NodeReady(Struct, frozen=True, kw_only=True):
@@ -107,7 +116,9 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
-            _warn_of_strangers(options.host)
+            _warn_of_strangers(options)
+            if options.logs_requests:
+                log_requests()
             while (reason := anyio.run(_run, options, folder, mine, listener, announce)) is None:
                 mine = identity.renewed(folder, mine)  # there is a new join code
     except (CodeFileError, IdentityError, ListenError, MeshError) as error:
@@ -121,13 +132,27 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
     return EXIT_OK
 
 
-def _warn_of_strangers(host: str) -> None:
-    if not addresses.is_local(host):
-        reached = "this machine over a network" if addresses.is_wildcard(host) else host
-        sys.stderr.write(
-            f"covey: whoever can reach {reached} can use this node and stop its models, since no key is asked for yet; "
-            "leave --host out to be reached from this machine only\n"
-        )
+def _warn_of_strangers(options: NodeOptions) -> None:
+    if addresses.is_local(options.host):
+        return
+    if options.is_open:
+        reached = "this machine over a network" if addresses.is_wildcard(options.host) else options.host
+        sentence = f"whoever can reach {reached} can use this node and stop its models: --no-auth asks for no key"
+    else:
+        sentence = "other machines need an API key: `covey keys add NAME` on this one makes it, and shows it once"
+    sys.stderr.write(f"covey: {sentence}\n")
+
+
+def _access(options: NodeOptions) -> Access:
+    own = platform.node().lower()
+    short = own.partition(".")[0]
+    names = {own, short, f"{short}.local", options.host.lower(), *map(str.lower, options.allowed_hosts)}
+    return Access(
+        host_names=frozenset(names - {"", ".local"}),
+        origins=frozenset(origin.lower().rstrip("/") for origin in options.allowed_origins),
+        is_open=options.is_open,
+        asks_everybody=options.asks_everybody,
+    )
 
 
 async def _run(
@@ -191,7 +216,7 @@ class Node:
         self._network_hosts = addresses.network_hosts(self._host, hardware)
         self._public_key = mine.key.public_key().public_bytes_raw()
         settings = self._settings(options, hardware)
-        self._is_open = options.anyone_joins
+        self._anyone_joins = options.anyone_joins
         self._credentials = credentials
         self._rotation = rotation
         self._driver = Driver(
@@ -203,7 +228,9 @@ class Node:
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
         self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source), credentials)
-        self._server = HttpServer(create_app(self), listener.dup())  # which it closes; the next life needs one
+        self._activity = Activity()
+        application = create_guarded_app(self, _access(options))
+        self._server = HttpServer(application, listener.dup())  # which it closes; the next life needs one
         self._server_ended = anyio.Event()
         self._begins_anew = False
 
@@ -234,6 +261,7 @@ class Node:
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
             tasks.start_soon(self._models.run, self._mailbox)
+            tasks.start_soon(watch_activity, self._driver, self._activity)
             tasks.start_soon(self._serving.read_ahead)
             tasks.start_soon(self._serve)
             tasks.start_soon(self._leave_for_new_code, tasks.cancel_scope)
@@ -303,11 +331,19 @@ class Node:
     def models(self) -> Sequence[ListedModel]:
         return [ListedModel(card, self._models.is_on_disk(card)) for card in self._models.cards()]
 
+    def keys(self) -> Sequence[ApiKey]:
+        return self._driver.keys()
+
+    def activity(self, after: int, limit: int) -> ActivityPage:
+        return self._activity.page(after, limit)
+
     async def submit(self, command: Command) -> CommandResult:
-        return await self._driver.submit(command)
+        result = await self._driver.submit(command)
+        self._activity.hear(clock.unix_ms(), command, result.outcome)
+        return result
 
     async def rotate_code(self, proof: str, without: Sequence[NodeId]) -> RotationOutcome:
-        if self._is_open:
+        if self._anyone_joins:
             raise RequestError(
                 "An open cluster has no join code to change. Start its nodes without --open.", status=409
             )

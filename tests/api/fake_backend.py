@@ -9,8 +9,11 @@ import msgspec
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.control import routing
+from covey.control.activity import Activity
+from covey.schema.activity import ActivityPage
 from covey.schema.cluster import (
     Accepted,
+    ApiKey,
     ClusterState,
     Command,
     CommandOutcome,
@@ -159,6 +162,8 @@ class FakeBackend:
     commands: list[Command] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     hang_after: int | None = None  # events, then silence until it is cancelled
+    valid_keys: list[ApiKey] = field(default_factory=list)
+    happened: Activity = field(default_factory=Activity)
     closed: int = 0  # generations that ended, however
 
     def state(self) -> ClusterState:
@@ -166,6 +171,12 @@ class FakeBackend:
 
     def instance_status(self, instance: Instance) -> InstanceStatus:
         return routing.instance_status(self.current, instance)
+
+    def keys(self) -> Sequence[ApiKey]:
+        return self.valid_keys
+
+    def activity(self, after: int, limit: int) -> ActivityPage:
+        return self.happened.page(after, limit)
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
         try:

@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 
 from covey.api import event_stream
 from covey.api.server import create_app
 from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest
+from covey.schema.runner import RunnerState
 from tests.api.fake_backend import ANSWER, FakeBackend, cluster
 
 BODY = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -141,19 +143,59 @@ async def ends_of(backend: FakeBackend, path: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def test_changes_of_the_cluster_are_streamed_one_by_one() -> None:
+async def told(client: httpx.AsyncClient, count: int, last_id: str = "") -> AsyncIterator[tuple[str, str, Any]]:
+    """Name, id and data of the first `count` events of `GET /cluster/stream`."""
+    headers = {"Last-Event-ID": last_id} if last_id else {}
+    name = event_id = ""
+    async with client.stream("GET", "/cluster/stream", headers=headers) as answer:
+        async for line in answer.aiter_lines():
+            name = line[7:] if line.startswith("event: ") else name
+            event_id = line[4:] if line.startswith("id: ") else event_id
+            if line.startswith("data: "):
+                yield name, event_id, json.loads(line[6:])
+                count -= 1
+                if not count:
+                    return
+
+
+def test_the_cluster_is_streamed_whole_and_then_by_what_changes() -> None:
+    async def story() -> None:
+        backend = FakeBackend(current=cluster(RunnerState.READY, RunnerState.READY))
+        async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
+            events = told(client, 3)
+            name, _, data = await anext(events)
+            assert (name, data["revision"], len(data["members"])) == ("state", 7, 2)
+            backend.current = cluster(RunnerState.READY, RunnerState.RUNNING, revision=8)
+            name, first_id, data = await anext(events)
+            assert (name, sorted(data), list(data["changed"])) == ("change", ["changed", "revision"], ["members"])
+            (member,) = data["changed"]["members"].values()
+            assert member["report"]["runners"][0]["state"] == "Running"
+            backend.current = msgspec.structs.replace(backend.current, instances=(), leader=None, revision=9)
+            _, second_id, data = await anext(events)
+            assert data == {"revision": 9, "leader": None, "removed": {"instances": ["inst-1"]}}
+            await events.aclose()
+
+            again = [event async for event in told(client, 1, first_id)]  # what was missed, in one change
+            assert again == [("change", second_id, data)]
+            for strange in ("elsewhere-1", f"{second_id}9", "-", "x" * 3000):
+                assert [each[0] async for each in told(client, 1, strange)] == ["state"]
+
+    asyncio.run(story())
+
+
+def test_what_only_ages_is_no_change() -> None:
     async def story() -> None:
         backend = FakeBackend()
         async with served(backend) as url, httpx.AsyncClient(base_url=url) as client:
-            revisions: list[int] = []
-            async with client.stream("GET", "/cluster/changes") as answer:
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: "):
-                        revisions.append(json.loads(line.removeprefix("data: "))["revision"])
-                        if len(revisions) == 3:
-                            break
-                        backend.current = cluster(revision=revisions[-1] + 1)
-            assert revisions == [7, 8, 9]
+            events = told(client, 2)
+            await anext(events)
+            for age in (300, 600, 900):
+                older = tuple(msgspec.structs.replace(each, heard_ms_ago=age) for each in backend.current.members)
+                backend.current = msgspec.structs.replace(backend.current, members=older, revision=age)
+                await asyncio.sleep(0.15)
+            backend.current = cluster(revision=1000)
+            assert (await anext(events))[2]["revision"] == 1000
+            await events.aclose()
 
     asyncio.run(story())
 

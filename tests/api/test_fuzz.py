@@ -3,17 +3,26 @@
 import json
 import re
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import hypothesis.strategies as st
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 
 from covey.api import body, openai_chat
 from covey.api.generation_body import GenerationBody
-from covey.api.server import create_app
+from covey.api.guard import Access
+from covey.api.server import create_app, create_guarded_app
 from tests.api.fake_backend import FakeBackend
 
 CLIENT = TestClient(create_app(FakeBackend()), raise_server_exceptions=False)
+GUARDED = TestClient(
+    create_guarded_app(FakeBackend(), Access()),
+    base_url="http://localhost",
+    client=("127.0.0.1", 1),
+    raise_server_exceptions=False,
+)
 FIELDS = sorted({*openai_chat.ChatBody.model_fields, *openai_chat.HARMLESS, *openai_chat.UNSUPPORTED})
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 ANY_JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10)
@@ -60,6 +69,47 @@ def test_any_json(value: Any) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes(content: bytes) -> None:
     assert_sensible(content)
+
+
+def assert_envelope(answer: httpx.Response, statuses: set[int]) -> None:
+    assert answer.status_code in statuses, answer.text
+    if answer.is_error:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@QUICK
+@given(ANY_JSON | st.fixed_dictionaries({"name": st.text(max_size=70) | ANY_JSON}))
+def test_any_key(value: Any) -> None:
+    assert_envelope(GUARDED.post("/keys", content=json.dumps(value).encode()), {201, 400})
+
+
+@QUICK
+@given(st.text(max_size=50).filter(bool))
+def test_any_name_in_an_address(name: str) -> None:
+    quoted = quote(name, safe="")
+    for path in (f"/keys/{quoted}", f"/instance/{quoted}"):
+        assert_envelope(GUARDED.delete(path), {200, 400, 404, 405})  # the fake accepts; "." and "/" are no names
+    for path in (f"/state/{quoted}", f"/instance/{quoted}"):
+        assert_envelope(GUARDED.get(path), {200, 307, 400, 404})
+
+
+@QUICK
+@given(st.text(max_size=50), st.text(max_size=20))
+def test_any_cursor_and_limit(cursor: str, limit: str) -> None:
+    assert_envelope(GUARDED.get("/events", params={"after": cursor, "limit": limit}), {200, 400})
+
+
+HEADERS = st.sampled_from(
+    ["Host", "Origin", "Authorization", "x-api-key", "If-None-Match", "Content-Length", "X-Forwarded-For", "Cookie"]
+)
+
+
+@QUICK
+@given(st.dictionaries(HEADERS, st.text(st.characters(max_codepoint=255), max_size=60)))
+def test_any_header(headers: dict[str, str]) -> None:
+    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    for path in ("/cluster", "/state", "/keys"):
+        assert_envelope(GUARDED.get(path, headers=raw), {200, 304, 401, 403, 421})
 
 
 def test_the_fields_that_are_fuzzed_are_those_that_exist() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from covey.api.server import create_app
+from covey.api.guard import Access
+from covey.api.server import create_guarded_app
 from tests.api.fake_backend import FakeBackend
 from tests.cli.served_node import ServedNode
 
@@ -19,7 +20,11 @@ def node() -> Iterator[ServedNode]:
     backend = FakeBackend()
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(backend), log_level="warning", lifespan="off", timeout_graceful_shutdown=1, ws="none"
+        create_guarded_app(backend, Access()),
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        ws="none",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

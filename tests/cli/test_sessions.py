@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
+from covey.cli.client import NodeClient
 from covey.cli.main import app
-from covey.schema.cluster import CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
+from covey.control.activity import Activity
+from covey.schema.cluster import Accepted, ApiKey, CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
@@ -31,6 +33,16 @@ def away() -> Any:
     return msgspec.structs.replace(LOADING, members=(first, gone))
 
 
+LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
+
+
+def happened() -> Activity:
+    activity = Activity()
+    for instance_id in ("inst-1", "inst-2"):
+        activity.hear(1_700_000_000_000, DeleteInstance(InstanceId(instance_id)), Refused("[red]it is\x1b not there"))
+    return activity
+
+
 SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "listing": ({}, [["ps"], ["nodes"], ["models"]]),
     "listing_json": ({}, [["ps", "--json"], ["nodes", "--json"], ["models", "--json"]]),
@@ -46,6 +58,15 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "unknown_model": ({"current": EMPTY}, [["run", "GPT-9", "Hi"], ["place", "GPT-9"]]),
     "place": ({}, [["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--json"]]),
     "place_refused": ({"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)}, [["place", "Tiny-Chat"]]),
+    "keys": (
+        {"outcome": Accepted(LAPTOP.key_id), "valid_keys": [LAPTOP]},
+        [["keys", "add", "laptop"], ["keys", "list"], ["keys", "list", "--json"], ["keys", "revoke", "laptop"]],
+    ),
+    "keys_refused": (
+        {"outcome": Refused("there is a key named 'laptop' already.", 409)},
+        [["keys", "list"], ["keys", "add", "laptop"], ["keys", "add", "bad/name"], ["keys", "revoke", "a/b?c"]],
+    ),
+    "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
     "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "none-such"]]),
 }
 
@@ -60,7 +81,9 @@ def session(node: ServedNode, commands: list[list[str]]) -> str:
         output = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
         text += f"$ covey {' '.join(command)}\n{output}{errors}"
         text += f"[{done.exit_code}]\n" if done.exit_code else ""
-    return re.sub(r'"created": \d+', '"created": 0', text.replace(node.url, "URL"))
+    text = re.sub(r"covey_[0-9a-f]{12}_[0-9a-f]{40}", "KEY", text.replace(node.url, "URL"))
+    text = re.sub(r'"id": "[0-9a-f]{8}-', '"id": "LIFE-', text)
+    return re.sub(r'"created": \d+', '"created": 0', text)
 
 
 @pytest.mark.parametrize("name", sorted(SESSIONS))
@@ -144,6 +167,10 @@ def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pyte
         ["dance"],
         ["run", "x", "y", "--max-tokens", "0"],
         ["up", "--port", "x"],
+        ["up", "--no-auth", "--require-key"],
+        ["keys"],
+        ["keys", "revoke"],
+        ["events", "--limit", "0"],
     ],
 )
 def test_wrong_usage_is_exit_status_2(node: ServedNode, arguments: list[str]) -> None:
@@ -163,6 +190,15 @@ def test_no_node_there(url: str, sentence: str) -> None:
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+def test_a_key_from_the_environment_goes_along(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COVEY_API_KEY", " covey_1_2\n")
+    with NodeClient(node.url) as client:
+        assert client._http.headers["authorization"] == "Bearer covey_1_2"
+    monkeypatch.setenv("COVEY_API_KEY", "schlüssel")
+    done = invoke(node, "ps")
+    assert (done.exit_code, done.stderr.startswith("COVEY_API_KEY is not an API key")) == (1, True)
 
 
 def test_something_else_listens_there(node: ServedNode) -> None:

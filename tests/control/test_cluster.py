@@ -23,7 +23,7 @@ def carry_out(cluster: Cluster, command: PlaceModel | DeleteInstance, mark: str 
     assert isinstance(decision, Decision)
     assert isinstance(decision.outcome, Accepted)
     cluster.apply(decision.events)
-    return decision.outcome.instance_id
+    return InstanceId(decision.outcome.effect_id)
 
 
 entries = st.builds(

@@ -401,6 +401,14 @@ def test_a_client_hears_of_changes_only() -> None:
     assert lone.machine.state(lone.now_ms).revision == before + 1
 
 
+def test_reports_that_say_the_same_again_are_no_change_to_a_client() -> None:
+    world, hosts = cluster_of(2)
+    world.run_until(5_000)
+    before = [state(host).revision for host in hosts]
+    world.run_until(5_000 + 3 * MachineSettings().report_idle_ms)
+    assert [state(host).revision for host in hosts] == before
+
+
 def test_instances_of_one_wish_by_two_leaders_are_reduced_to_one() -> None:
     """Both halves of a divided cluster placed the same command; the one that is ready stays."""
     world, hosts = cluster_of(2)

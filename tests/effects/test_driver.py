@@ -12,7 +12,16 @@ import pytest
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
-from covey.schema.cluster import Accepted, ClusterState, CommandResult, DeleteInstance, Heartbeat, MeshMessage, Refused
+from covey.schema.cluster import (
+    Accepted,
+    ApiKey,
+    ClusterState,
+    CommandResult,
+    DeleteInstance,
+    Heartbeat,
+    MeshMessage,
+    Refused,
+)
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
 from covey.schema.machine import (
     AnswerCommand,
@@ -80,6 +89,9 @@ class FakeMachine:
 
     def state(self, now_ms: int) -> ClusterState:  # noqa: ARG002 - the real one's shape
         return ClusterState(node_id=ME, leader=None, revision=self.revision, members=(), wishes=(), instances=())
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        return ()
 
 
 class World:

@@ -101,7 +101,7 @@ def test_ctrl_c_ends_a_node_in_the_middle_of_an_answer(tmp_path: Path) -> None:
                     lines.append("broken")
 
         def watch() -> None:
-            with httpx.stream("GET", f"{a.url}/cluster/changes", timeout=60) as response:
+            with httpx.stream("GET", f"{a.url}/cluster/stream", timeout=60) as response:
                 try:
                     for _ in response.iter_lines():
                         pass

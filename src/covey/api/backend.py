@@ -8,7 +8,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from covey.schema.cluster import ClusterState, Command, CommandResult, Instance, InstanceStatus
+from covey.schema.activity import ActivityPage
+from covey.schema.cluster import ApiKey, ClusterState, Command, CommandResult, Instance, InstanceStatus
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -34,6 +35,14 @@ class Backend(Protocol):
 
     def instance_status(self, instance: Instance) -> InstanceStatus:
         """How far an instance of the latest snapshot has come."""
+        ...
+
+    def keys(self) -> Sequence[ApiKey]:
+        """The API keys that are valid now. Cheap: called for every request that shows one."""
+        ...
+
+    def activity(self, after: int, limit: int) -> ActivityPage:
+        """The oldest events with a number above `after` that are still kept, at most `limit`."""
         ...
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:

@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 from covey.api.errors import RequestError
 
 BODY_BYTES_MAX = 8 * 1024 * 1024  # a context of 1 M tokens is about 4 MB of text
+BODY_S_MAX = 60.0  # the largest body over the slowest Wi-Fi that anybody would use for this
+BODIES_BYTES_MAX = 64 * 1024 * 1024  # that are being read at one time, by all clients together
 
 # What a field must be, by pydantic's kind of error; in braces stand the limits that it tells.
 REASONS: Final = {

@@ -81,17 +81,17 @@ def parse_await(model_id: str | None, timeout_seconds: str | None) -> AwaitQuery
     return AwaitQuery(model_id, seconds or None)
 
 
-def accepted_instance(outcome: CommandOutcome) -> InstanceId:
-    """The id of the instance that the leader decided on. Raises `RequestError` with the leader's reason."""
+def accepted(outcome: CommandOutcome) -> str:
+    """The id of what the leader decided on. Raises `RequestError` with the leader's reason, or 504."""
     match outcome:
         case Accepted():
-            return outcome.instance_id
+            return outcome.effect_id
         case Refused():
             raise RequestError(outcome.reason, status=outcome.status)
         case TimedOut():
             raise RequestError(
                 f"No leader answered within {outcome.waited_ms / 1000:.0f} s; it is not known whether the command was"
-                " carried out. Look at GET /state and try again.",
+                " carried out. Look at GET /cluster and try again.",
                 status=504,
                 retry_after_s=5,
             )

@@ -2,12 +2,10 @@
 to hold the present one, and reads the new one where the node keeps it.
 """
 
-from collections.abc import Awaitable, Callable
-
-import msgspec
 from fastapi import Request, Response
 from pydantic import Field
 
+from covey.api.answers import BodyReader, json_response
 from covey.api.backend import Backend
 from covey.api.body import DialectBody, fields, json_object
 from covey.schema.ids import NodeId
@@ -21,14 +19,12 @@ class RotateBody(DialectBody):
 
 
 class CodeRoutes:
-    """`read` gives a request's body. Raises `RequestError`."""
-
-    def __init__(self, backend: Backend, read: Callable[[Request], Awaitable[bytes]]) -> None:
+    def __init__(self, backend: Backend, bodies: BodyReader) -> None:
         self._backend = backend
-        self._read = read
+        self._bodies = bodies
 
     async def rotate(self, request: Request) -> Response:
         """Answers when the nodes that stay have the new code, or after a few seconds."""
-        asked = fields(RotateBody, json_object(await self._read(request)))
+        asked = fields(RotateBody, json_object(await self._bodies.read(request)))
         outcome = await self._backend.rotate_code(asked.proof, [NodeId(node_id) for node_id in asked.without])
-        return Response(msgspec.json.encode(outcome), media_type="application/json")
+        return json_response(outcome)

@@ -1,5 +1,6 @@
 """The one error that parsing and answering raise, and the one envelope in which clients see errors."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -8,17 +9,24 @@ class RequestError(Exception):
     """The request can't be served as it was sent.
 
     `message` says what is wrong and what to do; `param` names the guilty field, if one is. `retry_after_s` is sent as
-    `Retry-After` where trying again later helps.
+    `Retry-After` where trying again later helps; `headers` go with the answer.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, retry_after_s: int | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 def render_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:

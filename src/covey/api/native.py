@@ -9,11 +9,13 @@ event for each `GenerationEvent`, whose `type` is the name of the message:
     {"type": "GenerationFinished", "reason", "usage", "timings"}      or
     {"type": "GenerationFailed", "message", "status"}                 as the last one
 
-`GET /cluster` is the `ClusterState`; `GET /cluster/changes` streams it, at once and whenever it changes.
+`GET /cluster` is the `ClusterState`; `GET /cluster/stream` is that first (event `state`), then each `ClusterChange`
+(event `change`), with ids after which it can go on.
 """
 
 from covey.api import sse
 from covey.api.body import fields, json_object
+from covey.api.cluster_changes import ClusterChange
 from covey.api.errors import RequestError
 from covey.api.generation_body import GenerationBody
 from covey.schema.cluster import ClusterState
@@ -35,5 +37,6 @@ def render_failure(error: RequestError) -> bytes:
     return render_event(GenerationFailed(error.message, error.status))
 
 
-def render_change(state: ClusterState) -> bytes:
-    return sse.data(state)
+def render_change(event_id: str, event: ClusterState | ClusterChange) -> bytes:
+    name = b"state" if isinstance(event, ClusterState) else b"change"
+    return b"event: " + name + b"\nid: " + event_id.encode() + b"\n" + sse.data(event)

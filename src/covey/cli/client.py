@@ -1,13 +1,16 @@
 """A node's HTTP API as the commands need it. Everything that goes wrong becomes a `CliError` with one sentence."""
 
 import json
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx2
 import msgspec
 
+from covey.api.cluster_changes import ClusterChange, applied
 from covey.schema.cluster import ClusterState
 from covey.schema.generation import GenerationEvent
 from covey.schema.ids import NodeId
@@ -18,6 +21,7 @@ DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 CONNECT_SECONDS_MAX: Final = 5.0
 ANSWER_SECONDS_MAX: Final = 60.0  # a hub may have to be asked before a placement is answered
 SILENCE_SECONDS_MAX: Final = 30.0  # streams say something every 10 s
+EVENTS_MAX: Final = 1000  # that a node keeps
 
 
 class CliError(Exception):
@@ -35,7 +39,7 @@ class NodeClient:
         self.url = url.rstrip("/")
         timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
         with self._explained():
-            self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False)
+            self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=_credentials())
 
     def __enter__(self) -> "NodeClient":
         return self
@@ -50,8 +54,33 @@ class NodeClient:
 
     def changes(self) -> Iterator[ClusterState]:
         """The cluster now, and again after each change; ends when the node does."""
-        for data in self._stream("GET", "/cluster/changes", None):
-            yield msgspec.json.decode(data, type=ClusterState)
+        state: ClusterState | None = None
+        for name, data in self._stream("GET", "/cluster/stream", None):
+            if state is None or name == "state":
+                state = msgspec.json.decode(data, type=ClusterState)
+            else:
+                state = applied(state, msgspec.json.decode(data, type=ClusterChange))
+            yield state
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        """What happened lately, oldest first, at most `limit`."""
+        with self._explained():
+            return list(_checked(self._http.get("/events", params={"limit": EVENTS_MAX})).json()["events"])[-limit:]
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The valid API keys: `key_id`, `name`, `created_s`."""
+        with self._explained():
+            return list(_checked(self._http.get("/keys")).json()["keys"])
+
+    def add_key(self, name: str) -> dict[str, Any]:
+        """A new API key, with `key`, which is never shown again."""
+        with self._explained():
+            return dict(_checked(self._http.post("/keys", json={"name": name})).json())
+
+    def revoke_key(self, name_or_id: str) -> str:
+        """The id of the key that is not valid any more."""
+        with self._explained():
+            return str(_checked(self._http.delete(f"/keys/{quote(name_or_id, safe='')}")).json()["key_id"])
 
     def models(self) -> list[dict[str, Any]]:
         """The listed models, in OpenAI's shape."""
@@ -75,19 +104,22 @@ class NodeClient:
 
     def generate(self, body: dict[str, Any]) -> Iterator[GenerationEvent]:
         """The answer, event by event. Closing the iterator cancels it."""
-        for data in self._stream("POST", "/generate", body):
+        for _, data in self._stream("POST", "/generate", body):
             yield msgspec.json.decode(data, type=GenerationEvent)
 
-    def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
-        """The data of each server-sent event."""
+    def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[tuple[str, bytes]]:
+        """Name and data of each server-sent event."""
         timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX, read=SILENCE_SECONDS_MAX)
         with self._explained(), self._http.stream(method, path, json=body, timeout=timeout) as response:
             if response.is_error:
                 response.read()
             _checked(response)
+            name = ""
             for line in response.iter_lines():
-                if line.startswith("data:") and line != "data: [DONE]":
-                    yield line.removeprefix("data:").strip().encode()
+                if line.startswith("event:"):
+                    name = line.removeprefix("event:").strip()
+                elif line.startswith("data:") and line != "data: [DONE]":
+                    yield name, line.removeprefix("data:").strip().encode()
 
     @contextmanager
     def _explained(self) -> Generator[None]:
@@ -104,6 +136,14 @@ class NodeClient:
             raise CliError(f"The node at {self.url} broke off: {error or type(error).__name__}.") from error
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise CliError(f"{self.url} does not answer like a Covey node of this version: {error}.") from error
+
+
+def _credentials() -> dict[str, str]:
+    """From the environment only: other users of the machine can read a command line."""
+    key = os.environ.get("COVEY_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise CliError("COVEY_API_KEY is not an API key: it holds characters that none has.")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _checked(response: httpx2.Response) -> httpx2.Response:

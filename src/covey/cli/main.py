@@ -3,22 +3,17 @@
 What only some commands need is imported where they run, so that the others start fast.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Final, ParamSpec
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from covey.cli import chat, tables
+from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
-
-FAILURE_EXIT: Final = 1
+from covey.cli.options import Json, Url, explained, print_json
 
 app = typer.Typer(
     name="covey",
@@ -27,41 +22,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys.app, name="keys")
+
 
 join_code_app = typer.Typer(help="Show or change the code by which devices join.")
 app.add_typer(join_code_app, name="join-code")
 
-Url = Annotated[str, typer.Option("--url", envvar="COVEY_URL", help="The node to talk to.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask nobody for an API key.")]
+RequireKey = Annotated[bool, typer.Option("--require-key", help="Ask for an API key on this machine, too.")]
+LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request on standard error.")]
+AnyoneJoins = Annotated[bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
 ]
-Arguments = ParamSpec("Arguments")
-
-
-def explained(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """A failure is one sentence on standard error and exit status 1."""
-
-    @wraps(command)
-    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
-        try:
-            command(*arguments, **options)
-        except CliError as error:
-            err.print(escape(str(error)), style="red", soft_wrap=True)
-            raise typer.Exit(FAILURE_EXIT) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(chat.INTERRUPTED_EXIT) from None
-        except BrokenPipeError:  # the reader of our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(FAILURE_EXIT) from None
-
-    return run
-
-
-def print_json(value: Any) -> None:
-    chat.write(json.dumps(value, indent=2) + "\n")
 
 
 @app.command()
@@ -82,10 +57,17 @@ def up(
         list[str] | None,
         typer.Option(help="Meet other nodes here alone: an interface's name or address; default: all private ones."),
     ] = None,
-    is_open: Annotated[  # noqa: FBT002 (Typer's way to a flag)
-        bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")
-    ] = False,
+    anyone_joins: AnyoneJoins = False,  # noqa: FBT002 (Typer's way to a flag)
     until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which clients call this node, beside the machine's own.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages that may use the API, as https://chat.example.")
+    ] = None,
+    no_auth: NoAuth = False,  # noqa: FBT002
+    require_key: RequireKey = False,  # noqa: FBT002
+    log_requests: LogRequests = False,  # noqa: FBT002
 ) -> None:
     """Run one node in the foreground."""
     from covey.cli import joining  # noqa: PLC0415 (as the first lines say; so are the others)
@@ -93,12 +75,14 @@ def up(
     from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
 
     def announce(ready: NodeReady) -> None:
-        out.print(welcome(ready, joining.how_to_join(is_open=is_open)), soft_wrap=True)
+        out.print(welcome(ready, joining.how_to_join(is_open=anyone_joins)), soft_wrap=True)
 
-    if not is_open:
+    if no_auth and require_key:
+        raise typer.BadParameter("--no-auth and --require-key exclude each other.")
+    if anyone_joins and join is not None:
+        raise typer.BadParameter("--open and --join exclude each other: an open cluster has no join code.")
+    if not anyone_joins:
         joining.take_code(join)
-    elif join is not None:
-        raise CliError("An open cluster has no join code: leave out --open or --join.")
     options = NodeOptions(
         host=host,
         port=port,
@@ -106,8 +90,13 @@ def up(
         name=name,
         peers=tuple(peer or ()),
         interfaces=tuple(interface or ()),
-        anyone_joins=is_open,
+        anyone_joins=anyone_joins,
         until_stdin_closes=until_stdin_closes,
+        allowed_hosts=tuple(allow_host or ()),
+        allowed_origins=tuple(allow_origin or ()),
+        is_open=no_auth,
+        asks_everybody=require_key,
+        logs_requests=log_requests,
     )
     raise typer.Exit(run_node(options, announce))
 
@@ -216,6 +205,22 @@ def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT00
         print_json(rows)
     else:
         out.print(tables.nodes_table(rows))
+
+
+@app.command()
+@explained
+def events(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The latest so many.")] = 50,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
+) -> None:
+    """Tell what happened lately, as the node saw it."""
+    with NodeClient(url) as node:
+        happened = node.events(limit)
+    if as_json:
+        print_json(happened)
+    else:
+        out.print(tables.events_table(happened))
 
 
 @app.command()

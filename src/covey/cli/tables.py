@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from covey.cli.console import size
+from covey.cli.console import harmless, size
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, Instance, Member
 
@@ -123,3 +124,8 @@ def models_table(models: Sequence[Row]) -> Table:
         for model in models
     ]
     return table(("model", "size", "quantization", "context", "on disk"), drawn)
+
+
+def events_table(events: Sequence[Row]) -> Table:
+    drawn = [(event["at"].replace("T", " ")[:19], escape(harmless(event["text"]))) for event in events]
+    return table(("when (UTC)", "what"), drawn)

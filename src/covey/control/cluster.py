@@ -13,11 +13,14 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from covey.control import keys
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.settings import COUNTER_LEAP_MAX, TOMBSTONES_MAX
 from covey.schema.cluster import (
     Accepted,
+    AddKey,
+    ApiKey,
     Command,
     CommandOutcome,
     DeleteInstance,
@@ -25,7 +28,9 @@ from covey.schema.cluster import (
     Instance,
     PlaceModel,
     Refused,
+    RevokeKey,
     Stage,
+    Value,
     Version,
     Wish,
 )
@@ -33,6 +38,7 @@ from covey.schema.ids import InstanceId, NodeId, RunnerId
 
 WISH: Final = "wish/"
 INSTANCE: Final = "instance/"
+KEY: Final = "key/"
 NOT_FOUND: Final = 404
 
 _encoder = msgspec.msgpack.Encoder()
@@ -52,7 +58,7 @@ class Written(Struct, frozen=True):
     """One thing that was decided: this key has this value from now on; None deletes it."""
 
     key: str
-    value: Wish | Instance | None
+    value: Value | None
 
 
 class Decision(Struct, frozen=True):
@@ -71,13 +77,20 @@ class Cluster:
         self.revision = 0
         self.wishes: dict[str, Wish] = {}  # by wish id, in order of keys
         self.instances: dict[InstanceId, Instance] = {}
+        self.keys: dict[str, ApiKey] = {}  # by key id
         self.digest = digest({})
 
     def decide(self, command: Command, context: Context) -> Decision | Refused:
         """What carrying `command` out means, or why it can't be."""
-        if isinstance(command, DeleteInstance):
-            return self._decide_deletion(command)
-        return self._decide_placement(command, context)
+        match command:
+            case PlaceModel():
+                return self._decide_placement(command, context)
+            case DeleteInstance():
+                return self._decide_deletion(command)
+            case AddKey():
+                return self._decide_addition(command)
+            case RevokeKey():
+                return self._decide_revocation(command)
 
     def apply(self, events: tuple[Written, ...]) -> dict[str, Entry]:
         """Writes what was decided, newer than anything here. Returns the entries for the other nodes."""
@@ -109,6 +122,7 @@ class Cluster:
         values = [entry.value for entry in self.entries.values()]
         self.wishes = {value.wish_id: value for value in values if isinstance(value, Wish)}
         self.instances = {value.instance_id: value for value in values if isinstance(value, Instance)}
+        self.keys = {value.key_id: value for value in values if isinstance(value, ApiKey)}
         self.digest = digest(self.entries)
 
     def _decide_placement(self, command: PlaceModel, context: Context) -> Decision | Refused:
@@ -152,6 +166,22 @@ class Cluster:
         if INSTANCE + command.instance_id not in self.entries:
             return Refused(f"there is no instance {command.instance_id}: `covey ps` lists those there are.", NOT_FOUND)
         return Decision(self.without_wish(wish_of(command.instance_id)), Accepted(command.instance_id))
+
+    def _decide_addition(self, command: AddKey) -> Decision | Refused:
+        """A key that was added before, even if it was revoked since, is not added again."""
+        key = command.key
+        if KEY + key.key_id in self.entries:
+            return Decision((), Accepted(key.key_id))
+        refused = keys.addition_refused(key, self.keys.values())
+        return refused or Decision((Written(KEY + key.key_id, key),), Accepted(key.key_id))
+
+    def _decide_revocation(self, command: RevokeKey) -> Decision | Refused:
+        if KEY + command.key in self.entries and command.key not in self.keys:
+            return Decision((), Accepted(command.key))  # revoked before: that is success
+        found = keys.find(command.key, self.keys.values())
+        if isinstance(found, Refused):
+            return found
+        return Decision((Written(KEY + found.key_id, None),), Accepted(found.key_id))
 
     def without_wish(self, wish_id: str) -> tuple[Written, ...]:
         """Deletes a wish and all that was assigned for it."""

@@ -22,6 +22,7 @@ from covey.control.settings import MachineSettings
 from covey.control.tending import Tending
 from covey.control.twins import COPIED, Twins
 from covey.schema.cluster import (
+    ApiKey,
     ClusterState,
     CommandAnswer,
     CommandOutcome,
@@ -153,6 +154,10 @@ class Machine:
             wishes=tuple(self.cluster.wishes.values()),
             instances=tuple(self._active(now_ms).values()),
         )
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        """The API keys that are valid now, as far as this node knows."""
+        return tuple(self.cluster.keys.values())
 
     # ---- inputs ----
 
@@ -441,5 +446,5 @@ class Machine:
         return self._content_made[1]
 
     def _seen(self) -> tuple[int, ...]:
-        own = self.reporter.last.sequence if self.reporter.last else 0
-        return (self.membership.revision, self.leadership.revision, self.cluster.revision, own)
+        parts = (self.membership, self.leadership, self.cluster, self.reporter)
+        return tuple(part.revision for part in parts)

@@ -9,6 +9,7 @@ it, and of a boot that left nothing counts any more.
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.settings import NODES_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Claim, Heartbeat, Member, NodeReport, Visibility
@@ -78,8 +79,9 @@ class Membership:
         elif report.boot < peer.boot or moment <= peer.report_moment:
             return
         peer, _ = self._hear(now_ms, report.node_id, moment)
+        says_more = peer.report is None or replace(report, sequence=peer.report.sequence) != peer.report
         peer.report, peer.report_moment = report, moment
-        self.revision += 1
+        self.revision += says_more
 
     def _hear(self, now_ms: int, node_id: NodeId, moment: Moment) -> tuple[Peer, bool]:
         """The sender's record; True if it was not among those that we hear."""

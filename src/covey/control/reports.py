@@ -66,7 +66,10 @@ class MemoryFigures:
 
 
 class Reporter:
-    """Numbers and spaces this node's reports. `last` is the one that everybody should have."""
+    """Numbers and spaces this node's reports. `last` is the one that everybody should have.
+
+    `revision` grows when a report says something else than the one before.
+    """
 
     def __init__(self, node_id: NodeId, boot: int, name: str, version: str, settings: MachineSettings) -> None:
         self.node_id = node_id
@@ -76,6 +79,7 @@ class Reporter:
         self.settings = settings
         self.last: NodeReport | None = None
         self.content: Content | None = None  # of that
+        self.revision = 0
         self.last_ms = 0
         self.waits = False  # for the spacing, with something to say
 
@@ -87,6 +91,7 @@ class Reporter:
         if self.waits or not (changed or since_ms >= self.settings.report_idle_ms):
             return None
         self.content, self.last_ms = content, now_ms
+        self.revision += changed
         self.last = NodeReport(
             node_id=self.node_id,
             boot=self.boot,

@@ -20,6 +20,11 @@ def now_ms() -> int:
     return time.clock_gettime_ns(_CLOCK_ID) // NS_PER_MS
 
 
+def unix_ms() -> int:
+    """What a person's clock shows. To be shown to people, and for nothing else: it may be wrong, and jump."""
+    return time.time_ns() // NS_PER_MS
+
+
 def _clock_id() -> int:
     if sys.platform == "darwin":
         return time.CLOCK_MONOTONIC_RAW

@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 from covey.effects.clock import Clock
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
-from covey.schema.cluster import ClusterState, Command, CommandOutcome, CommandResult, MeshMessage, Refused
+from covey.schema.cluster import ApiKey, ClusterState, Command, CommandOutcome, CommandResult, MeshMessage, Refused
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.machine import (
     AnswerCommand,
@@ -53,6 +53,7 @@ class ControlMachine(Protocol):
     def handle(self, now_ms: int, news: Input) -> list[Effect]: ...
     def deadline(self) -> int | None: ...
     def state(self, now_ms: int) -> ClusterState: ...
+    def keys(self) -> tuple[ApiKey, ...]: ...
 
 
 class Messages(Protocol):
@@ -136,6 +137,9 @@ class Driver:
         if now_ms - self._snapshot_ms > SNAPSHOT_AGE_MS_MAX:
             self._take_snapshot(now_ms)
         return self._snapshot
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        return self._machine.keys()
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
         """Returns when the state's revision differs from `revision`, at the latest after `timeout_s`."""

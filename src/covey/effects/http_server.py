@@ -10,7 +10,10 @@ from typing import Any, Final
 
 import uvicorn
 
+from covey.effects.http_protocol import HEAD_BYTES_MAX, BoundedProtocol
+
 BACKLOG: Final = 128
+KEEP_ALIVE_S: Final = 5  # silence between two requests of one connection
 GRACE_S: Final = 2  # for answers under way when the node ends; by then no runner is left to continue them
 
 _log = logging.getLogger("uvicorn.error")
@@ -51,6 +54,15 @@ def port_of(listener: socket.socket) -> int:
     return int(listener.getsockname()[1])
 
 
+def log_requests() -> None:
+    """Lets the access log (`api/guard`) reach standard error: a line per request is nobody's default."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("covey.access")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
 class HttpServer:
     """`application` is ASGI. `serve` runs until `stop`, which gives answers under way a short time to end."""
 
@@ -59,8 +71,14 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 application,
+                http=BoundedProtocol,
+                ws="none",
+                h11_max_incomplete_event_size=HEAD_BYTES_MAX,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                proxy_headers=False,  # whose address counts is `api/guard`'s to say
                 lifespan="off",
                 log_config=None,
+                log_level="error",  # what strangers send is their mistake, and no line in our log
                 access_log=False,
                 timeout_graceful_shutdown=GRACE_S,
                 server_header=False,

@@ -1,4 +1,4 @@
-"""What the control machine must know of its own node without asking: hardware, and which models lie on the disk."""
+"""What is watched for as long as a node runs: its hardware, the models on its disk, and what happens in the cluster."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -7,6 +7,9 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
+from covey.control.activity import Activity
+from covey.effects import clock
+from covey.effects.driver import Driver
 from covey.effects.mailbox import Mailbox
 from covey.effects.model_files import ModelFiles
 from covey.effects.probe import Probe
@@ -15,6 +18,8 @@ from covey.schema.machine import HardwareProbed, ModelsListed
 from covey.schema.model import ModelCard
 
 LOOK_S: Final = 3.0  # memory moves within seconds; a look takes about a millisecond
+ACTIVITY_SPACING_S: Final = 0.2  # what came and went within that is no news
+WAIT_S_MAX: Final = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +71,15 @@ class ModelWatch:
                 await mailbox.put(ModelsListed(found))
                 told = found
             await anyio.sleep(LOOK_S)
+
+
+async def watch_activity(driver: Driver, activity: Activity) -> None:
+    """For ever. Keeps the account of what changed in the cluster."""
+    while True:
+        state = driver.state()
+        activity.see(clock.unix_ms(), state, driver.keys())
+        await anyio.sleep(ACTIVITY_SPACING_S)
+        await driver.wait_changed(state.revision, WAIT_S_MAX)
 
 
 def _on_disk(files: ModelFiles, cards: tuple[ModelCard, ...]) -> frozenset[ModelCard]:

@@ -55,14 +55,27 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     stages: tuple[Stage, ...]
 
 
+class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
+    """What the cluster remembers of a key that it gave out: enough to know it again, too little to use it."""
+
+    key_id: str  # 12 hex digits; part of the key itself
+    name: str  # what people call its holder; unique among the keys that are valid
+    salt: bytes
+    digest: bytes  # SHA-256 of salt and secret
+    created_s: int  # Unix time at the node where it was asked for
+
+
+Value = Wish | Instance | ApiKey
+
+
 class Entry(Struct, frozen=True):
     """One key of intent. `value` is None where it was deleted (a tombstone)."""
 
-    value: Wish | Instance | None
+    value: Value | None
     version: Version
 
 
-Intent = dict[str, Entry]  # keys: "wish/<id>", "instance/<id>"
+Intent = dict[str, Entry]  # keys: "wish/<id>", "instance/<id>", "key/<id>"
 
 
 # ---- reports ----
@@ -181,7 +194,19 @@ class DeleteInstance(Struct, frozen=True, tag=True):
     instance_id: InstanceId
 
 
-Command = PlaceModel | DeleteInstance
+class AddKey(Struct, frozen=True, tag=True):
+    """Let whoever holds this key in. Accepted with the key's id."""
+
+    key: ApiKey
+
+
+class RevokeKey(Struct, frozen=True, tag=True):
+    """`key`: an id, or a name. Accepted with the key's id."""
+
+    key: str
+
+
+Command = PlaceModel | DeleteInstance | AddKey | RevokeKey
 
 
 class CommandRequest(Struct, frozen=True, tag=True):
@@ -193,7 +218,7 @@ class CommandRequest(Struct, frozen=True, tag=True):
 
 
 class Accepted(Struct, frozen=True, tag=True):
-    instance_id: InstanceId
+    effect_id: str  # of what the command made or ended: an instance, a key
 
 
 class Refused(Struct, frozen=True, tag=True):
