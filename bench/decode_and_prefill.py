@@ -40,6 +40,7 @@ def load(model: Path, threads: int) -> OnnxStage:
         shard=Shard(0, layer_count, layer_count),
         stage_index=0,
         stage_count=1,
+        stage_node_ids=(),
         context_length=PREFILL_TOKENS + DECODE_TOKENS,
         slot_count=1,
         thread_count=threads,

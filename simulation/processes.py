@@ -59,7 +59,7 @@ class Process:
 
     def tell(self, command: RunnerCommand) -> None:
         if isinstance(command, ConnectTo):
-            self.next_address, self.connect_until_ms = command.next_stage, self.world.now_ms + CONNECT_MS_MAX
+            self.next_address, self.connect_until_ms = command.next_stage[0], self.world.now_ms + CONNECT_MS_MAX
             self.after(20, self._connect)
         elif isinstance(command, Load):
             self.after(200, self._load, 1)

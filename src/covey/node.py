@@ -3,8 +3,8 @@
 One task group holds all that a node does. A signal makes it leave: runners end first, then the API, then the mesh.
 """
 
+import asyncio
 import math
-import os
 import platform
 import secrets
 import signal
@@ -31,23 +31,38 @@ from covey.control.activity import Activity
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
 from covey.effects import addresses, clock, identity, mesh, paths, processes, store
+from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
+from covey.effects.membership import keep_code, membership_of
 from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
-from covey.effects.probe import Probe, user_name
+from covey.effects.probe import Probe, loopback_interface
+from covey.effects.rotation import Rotation
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityPage
-from covey.schema.cluster import ApiKey, ClusterState, Command, CommandResult, Hardware, Instance, InstanceStatus
+from covey.schema.cluster import (
+    ApiKey,
+    ClusterState,
+    CodeSealed,
+    CodeTaken,
+    Command,
+    CommandResult,
+    Hardware,
+    Instance,
+    InstanceStatus,
+)
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
+from covey.schema.machine import MessageReceived
 from covey.schema.model import ModelCard
-from covey.schema.runner import Address
+from covey.schema.runner import EVERYWHERE, Address
+from covey.schema.trust import Credentials, RotationOutcome
 from covey.serving.model_text import ModelTexts
 from covey.serving.refusal import RefusedError
 from covey.serving.serving import Serving
@@ -66,7 +81,9 @@ class NodeOptions(Struct, frozen=True, kw_only=True):
     data_dir: Path | None = None
     name: str | None = None  # None: the machine's
     peers: tuple[str, ...] = ()
-    cluster: str | None = None  # None: COVEY_CLUSTER, or this user's
+    cluster: str | None = None  # tells apart clusters of one join code; None: COVEY_CLUSTER
+    interfaces: tuple[str, ...] = ()  # names or addresses where other nodes are met; empty: all private ones
+    anyone_joins: bool = False
     engine: str = "onnx"
     engine_options: dict[str, str] = {}
     until_stdin_closes: bool = False
@@ -100,12 +117,12 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
             listener = held.enter_context(listen(options.host, options.port))
-            intent = held.enter_context(store.opened(folder, version("covey")))
             _warn_of_strangers(options)
             if options.logs_requests:
                 log_requests()
-            reason = anyio.run(_run, options, folder, mine, intent, listener, announce)
-    except (IdentityError, ListenError, MeshError, StoreError) as error:
+            while (reason := anyio.run(_run, options, folder, mine, listener, announce)) is None:
+                mine = identity.renewed(folder, mine)  # there is a new join code
+    except (CodeFileError, IdentityError, ListenError, MeshError, StoreError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
@@ -139,25 +156,37 @@ def _access(options: NodeOptions) -> Access:
     )
 
 
-def cluster_name(chosen: str | None) -> str:
-    """Nodes of other clusters, and of other users of this machine, are not seen."""
-    return chosen or os.environ.get("COVEY_CLUSTER") or f"user-{user_name()}"
-
-
 async def _run(
     options: NodeOptions,
     folder: Path,
     mine: Identity,
-    intent: Store,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
-) -> str:
-    """Returns why the node ended, if nobody asked it to."""
-    api_port = port_of(listener)
-    settings = MeshSettings(cluster=cluster_name(options.cluster), port=mesh.mesh_port(api_port), peers=options.peers)
-    with closing(Mailbox()) as mailbox:
-        async with mesh.opened(mine.node_id, settings, mailbox.offer_from_thread) as opened:
-            return await Node(options, folder, mine, intent, opened, mailbox, listener).run(announce)
+) -> str | None:
+    """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
+    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+    cluster, api_port = member.credentials.cluster_id, port_of(listener)
+    settings = MeshSettings(cluster=cluster, port=mesh.mesh_port(api_port), peers=options.peers)
+    with store.opened(folder, version("covey")) as intent, closing(Mailbox()) as mailbox:
+        rotation = Rotation(mine, member.code, keep_code)
+        receive = _receiver(rotation, mailbox)
+        async with mesh.opened(mine.node_id, settings, receive) as opened:
+            rotation.send = opened.send_to
+            node = Node(options, folder, mine, intent, member.credentials, rotation, opened, mailbox, listener)
+            return await node.run(announce)
+
+
+def _receiver(rotation: Rotation, mailbox: Mailbox) -> Callable[[MessageReceived], None]:
+    """What takes messages from the mesh, on whichever thread."""
+    loop = asyncio.get_running_loop()
+
+    def receive(news: MessageReceived) -> None:
+        if isinstance(news.message, CodeSealed | CodeTaken):
+            loop.call_soon_threadsafe(rotation.hear, news.message)
+        else:
+            mailbox.offer_from_thread(news)
+
+    return receive
 
 
 class Node:
@@ -169,6 +198,8 @@ class Node:
         folder: Path,
         mine: Identity,
         intent: Store,
+        credentials: Credentials,
+        rotation: Rotation,
         opened: mesh.Mesh,
         mailbox: Mailbox,
         listener: socket.socket,
@@ -185,7 +216,11 @@ class Node:
         self._host, self._port = options.host, port_of(listener)
         hardware = self._probe.hardware()
         self._network_hosts = addresses.network_hosts(self._host, hardware)
+        self._public_key = mine.key.public_key().public_bytes_raw()
         settings = self._settings(options, hardware)
+        self._anyone_joins = options.anyone_joins
+        self._credentials = credentials
+        self._rotation = rotation
         self._driver = Driver(
             Machine(mine.node_id, mine.boot, self._name, version("covey"), settings),
             mailbox,
@@ -195,10 +230,12 @@ class Node:
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
-        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source))
+        self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source), credentials)
         self._activity = Activity()
-        self._server = HttpServer(create_guarded_app(self, _access(options)), listener)
+        application = create_guarded_app(self, _access(options))
+        self._server = HttpServer(application, listener.dup())  # which it closes; the next life needs one
         self._server_ended = anyio.Event()
+        self._begins_anew = False
 
     def _settings(self, options: NodeOptions, hardware: Hardware) -> MachineSettings:
         hosts = [*self._network_hosts, addresses.local_host(self._host)]
@@ -208,12 +245,16 @@ class Node:
             engine_options=options.engine_options,
             life=secrets.token_hex(8),
             api_address=Address(hosts[0], self._port),
+            listen_host=_data_host(options.interfaces),
+            public_key=self._public_key,
         )
 
     # ---- its life ----
 
-    async def run(self, announce: Callable[[NodeReady], None]) -> str:
-        """Until a signal asks it to leave and all has ended, or has been ended. Returns why, if nobody asked."""
+    async def run(self, announce: Callable[[NodeReady], None]) -> str | None:
+        """Until a signal asks it to leave and all has ended, or has been ended. Returns why, if nobody asked; None if
+        it is to begin anew, with another join code.
+        """
         reason = ""
         await self._models.look()  # so that the first client is not told of an empty list
         async with self._serving, anyio.create_task_group() as tasks:
@@ -226,15 +267,16 @@ class Node:
             tasks.start_soon(watch_activity, self._driver, self._activity)
             tasks.start_soon(self._serving.read_ahead)
             tasks.start_soon(self._serve)
+            tasks.start_soon(self._leave_for_new_code, tasks.cancel_scope)
             announce(self._ready())
             reason = await self._driver.run(self._open_runners)
             self._server.stop()
             await self._server_ended.wait()
             tasks.cancel_scope.cancel()
-        return reason
+        return None if self._begins_anew else reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
-        return processes.Processes(tasks, self._mailbox.put, self._folder / "logs")
+        return processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
 
     async def _serve(self) -> None:
         await self._server.serve()
@@ -252,9 +294,15 @@ class Node:
         await wait_input_closed()
         await self._leave(life)
 
-    async def _leave(self, life: anyio.CancelScope) -> None:
+    async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
+        self._begins_anew = begins_anew
         life.deadline = anyio.current_time() + LEAVE_S_MAX
         await self._driver.leave()
+
+    async def _leave_for_new_code(self, life: anyio.CancelScope) -> None:
+        await self._rotation.wait_taken()
+        if life.deadline == math.inf:  # else a signal came first
+            await self._leave(life, begins_anew=True)
 
     def _ready(self) -> NodeReady:
         return NodeReady(
@@ -297,6 +345,19 @@ class Node:
         self._activity.hear(clock.unix_ms(), command, result.outcome)
         return result
 
+    async def rotate_code(self, proof: str, without: Sequence[NodeId]) -> RotationOutcome:
+        if self._anyone_joins:
+            raise RequestError(
+                "An open cluster has no join code to change. Start its nodes without --open.", status=409
+            )
+        if not self._rotation.is_proof(proof):
+            sentence = "Only who holds the join code may change it: run the command as the user who runs this node."
+            raise RequestError(sentence, status=403)
+        try:
+            return await self._rotation.rotate(self.state().members, without)
+        except CodeFileError as error:
+            raise RequestError(f"The new join code is not in use: {error}.", status=500) from None
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         return self._serving.generate(request)
 
@@ -306,3 +367,9 @@ class Node:
             return await self._files.text_source(card)
         except FetchError as error:
             raise RefusedError(f"{error}.", HTTPStatus.SERVICE_UNAVAILABLE) from None
+
+
+def _data_host(interfaces: Sequence[str]) -> str:
+    """Where runners listen for the other nodes' runners: everywhere, unless no other machine is to be met."""
+    is_local = interfaces and all(addresses.is_local(each) or each == loopback_interface() for each in interfaces)
+    return "127.0.0.1" if is_local else EVERYWHERE

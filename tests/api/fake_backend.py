@@ -41,6 +41,7 @@ from covey.schema.generation import (
 from covey.schema.ids import InstanceId, ModelId, NodeId, RequestId, RunnerId
 from covey.schema.model import ModelCard, PackageSource, Shard
 from covey.schema.runner import Address, RunnerState
+from covey.schema.trust import RotationOutcome
 
 FIRST, SECOND = NodeId("a" * 32), NodeId("b" * 32)
 CARD = ModelCard(
@@ -196,6 +197,11 @@ class FakeBackend:
     async def submit(self, command: Command) -> CommandResult:
         self.commands.append(command)
         return CommandResult(f"command-{len(self.commands)}", self.outcome)
+
+    async def rotate_code(self, proof: str, without: Sequence[NodeId]) -> RotationOutcome:
+        if proof != "good":
+            raise RequestError("That proves nothing.", status=403)
+        return RotationOutcome(reached=tuple(each for each in (FIRST, SECOND) if each not in without), missed=())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         self.requests.append(request)

@@ -223,3 +223,19 @@ def test_awaiting_for_a_time_that_is_none(client: TestClient, seconds: str) -> N
 def test_models_on_disk_and_a_status_that_is_none(client: TestClient) -> None:
     assert [model["id"] for model in client.get("/models?status=downloaded").json()["data"]] == ["Tiny-Chat"]
     assert client.get("/models?status=lost").json()["error"]["param"] == "status"
+
+
+# ---- the join code ----
+
+
+def test_a_rotation_names_who_has_the_new_code_and_never_the_code(client: TestClient) -> None:
+    answer = client.post("/join_code/rotate", json={"proof": "good", "without": [FIRST]})
+    assert (answer.status_code, answer.json()) == (200, {"reached": ["b" * 32], "missed": []})
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"proof": "bad"}, 403), ({}, 400), ({"proof": "good", "without": "b"}, 400), ({"proof": 1}, 400)],
+)
+def test_a_rotation_without_a_proof_is_refused(client: TestClient, body: dict[str, object], status: int) -> None:
+    assert client.post("/join_code/rotate", json=body).status_code == status

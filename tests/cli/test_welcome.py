@@ -19,7 +19,7 @@ READY = NodeReady(
 
 
 def test_a_node_for_this_machine() -> None:
-    assert welcome(READY).splitlines() == [
+    assert welcome(READY, "covey up --join CODE").splitlines() == [
         r"[bold]attic \[b][/] is up (node 01234567). Ctrl-C ends it.",
         "",
         "  API     [bold]http://127.0.0.1:52415/v1[/]",
@@ -27,13 +27,14 @@ def test_a_node_for_this_machine() -> None:
         "  models  /data/models",
         '  try     covey run SmolLM2-135M-Instruct "Why is the sky blue?"',
         "          covey models (what can be run; a GGUF file of yours can, too)",
+        "  join    covey up --join CODE",
     ]
 
 
 def test_a_node_that_others_reach() -> None:
     urls = ("http://10.0.0.9:5000", "http://192.168.1.5:5000")
     ready = msgspec.structs.replace(READY, url="http://127.0.0.1:5000", network_urls=urls)
-    text = welcome(ready)
+    text = welcome(ready, "")
     assert "http://127.0.0.1:5000/v1[/] (from this machine)" in text
     assert all(f"{url}/v1[/] (from others)" in text for url in urls)
     assert "covey models --url http://127.0.0.1:5000 " in text
@@ -41,4 +42,4 @@ def test_a_node_that_others_reach() -> None:
 
 def test_a_node_at_one_address_is_reached_there_from_everywhere() -> None:
     ready = msgspec.structs.replace(READY, url="http://10.0.0.9:52415", network_urls=("http://10.0.0.9:52415",))
-    assert "(from" not in welcome(ready)
+    assert "(from" not in welcome(ready, "")

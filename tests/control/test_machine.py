@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from covey.control.cluster import Written
 from covey.control.machine import Machine
-from covey.control.routing import head_address, instance_status, pick, ready_instances
+from covey.control.routing import head_addresses, instance_status, pick, ready_instances
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import (
     Accepted,
@@ -84,7 +84,7 @@ def test_one_node_serves_a_model_soon_after_its_first_start() -> None:
     world.run_until(4_500)
     [instance] = ready_instances(state(host), SMALL.model_id)
     assert pick(state(host), SMALL.model_id) == instance
-    assert head_address(state(host), instance) is not None
+    assert head_addresses(state(host), instance)
     assert instance_status(state(host), instance).text == "ready"
 
 

@@ -16,6 +16,7 @@ from covey.schema.ids import RunnerId
 from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
 from covey.schema.model import Shard
 from covey.schema.runner import Listening, Ready, RunnerSpec, WarmUp
+from tests.credentials import credentials, node
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +45,7 @@ def spec(runner_id: str = "r1") -> RunnerSpec:
         shard=Shard(0, 1, 1),
         stage_index=0,
         stage_count=1,
+        stage_node_ids=(node(0).node_id,),
         context_length=16,
         slot_count=1,
         thread_count=3,
@@ -80,7 +82,9 @@ class Stage:
 @asynccontextmanager
 async def running(stage: Stage, folder: Path, code: str) -> AsyncGenerator[Processes]:
     async with anyio.create_task_group() as tasks:
-        processes = Processes(tasks, stage.deliver, folder / "logs", [sys.executable, "-c", PROLOGUE + code])
+        processes = Processes(
+            tasks, stage.deliver, folder / "logs", credentials(), [sys.executable, "-c", PROLOGUE + code]
+        )
         processes.start(StartRunner(RunnerId("r1"), 1, spec()))
         yield processes
         tasks.cancel_scope.cancel()
@@ -168,7 +172,7 @@ async def test_rubbish_on_standard_output_ends_the_runner(tmp_path: Path, rubbis
 async def test_a_command_that_can_not_start(tmp_path: Path) -> None:
     stage = Stage()
     async with anyio.create_task_group() as tasks:
-        processes = Processes(tasks, stage.deliver, tmp_path, [str(tmp_path / "missing")])
+        processes = Processes(tasks, stage.deliver, tmp_path, credentials(), [str(tmp_path / "missing")])
         processes.start(StartRunner(RunnerId("r1"), 1, spec()))
         ended = await stage.wait_exit()
     assert ended.description == "could not be started: No such file or directory"

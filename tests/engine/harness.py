@@ -5,6 +5,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from covey.engine.contract import Piece
 from covey.engine.fake import FakeStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
+from covey.engine.tls import Channel, client_context, server_context
 from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, Sampling, ServeHello, TokenSampled
 from covey.schema.ids import RequestId, RunnerId
 from covey.schema.model import Shard
@@ -36,7 +38,10 @@ from covey.schema.runner import (
     ShutDown,
     WarmUp,
 )
+from covey.schema.trust import Credentials
 from covey.schema.wire import FrameBuffer, pack
+from tests.credentials import credentials as credentials_of
+from tests.credentials import node
 
 WAIT_SECONDS = 20.0
 HOST = "127.0.0.1"
@@ -56,6 +61,7 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
         shard=Shard(start, end, layers),
         stage_index=stage_index,
         stage_count=stage_count,
+        stage_node_ids=tuple(node(index).node_id for index in range(stage_count)),
         context_length=2048,
         slot_count=4,
         thread_count=1,
@@ -67,7 +73,7 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
 class Runner:
     """A runner process with its standard input and output."""
 
-    def __init__(self, spec: RunnerSpec) -> None:
+    def __init__(self, spec: RunnerSpec, credentials: Credentials | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "covey.engine"],
             stdin=subprocess.PIPE,
@@ -77,7 +83,7 @@ class Runner:
         self.messages: list[RunnerMessage] = []
         self.seen: list[RunnerMessage] = []
         self._frames = FrameBuffer()
-        self.tell(Configure(spec))
+        self.tell(Configure(spec, credentials or credentials_of(spec.stage_index)))
 
     def tell(self, command: RunnerCommand) -> None:
         assert self.process.stdin is not None
@@ -122,7 +128,7 @@ def bring_up(runners: Sequence[Runner]) -> list[int]:
     """Takes all to Ready, the stages of a phase side by side; returns their data ports."""
     ports = [runner.wait(Listening).port for runner in runners]
     for place, runner in enumerate(runners):
-        runner.tell(ConnectTo(Address(HOST, ports[(place + 1) % len(ports)])))
+        runner.tell(ConnectTo((Address(HOST, ports[(place + 1) % len(ports)]),)))
     for answer, command in ((Connected, Load()), (Loaded, WarmUp())):
         for runner in runners:
             runner.wait(answer)
@@ -147,8 +153,9 @@ class Client:
     """A connection as `serving` opens it, that blocks."""
 
     def __init__(self, port: int, instance_id: str = "instance-1") -> None:
-        self.socket = socket.create_connection((HOST, port), WAIT_SECONDS)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain = socket.create_connection((HOST, port), WAIT_SECONDS)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = client_context(credentials_of(99)).wrap_socket(plain)
         self.socket.sendall(pack(ServeHello(instance_id)))
         self._frames = FrameBuffer()
         self._events: list[HeadEvent] = []
@@ -190,6 +197,27 @@ class Client:
             if isinstance(event, Ended | Broken):
                 open_ids.remove(event.request_id)
         return collected
+
+
+def open_channel(port: int, number: int = 99) -> Channel:
+    """A connection of node `number` that has said nothing yet."""
+    connection = socket.create_connection((HOST, port), WAIT_SECONDS)
+    channel = Channel(connection, client_context(credentials_of(number)), is_server=False)
+    channel.shake_hands(time.monotonic() + WAIT_SECONDS)
+    connection.settimeout(WAIT_SECONDS)
+    return channel
+
+
+def channel_pair(near: socket.socket, far: socket.socket) -> tuple[Channel, Channel]:
+    """Both ends of a connection of node 0 to node 1."""
+    first = Channel(near, client_context(credentials_of(0)), is_server=False)
+    second = Channel(far, server_context(credentials_of(1)), is_server=True)
+    deadline = time.monotonic() + WAIT_SECONDS
+    thread = threading.Thread(target=second.shake_hands, args=(deadline,))
+    thread.start()
+    first.shake_hands(deadline)
+    thread.join()
+    return first, second
 
 
 def make_admit(name: str, token_ids: Iterable[int], count: int = 16, **changes: Any) -> Admit:

@@ -7,6 +7,7 @@ from harness import make_spec
 
 from covey.schema.runner import Configure
 from covey.schema.wire import pack
+from tests.credentials import credentials
 
 
 def test_a_runner_whose_standard_error_is_gone_too_still_ends() -> None:
@@ -16,7 +17,7 @@ def test_a_runner_whose_standard_error_is_gone_too_still_ends() -> None:
         assert runner.stdin is not None
         assert runner.stdout is not None
         assert runner.stderr is not None
-        runner.stdin.write(pack(Configure(make_spec())))
+        runner.stdin.write(pack(Configure(make_spec(), credentials())))
         runner.stdin.flush()
         assert runner.stdout.read(4), "it listens"
         runner.stderr.close()

@@ -19,6 +19,7 @@ from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, 
 from covey.schema.ids import RequestId
 from covey.schema.runner import Activity, Address, Connected, ConnectTo, Listening, Load, PhaseFailed, Ready, WarmUp
 from covey.schema.wire import FrameBuffer, pack
+from tests.credentials import credentials, node
 from tests.engine.harness import (
     HOST,
     Client,
@@ -27,6 +28,7 @@ from tests.engine.harness import (
     expected_tokens,
     make_admit,
     make_spec,
+    open_channel,
     pipeline,
     sampled,
     shut_down,
@@ -182,9 +184,10 @@ def test_a_connection_for_another_instance_is_closed(alone: tuple[Runner, int]) 
 
 
 def test_strangers_cannot_link(alone: tuple[Runner, int]) -> None:
-    with socket.create_connection((HOST, alone[1]), 10) as stranger:
-        stranger.sendall(pack(LinkHello("instance-1", 0, 1)))
-        answer_ = msgspec.msgpack.decode(receive_first(stranger), type=LinkWelcome | LinkRefused)
+    channel = open_channel(alone[1])
+    channel.send(pack(LinkHello("instance-1", 0, 1)))
+    answer_ = msgspec.msgpack.decode(receive_first(channel, time.monotonic() + 10), type=LinkWelcome | LinkRefused)
+    channel.socket.close()
     assert isinstance(answer_, LinkRefused)
     assert_serves(alone[1])
 
@@ -218,7 +221,7 @@ def test_the_end_of_standard_input_ends_a_connecting_runner() -> None:
     runner = Runner(make_spec(0, 2))
     with socket.create_server((HOST, 0)) as silent:
         runner.wait(Listening)
-        runner.tell(ConnectTo(Address(HOST, silent.getsockname()[1])))
+        runner.tell(ConnectTo((Address(HOST, silent.getsockname()[1]),)))
         silent.accept()[0].close()
         assert runner.process.stdin is not None
         runner.process.stdin.close()
@@ -266,7 +269,7 @@ def test_a_terminated_head_tells_its_clients() -> None:
 
 def test_a_shut_down_need_not_wait_for_a_phase() -> None:
     runner = Runner(make_spec(engine_options={"load_delay_ms": "30000"}))
-    runner.tell(ConnectTo(Address(HOST, 1)))
+    runner.tell(ConnectTo((Address(HOST, 1),)))
     runner.tell(Load())
     runner.wait(Connected)
     started = time.monotonic()
@@ -277,7 +280,7 @@ def test_a_shut_down_need_not_wait_for_a_phase() -> None:
 
 def test_an_engine_that_cannot_load_is_told_in_a_sentence() -> None:
     runner = Runner(make_spec(engine="abacus"))
-    runner.tell(ConnectTo(Address(HOST, 1)))
+    runner.tell(ConnectTo((Address(HOST, 1),)))
     runner.tell(Load())
     failure = wait_failure(runner)
     assert failure == PhaseFailed("loading", "There is no engine called abacus; choose onnx or fake.")
@@ -303,9 +306,10 @@ def test_a_port_that_cannot_be_opened_is_told() -> None:
 
 def test_stages_in_the_wrong_order_refuse_one_another() -> None:
     """Three stages, of which the head was told the last one's address as its next."""
-    runners = [Runner(make_spec(index, 3)) for index in range(3)]
+    mine = node(0).node_id
+    runners = [Runner(make_spec(index, 3, stage_node_ids=(mine,) * 3), credentials(0)) for index in range(3)]
     ports = [runner.wait(Listening).port for runner in runners]
-    runners[0].tell(ConnectTo(Address(HOST, ports[2])))
+    runners[0].tell(ConnectTo((Address(HOST, ports[2]),)))
     failure = wait_failure(runners[0])
     assert failure.phase == "connecting"
     assert "stage 2 of 3 follows stage 1, not stage 0 of 3" in failure.reason

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from covey.engine.handshake import (
 )
 from covey.engine.link import DTYPES, Link, LinkBrokenError, LinkClosedError, Opening
 from covey.engine.plan import SamplingStart, StepOutcome, StepPlan
+from covey.engine.tls import Channel, client_context, server_context
 from covey.schema.generation import Prefilled, Sampling
 from covey.schema.ids import RequestId
 from covey.schema.runner import Address
 from covey.schema.wire import FrameTooLargeError, pack
-from tests.engine.harness import HOST, make_spec
+from tests.credentials import credentials, node
+from tests.engine.harness import HOST, channel_pair, make_spec
 
-HELLO = LinkHello("instance-1", 0, 2)
+SPEC = make_spec(0, 2)
 PLAN = StepPlan(
     7,
     (Piece(1, 256, 3, wants_logits=True), Piece(0, 5, 1, wants_logits=False)),
@@ -48,8 +51,15 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
-def links(sockets: tuple[socket.socket, socket.socket]) -> Iterator[tuple[Link, Link]]:
-    sender, receiver = Link(sockets[0], "stage 1"), Link(sockets[1], "stage 0")
+def channels(sockets: tuple[socket.socket, socket.socket]) -> tuple[Channel, Channel]:
+    near, far = channel_pair(*sockets)
+    far.socket.settimeout(10)
+    return near, far
+
+
+@pytest.fixture
+def links(channels: tuple[Channel, Channel]) -> Iterator[tuple[Link, Link]]:
+    sender, receiver = Link(channels[0], "stage 1"), Link(channels[1], "stage 0")
     yield sender, receiver
     sender.close()
     receiver.close()
@@ -145,18 +155,18 @@ def junk_size() -> bytes:
 
 
 @pytest.mark.parametrize("junk", [junk_length, junk_body, junk_type, junk_shape, junk_size])
-def test_nonsense_breaks_the_link(sockets: tuple[socket.socket, socket.socket], junk: Callable[[], bytes]) -> None:
-    receiver = Link(sockets[1], "stage 0")
-    sockets[0].sendall(junk())
+def test_nonsense_breaks_the_link(channels: tuple[Channel, Channel], junk: Callable[[], bytes]) -> None:
+    receiver = Link(channels[1], "stage 0")
+    channels[0].send(junk())
     with pytest.raises(LinkBrokenError, match="stage 0 is lost"):
         receiver.receive()
     receiver.close()
 
 
-def test_a_step_cut_short_breaks_the_link(sockets: tuple[socket.socket, socket.socket]) -> None:
-    receiver = Link(sockets[1], "stage 0")
-    sockets[0].sendall(pack(Opening(PLAN, "float32", (4, 4))) + b"\0" * 63)
-    sockets[0].close()
+def test_a_step_cut_short_breaks_the_link(channels: tuple[Channel, Channel]) -> None:
+    receiver = Link(channels[1], "stage 0")
+    channels[0].send(pack(Opening(PLAN, "float32", (4, 4))) + b"\0" * 63)
+    channels[0].socket.close()
     with pytest.raises(LinkBrokenError, match="in the middle of a step"):
         receiver.receive()
     receiver.close()
@@ -165,11 +175,19 @@ def test_a_step_cut_short_breaks_the_link(sockets: tuple[socket.socket, socket.s
 # ---- the handshake ----
 
 
-def answer_once(listener: socket.socket, answer: bytes) -> None:
+def answer_once(listener: socket.socket, answer: bytes, number: int = 1) -> None:
+    """As node `number` does; the next stage is that of node 1."""
     connection, _ = listener.accept()
-    receive_first(connection)
-    connection.sendall(answer)
-    connection.close()
+    channel = Channel(connection, server_context(credentials(number)), is_server=True)
+    with connection, suppress(OSError):  # whoever connects may leave when it sees who answers
+        deadline = time.monotonic() + 10
+        channel.shake_hands(deadline)
+        receive_first(channel, deadline)
+        channel.send(answer)
+
+
+def connect_to(port: int, seconds: float, *more: Address) -> Link:
+    return connect(SPEC, (*more, Address(HOST, port)), client_context(credentials(0)), seconds)
 
 
 def open_link(answer: bytes, seconds: float = 5.0) -> Link:
@@ -177,7 +195,7 @@ def open_link(answer: bytes, seconds: float = 5.0) -> Link:
         thread = threading.Thread(target=answer_once, args=(listener, answer))
         thread.start()
         try:
-            return connect(Address(HOST, listener.getsockname()[1]), HELLO, seconds)
+            return connect_to(listener.getsockname()[1], seconds)
         finally:
             thread.join()
 
@@ -201,7 +219,7 @@ def test_the_neighbour_may_start_late() -> None:
         port = probe.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(LinkBrokenError, match=r"No link to stage 1 at 127\.0\.0\.1:\d+ within 0 s"):
-        connect(Address(HOST, port), HELLO, 0.3)
+        connect_to(port, 0.3)
     assert 0.2 < time.monotonic() - started < 3
 
     def listen_late() -> None:
@@ -211,40 +229,71 @@ def test_the_neighbour_may_start_late() -> None:
 
     thread = threading.Thread(target=listen_late)
     thread.start()
-    connect(Address(HOST, port), HELLO, 10).close()
+    connect_to(port, 10).close()
     thread.join()
 
 
-def test_a_first_frame_must_be_small(sockets: tuple[socket.socket, socket.socket]) -> None:
-    sockets[0].sendall((1 << 20).to_bytes(4, "little"))
+def test_the_first_address_may_lead_nowhere() -> None:
+    """A node has many addresses, and only some are on a network that both are on."""
+    with socket.create_server((HOST, 0)) as listener, socket.create_server((HOST, 0)) as wrong:
+        threads = [
+            threading.Thread(target=answer_once, args=(listener, pack(LinkWelcome()))),
+            threading.Thread(target=answer_once, args=(wrong, pack(LinkWelcome()), 7)),
+        ]
+        for thread in threads:
+            thread.start()
+        nobody = Address("127.0.0.1", 1)
+        other = Address(HOST, wrong.getsockname()[1])
+        connect_to(listener.getsockname()[1], 5, nobody, other).close()
+        for thread in threads:
+            thread.join()
+
+
+def test_all_that_was_tried_is_told() -> None:
+    with pytest.raises(LinkBrokenError, match=r"stage 1 at 127.0.0.2:1, 127.0.0.1:1 within 0 s: Connection refused\."):
+        connect_to(1, 0, Address("127.0.0.2", 1))
+    with pytest.raises(LinkBrokenError, match=r"stage 1 at no address within 5 s: its node reports none"):
+        connect(SPEC, (), client_context(credentials(0)), 5)
+
+
+def test_a_first_frame_must_be_small(channels: tuple[Channel, Channel]) -> None:
+    channels[0].send((1 << 20).to_bytes(4, "little"))
     with pytest.raises(FrameTooLargeError):
-        receive_first(sockets[1])
+        receive_first(channels[1], time.monotonic() + 10)
+
+
+def test_a_first_frame_must_be_quick(channels: tuple[Channel, Channel]) -> None:
+    channels[0].send(b"\x05")
+    with pytest.raises(TimeoutError):
+        receive_first(channels[1], time.monotonic() + 0.1)
 
 
 @pytest.mark.parametrize(
-    ("hello", "is_taken"),
+    ("hello", "peer", "is_taken"),
     [
-        (LinkHello("instance-1", 0, 3), True),
-        (LinkHello("instance-2", 0, 3), False),
-        (LinkHello("instance-1", 1, 3), False),
-        (LinkHello("instance-1", 2, 3), False),
-        (LinkHello("instance-1", 0, 2), False),
+        (LinkHello("instance-1", 0, 3), 0, True),
+        (LinkHello("instance-1", 0, 3), 1, False),
+        (LinkHello("instance-1", 0, 3), 99, False),
+        (LinkHello("instance-2", 0, 3), 0, False),
+        (LinkHello("instance-1", 1, 3), 1, False),
+        (LinkHello("instance-1", 2, 3), 2, False),
+        (LinkHello("instance-1", 0, 2), 0, False),
     ],
 )
-def test_only_the_stage_before_may_link(hello: LinkHello, is_taken: bool) -> None:  # noqa: FBT001
-    assert (link_refusal(make_spec(1, 3), hello) is None) is is_taken
+def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: bool) -> None:  # noqa: FBT001
+    assert (link_refusal(make_spec(1, 3), hello, node(peer).node_id) is None) is is_taken
 
 
 def test_the_last_stage_links_to_the_head() -> None:
-    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 2, 3)) is None
+    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 2, 3), node(2).node_id) is None
 
 
 # ---- connections with requests ----
 
 
-def test_one_who_does_not_read_is_left_behind(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_one_who_does_not_read_is_left_behind(channels: tuple[Channel, Channel]) -> None:
     """Sending never waits; once the backlog is full, the connection is closed instead."""
-    connection = ServeConnection(sockets[0], 1)
+    connection = ServeConnection(channels[0], 1)
     events = [Prefilled(RequestId("r"), 0, number, 1000, 0) for number in range(1000)]
     sent = 0
     slowest = 0.0
@@ -259,9 +308,9 @@ def test_one_who_does_not_read_is_left_behind(sockets: tuple[socket.socket, sock
     connection.close()
 
 
-def test_one_who_reads_late_gets_everything_in_order(sockets: tuple[socket.socket, socket.socket]) -> None:
-    near, far = sockets
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+def test_one_who_reads_late_gets_everything_in_order(channels: tuple[Channel, Channel]) -> None:
+    near, far = channels
+    near.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     connection = ServeConnection(near, 1)
     bodies = [pack(Prefilled(RequestId("r"), 0, number, 1000, 0)) for number in range(5000)]
     for number in range(5000):
@@ -269,7 +318,8 @@ def test_one_who_reads_late_gets_everything_in_order(sockets: tuple[socket.socke
     closer = threading.Thread(target=connection.close, args=(10.0,))
     closer.start()
     received = b""
-    while data := far.recv(1 << 16):
-        received += data
+    data = memoryview(bytearray(1 << 16))
+    while count := far.receive(data):
+        received += data[:count]
     closer.join()
     assert received == b"".join(bodies)

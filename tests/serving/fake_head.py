@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from covey.engine.tls import server_context
 from covey.schema.generation import (
     Admit,
     Cancel,
@@ -20,6 +21,7 @@ from covey.schema.generation import (
 )
 from covey.schema.runner import Address
 from covey.schema.wire import FrameBuffer, pack
+from tests.credentials import credentials
 
 TIMINGS = Timings(1.0, 20.0, 30.0)
 _commands = msgspec.msgpack.Decoder(ServeHello | Admit | Cancel)
@@ -37,6 +39,7 @@ def answer(admit: Admit, token_ids: Sequence[int], cached_tokens: int = 0) -> li
 class FakeHead:
     say: Callable[[Admit], list[HeadEvent]]
     port: int = 0
+    number: int = 0  # which node it is
     connections: int = 0
     hellos: list[ServeHello] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
@@ -49,7 +52,7 @@ class FakeHead:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator["FakeHead"]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=server_context(credentials(self.number)))
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self

@@ -35,7 +35,9 @@ from covey.serving import serving as serving_module
 from covey.serving.model_text import ModelTexts
 from covey.serving.refusal import RefusedError
 from covey.serving.serving import Serving
-from tests.api.fake_backend import CARD, cluster
+from tests.api.fake_backend import CARD, FIRST, cluster
+from tests.credentials import credentials
+from tests.credentials import node as identity
 from tests.serving.fake_head import TIMINGS, FakeHead, answer
 
 READY = RunnerState.READY
@@ -81,10 +83,14 @@ class Node:
         return Letters()
 
     def serving(self) -> Serving:
-        return Serving(lambda: self.state, self.wait_changed, ModelTexts(self.file_of, self.load))
+        return Serving(lambda: self.state, self.wait_changed, ModelTexts(self.file_of, self.load), credentials(1))
 
 
 def at(state: ClusterState, address: Address) -> ClusterState:
+    """With the head of the instance on node 0, which listens at `address`."""
+    named = msgspec.json.encode(state).replace(FIRST.encode(), identity(0).node_id.encode())
+    state = msgspec.json.decode(named, type=ClusterState)
+
     def moved(member: Member) -> Member:
         assert member.report is not None
         runners = tuple(msgspec.structs.replace(each, data_address=address) for each in member.report.runners)

@@ -13,6 +13,7 @@ from covey.schema.cluster import ApiKey, ClusterState, Command, CommandResult, I
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
+from covey.schema.trust import RotationOutcome
 
 
 class ListedModel(Struct, frozen=True):
@@ -62,6 +63,13 @@ class Backend(Protocol):
 
     async def submit(self, command: Command) -> CommandResult:
         """To the leader and back. Never raises for the cluster's sake: no leader is `TimedOut`."""
+        ...
+
+    async def rotate_code(self, proof: str, without: Sequence[NodeId]) -> RotationOutcome:
+        """Makes a new join code and gives it to the nodes that are here, but those `without`.
+
+        `proof`: that whoever asks holds the present one. Raises `RequestError`: 403 without, 409 in an open cluster.
+        """
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:

@@ -22,6 +22,7 @@ from covey.api import cluster_commands, native, openai_chat, sse
 from covey.api.answers import ERROR_HANDLERS, NO_STORE, RETRY_AFTER_S, BodyReader, StreamResponse, json_response, stream
 from covey.api.backend import Backend
 from covey.api.cluster_routes import WAIT_S_MAX, ClusterRoutes
+from covey.api.code_routes import CodeRoutes
 from covey.api.errors import RequestError
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard
@@ -75,6 +76,7 @@ def create_app(backend: Backend) -> FastAPI:
         ("GET", "/keys", keys.list),
         ("POST", "/keys", keys.add),
         ("DELETE", "/keys/{key:path}", keys.revoke),
+        ("POST", "/join_code/rotate", CodeRoutes(backend, bodies).rotate),
     ]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)

@@ -13,6 +13,8 @@ import msgspec
 from covey.api.cluster_changes import ClusterChange, applied
 from covey.schema.cluster import ClusterState
 from covey.schema.generation import GenerationEvent
+from covey.schema.ids import NodeId
+from covey.schema.trust import RotationOutcome
 
 DEFAULT_PORT: Final = 52415
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -94,6 +96,12 @@ class NodeClient:
         """The answer has `on_one_node_only`."""
         with self._explained():
             return dict(_checked(self._http.delete(f"/instance/{instance_id}")).json())
+
+    def rotate_code(self, proof: str, without: list[NodeId]) -> RotationOutcome:
+        """Asks for a new join code, which the nodes tell one another."""
+        with self._explained():
+            answer = _checked(self._http.post("/join_code/rotate", json={"proof": proof, "without": without}))
+            return msgspec.json.decode(answer.content, type=RotationOutcome)
 
     def generate(self, body: dict[str, Any]) -> Iterator[GenerationEvent]:
         """The answer, event by event. Closing the iterator cancels it."""

@@ -33,7 +33,7 @@ class LocalNode:
         self.url = f"http://{HOST}:{port}"
         self._log = folder / f"{name}.log"
         self._command = [sys.executable, "-m", "covey.cli", "up", "--host", HOST, "--port", str(port)]
-        self._command += ["--name", name, "--data-dir", str(folder / name), "--until-stdin-closes"]
+        self._command += ["--name", name, "--data-dir", str(folder / name), "--interface", HOST, "--until-stdin-closes"]
         self._process: subprocess.Popen[bytes] | None = None  # not started
 
     def start(self, cluster: str) -> None:

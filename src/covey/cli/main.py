@@ -24,9 +24,14 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys")
 
+
+join_code_app = typer.Typer(help="Show or change the code by which devices join.")
+app.add_typer(join_code_app, name="join-code")
+
 NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask nobody for an API key.")]
 RequireKey = Annotated[bool, typer.Option("--require-key", help="Ask for an API key on this machine, too.")]
 LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request on standard error.")]
+AnyoneJoins = Annotated[bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
 UntilStdinCloses = Annotated[
@@ -35,6 +40,7 @@ UntilStdinCloses = Annotated[
 
 
 @app.command()
+@explained
 def up(
     host: Annotated[str, typer.Option(help="Where the HTTP API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The HTTP API's port.")] = DEFAULT_PORT,
@@ -43,32 +49,48 @@ def up(
     peer: Annotated[
         list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")
     ] = None,
-    until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002 (Typer's way to a flag)
+    join: Annotated[
+        str | None,
+        typer.Option(help="Join the cluster of this code, once and for all; - asks for it. COVEY_JOIN does the same."),
+    ] = None,
+    interface: Annotated[
+        list[str] | None,
+        typer.Option(help="Meet other nodes here alone: an interface's name or address; default: all private ones."),
+    ] = None,
+    anyone_joins: AnyoneJoins = False,  # noqa: FBT002 (Typer's way to a flag)
+    until_stdin_closes: UntilStdinCloses = False,  # noqa: FBT002
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name by which clients call this node, beside the machine's own.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Web pages that may use the API, as https://chat.example.")
     ] = None,
-    no_auth: NoAuth = False,  # noqa: FBT002 (Typer's way to a flag)
+    no_auth: NoAuth = False,  # noqa: FBT002
     require_key: RequireKey = False,  # noqa: FBT002
     log_requests: LogRequests = False,  # noqa: FBT002
 ) -> None:
     """Run one node in the foreground."""
-    from covey.cli.welcome import welcome  # noqa: PLC0415 (as the first lines say; so are the others)
+    from covey.cli import joining  # noqa: PLC0415 (as the first lines say; so are the others)
+    from covey.cli.welcome import welcome  # noqa: PLC0415
     from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
 
     def announce(ready: NodeReady) -> None:
-        out.print(welcome(ready), soft_wrap=True)
+        out.print(welcome(ready, joining.how_to_join(is_open=anyone_joins)), soft_wrap=True)
 
     if no_auth and require_key:
         raise typer.BadParameter("--no-auth and --require-key exclude each other.")
+    if anyone_joins and join is not None:
+        raise typer.BadParameter("--open and --join exclude each other: an open cluster has no join code.")
+    if not anyone_joins:
+        joining.take_code(join)
     options = NodeOptions(
         host=host,
         port=port,
         data_dir=data_dir,
         name=name,
         peers=tuple(peer or ()),
+        interfaces=tuple(interface or ()),
+        anyone_joins=anyone_joins,
         until_stdin_closes=until_stdin_closes,
         allowed_hosts=tuple(allow_host or ()),
         allowed_origins=tuple(allow_origin or ()),
@@ -250,6 +272,28 @@ def warn_of_one_copy(answer: dict[str, Any]) -> None:
     """What only one disk holds, a broken disk takes along."""
     if answer["on_one_node_only"]:
         err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
+
+
+@join_code_app.callback(invoke_without_command=True)
+@explained
+def join_code(context: typer.Context, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
+    """Show how another device joins this one's cluster."""
+    from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
+
+    if context.invoked_subcommand is None:
+        print_json(joining.code_report()) if as_json else joining.show_code()
+
+
+@join_code_app.command()
+@explained
+def rotate(
+    without: Annotated[list[str] | None, typer.Option(help="A node to shut out, by name or id.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Change the join code, and give it to all nodes that are here and stay."""
+    from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
+
+    joining.rotate(url, without or [])
 
 
 def local_path(model: str) -> str:

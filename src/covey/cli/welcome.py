@@ -7,7 +7,7 @@ from covey.cli.client import DEFAULT_URL
 from covey.node import NodeReady
 
 
-def welcome(ready: NodeReady) -> str:
+def welcome(ready: NodeReady, how_to_join: str) -> str:
     """For a terminal, with markup."""
     elsewhere = [url for url in ready.network_urls if url != ready.url]
     rows = [
@@ -17,6 +17,7 @@ def welcome(ready: NodeReady) -> str:
         ("models", escape(str(ready.models_folder))),
         ("try", f'covey run {catalogue.listed()[0].model_id} "Why is the sky blue?"{_naming(ready.url)}'),
         ("", f"covey models{_naming(ready.url)} (what can be run; a GGUF file of yours can, too)"),
+        ("join", how_to_join),
     ]
     head = f"[bold]{escape(ready.name)}[/] is up (node {ready.node_id[:8]}). Ctrl-C ends it."
     return "\n".join([head, "", *(f"  {title:<8}{text}" for title, text in rows)])

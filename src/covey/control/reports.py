@@ -103,6 +103,7 @@ class Reporter:
             downloads=content.downloads,
             runners=content.runners,
             models_on_disk=content.models_on_disk,
+            public_key=self.settings.public_key,
         )
         return self.last
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
@@ -56,10 +57,11 @@ def pick(state: ClusterState, model_id: ModelId) -> Instance | Refused:
     return Refused(f"{model_id} is not placed: `covey place {model_id}` places it.", 404)
 
 
-def head_address(state: ClusterState, instance: Instance) -> Address | None:
-    """Where the head of an instance listens; None unless it does."""
-    report = runner_report(instance.stages[0], visible_reports(state))
-    return report.data_address if report else None
+def head_addresses(state: ClusterState, instance: Instance) -> tuple[Address, ...]:
+    """Where this node reaches the head of an instance, in the order to be tried; empty unless it listens."""
+    head, reports = instance.stages[0], visible_reports(state)
+    report = runner_report(head, reports)
+    return ways_to(report.data_address, reports[head.node_id], reports.get(state.node_id)) if report else ()
 
 
 # ---- how far ----

@@ -59,7 +59,7 @@ class Runner(Struct):
     retry_ms: int | None = None  # when FAILED ends; None: not before its process is reaped, or never
     listen_host: str = ""
     data_address: Address | None = None
-    linked_to: tuple[int, Address] | None = None  # the next stage: its node's boot, and where it listens
+    linked_to: int | None = None  # the boot of the next stage's node
     layers_loaded: int = 0
     resident_bytes: int = 0
     requests_running: int = 0
@@ -106,7 +106,7 @@ class Link(Struct, frozen=True):
     """All stages listen, in the same generation; this is the next one."""
 
     boot: int
-    address: Address
+    addresses: tuple[Address, ...]  # in the order to be tried
 
 
 class Proceed(Struct, frozen=True):
@@ -185,8 +185,8 @@ def _listening(runner: Runner, news: Listening) -> Outcome:
 
 
 def _link(runner: Runner, news: Link) -> Outcome:
-    runner.linked_to = (news.boot, news.address)
-    return CONNECTING, [_tell(runner, ConnectTo(news.address))]
+    runner.linked_to = news.boot
+    return CONNECTING, [_tell(runner, ConnectTo(news.addresses))]
 
 
 def _connected(_: Runner, __: Connected) -> Outcome:

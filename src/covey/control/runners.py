@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
@@ -168,7 +169,7 @@ class Runners:
         if runner.state is RunnerState.IDLE and not runner.has_process:
             return self._begin(now_ms, runner, others, world)
         if runner.state is RunnerState.CONNECTING and runner.linked_to is None:
-            return self._link(runner, others)
+            return self._link(runner, others, world.reports)
         if runner.state in (RunnerState.CONNECTED, RunnerState.LOADED):
             return self._step(runner, Proceed())
         return []
@@ -187,7 +188,7 @@ class Runners:
     def _lost_neighbour(runner: Runner, others: dict[int, Neighbour]) -> bool:
         """Whether the next stage's node was started anew since we linked to it."""
         following = others.get(_next_index(runner))
-        return following is not None and runner.linked_to is not None and following.boot > runner.linked_to[0]
+        return following is not None and runner.linked_to is not None and following.boot > runner.linked_to
 
     def _begin(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         path = world.paths.get(runner.instance.card.model_id)
@@ -223,16 +224,18 @@ class Runners:
             f"{amount(promised)} of that promised to other runners, so {amount(missing)} are missing"
         )
 
-    def _link(self, runner: Runner, others: dict[int, Neighbour]) -> list[Effect]:
+    def _link(self, runner: Runner, others: dict[int, Neighbour], reports: dict[NodeId, NodeReport]) -> list[Effect]:
         """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""
         stages = {**others, _index(runner): Neighbour(self.boot, runner.report())}
         listening = [
             each for each in stages.values() if each.report.attempt == runner.attempt and each.report.data_address
         ]
         following = stages.get(_next_index(runner))
-        if len(listening) < len(runner.instance.stages) or following is None or following.report.data_address is None:
+        if len(listening) < len(runner.instance.stages) or following is None:
             return []
-        return self._step(runner, Link(following.boot, following.report.data_address))
+        there = reports.get(runner.instance.stages[_next_index(runner)].node_id)
+        ways = ways_to(following.report.data_address, there, reports.get(self.node_id))
+        return self._step(runner, Link(following.boot, ways))
 
     def _step(self, runner: Runner, news: object) -> list[Effect]:
         self.revision += 1
@@ -250,6 +253,7 @@ class Runners:
             shard=runner.stage.shard,
             stage_index=_index(runner),
             stage_count=len(instance.stages),
+            stage_node_ids=tuple(stage.node_id for stage in instance.stages),
             context_length=instance.context_length,
             slot_count=instance.slot_count,
             thread_count=self.settings.thread_count,

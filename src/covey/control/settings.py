@@ -63,3 +63,4 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     engine: str = "onnx"
     engine_options: dict[str, str] = {}
     api_address: Address | None = None
+    public_key: bytes = b""  # of this node's identity

@@ -44,15 +44,16 @@ class LockedError(Exception):
 
 
 @contextmanager
-def locked(path: Path) -> Generator[None]:
-    """Holds the file's lock, with this process's id as its content. Raises `LockedError`, `OSError`.
+def locked(path: Path, *, waits: bool = False) -> Generator[None]:
+    """Holds the file's lock, with this process's id as its content. Raises `LockedError`, unless it `waits` for who
+    has it, and `OSError`.
 
     The kernel releases it when the process ends, however that happens. The file itself stays: removing it would let
     two processes lock two files of one name.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _take(descriptor)
+        _take(descriptor, waits=waits)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
@@ -60,8 +61,8 @@ def locked(path: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> None:
+def _take(descriptor: int, *, waits: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LockedError(os.pread(descriptor, 32, 0).decode(errors="replace").strip()) from None

@@ -4,7 +4,6 @@ The node's id is the hash of its public key. A key that can't be read is an erro
 a new identity: other nodes would see a stranger, and the old node would haunt them.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Generator
@@ -25,12 +24,12 @@ from msgspec import Struct
 
 from covey.effects.durable import LockedError, locked, write_durably
 from covey.effects.paths import make_private
+from covey.schema import trust
 from covey.schema.ids import NodeId
 
 KEY_FILE: Final = "node.key"
 BOOT_FILE: Final = "boot"
 LOCK_FILE: Final = "lock"
-NODE_ID_LENGTH: Final = 32
 PRIVATE_MODE: Final = 0o600
 
 _log = logging.getLogger(__name__)
@@ -60,11 +59,26 @@ def claimed(folder: Path) -> Generator[Identity]:
         except LockedError as error:
             raise IdentityError(_in_use(folder, error.holder)) from None
         except OSError as error:
-            raise IdentityError(
-                f"the data folder {folder} can't be used ({error.strerror or error}); "
-                "check its permissions and the free space, or choose another with --data-dir"
-            ) from None
+            raise IdentityError(_unusable(folder, error)) from None
         yield identity
+
+
+def renewed(folder: Path, mine: Identity) -> Identity:
+    """The same node in its next life, in the same process: others must not take it for the former one.
+
+    Raises `IdentityError`.
+    """
+    try:
+        return Identity(mine.node_id, _next_boot(folder / BOOT_FILE, is_first=False), mine.key)
+    except OSError as error:
+        raise IdentityError(_unusable(folder, error)) from None
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return (
+        f"the data folder {folder} can't be used ({error.strerror or error}); "
+        "check its permissions and the free space, or choose another with --data-dir"
+    )
 
 
 def _in_use(folder: Path, holder: str) -> str:
@@ -76,8 +90,7 @@ def _in_use(folder: Path, holder: str) -> str:
 
 
 def node_id_of(key: Ed25519PrivateKey) -> NodeId:
-    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    return NodeId(hashlib.sha256(public).hexdigest()[:NODE_ID_LENGTH])
+    return trust.node_id_of(key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
 
 
 def _identity(folder: Path) -> Identity:

@@ -31,6 +31,8 @@ def node_folder(data_dir: Path | None = None) -> Path:
 
 
 def make_private(folder: Path) -> Path:
-    """The folder, made if it was missing. Raises `OSError`."""
-    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    """The folder, made if it was missing, and those above it. Raises `OSError`."""
+    if not folder.parent.exists():
+        make_private(folder.parent)
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
     return folder

@@ -21,6 +21,7 @@ from covey.schema import wire
 from covey.schema.ids import RunnerId
 from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
 from covey.schema.runner import Configure, RunnerCommand, RunnerMessage, RunnerSpec, ShutDown
+from covey.schema.trust import Credentials
 
 RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
 COMMANDS_MAX: Final = 64  # a whole life takes five; more means that the runner has stopped reading
@@ -60,11 +61,17 @@ class Processes:
     """Carries out `StartRunner`, `TellRunner` and `StopRunner`; the answers go to `deliver`."""
 
     def __init__(
-        self, tasks: TaskGroup, deliver: Deliver, log_folder: Path, command: Sequence[str] = RUNNER_COMMAND
+        self,
+        tasks: TaskGroup,
+        deliver: Deliver,
+        log_folder: Path,
+        credentials: Credentials,
+        command: Sequence[str] = RUNNER_COMMAND,
     ) -> None:
         self._tasks = tasks
         self._deliver = deliver
         self._log_folder = log_folder
+        self._credentials = credentials
         self._command = command
         self._decoder = msgspec.msgpack.Decoder(RunnerMessage)
         self._runners: dict[tuple[RunnerId, int], _Runner] = {}
@@ -119,7 +126,7 @@ class Processes:
     async def _converse(self, runner: _Runner, process: Process, log: RunnerLog) -> None:
         """Until the process has ended and its pipes are read to their end."""
         pipes = _Pipes(process)
-        runner.commands.send_nowait(Configure(runner.spec))
+        runner.commands.send_nowait(Configure(runner.spec, self._credentials))
         async with anyio.create_task_group() as helpers:
             helpers.start_soon(_write, runner, pipes.stdin)
             helpers.start_soon(_stop_when_asked, runner, process)

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 
 from covey.engine.link import tune
+from covey.engine.tls import Channel, explain
 from covey.schema.generation import Admit, Cancel, HeadEvent
 from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
 
@@ -25,12 +26,13 @@ _commands = msgspec.msgpack.Decoder(Admit | Cancel)
 class ServeConnection:
     """`owner` names it to the scheduler. Only the writer's thread ever waits for the other side to read."""
 
-    def __init__(self, connection: socket.socket, owner: int) -> None:
-        connection.settimeout(None)
-        tune(connection)
+    def __init__(self, channel: Channel, owner: int) -> None:
+        channel.socket.settimeout(None)
+        tune(channel.socket)
         self.owner = owner
-        self._connection = connection
-        self._backlog = bytearray()
+        self._channel = channel
+        self._connection = channel.socket
+        self._backlog = bytearray()  # sealed already
         self._changed = threading.Condition()
         self._closed = False
         self._credits = threading.Semaphore(COMMANDS_WAITING_MAX)
@@ -38,14 +40,14 @@ class ServeConnection:
 
     def commands(self) -> Iterator[Admit | Cancel]:
         """What the other side asks for, until it closes the connection or sends nonsense."""
-        frames = FrameBuffer()
+        frames, data = FrameBuffer(), memoryview(bytearray(RECEIVE_BYTES))
         try:
-            while data := self._connection.recv(RECEIVE_BYTES):
-                for body in frames.feed(data):
+            while count := self._channel.receive(data):
+                for body in frames.feed(bytes(data[:count])):
                     self._credits.acquire()
                     yield _commands.decode(body)
         except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
-            log.warning("a connection for requests is closed: %s", error)
+            log.warning("a connection for requests is closed: %s", explain(error))
 
     def handled(self) -> None:
         """One of `commands` was carried out; so many more may be read."""
@@ -57,9 +59,8 @@ class ServeConnection:
         """
         data = b"".join(map(pack, events))
         with self._changed:
-            if self._closed:
-                return
-            if not self._backlog:
+            data = self._seal(data)
+            if data and not self._backlog:
                 data = data[self._send_now(data) :]
             if len(self._backlog) + len(data) > BACKLOG_BYTES_MAX:
                 log.warning("a connection for requests is closed: it reads nothing")
@@ -76,6 +77,16 @@ class ServeConnection:
                 self._changed.wait(left)
             self._shut()
         self._connection.close()
+
+    def _seal(self, data: bytes) -> bytes:
+        """What goes over the wire: nothing once the connection is closed."""
+        if self._closed:
+            return b""
+        try:
+            return self._channel.seal(data)
+        except OSError:
+            self._shut()
+            return b""
 
     def _send_now(self, data: bytes) -> int:
         try:

@@ -1,8 +1,8 @@
-"""The connection that carries steps from one stage to the next: framed TCP with blocking sockets.
+"""The connection that carries steps from one stage to the next: framed, with blocking sockets.
 
-It begins as `handshake` says. After that a frame is a `wire` frame that holds an `Opening`, and the raw little-endian
-numbers that it announces. Threads that block in `recv` turn a step around on loopback in about 20 microseconds; an
-event loop takes several times that.
+It begins with TLS (`tls`), then as `handshake` says. After that a frame is a `wire` frame that holds an `Opening`, and
+the raw little-endian numbers that it announces. Threads that block in `recv` turn a step around on loopback faster
+than an event loop.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from covey.engine.plan import StepOutcome, StepPlan, Values
+from covey.engine.tls import Channel, explain
 from covey.schema.wire import LENGTH_BYTES, FrameTooLargeError, body_length, pack
 
 VALUES_BYTES_MAX: Final = 256 * 1024 * 1024  # a chunk of 256 tokens of 16384 float32 is 16 MiB
@@ -61,31 +62,30 @@ _openings = msgspec.msgpack.Decoder(Opening)
 class Link:
     """One direction between two stages: one thread sends, or one thread receives."""
 
-    def __init__(self, connection: socket.socket, peer: str) -> None:
-        connection.settimeout(None)
-        tune(connection)
-        self._connection = connection
+    def __init__(self, channel: Channel, peer: str) -> None:
+        channel.socket.settimeout(None)
+        tune(channel.socket)
+        self._channel = channel
         self._peer = peer
-        self._reader = connection.makefile("rb")
         self._closed = False
 
     def send(self, message: StepPlan | StepOutcome, values: Values | None = None) -> None:
         """Raises `LinkClosedError`, `LinkBrokenError`."""
         try:
             if values is None:
-                self._connection.sendall(pack(Opening(message)))
+                self._channel.send(pack(Opening(message)))
             else:
                 self._send_values(message, little_endian(values))
         except OSError as error:
-            raise self._lost(error.strerror or str(error)) from error
+            raise self._lost(explain(error)) from error
 
     def _send_values(self, message: StepPlan | StepOutcome, values: Values) -> None:
         opening = pack(Opening(message, DTYPE_NAMES[values.dtype], values.shape))
         if values.nbytes <= JOINED_BYTES_MAX:
-            self._connection.sendall(opening + values.tobytes())
+            self._channel.send(opening + values.tobytes())
         else:
-            self._connection.sendall(opening)
-            self._connection.sendall(values.data.cast("B"))
+            self._channel.send(opening)
+            self._channel.send(values.data.cast("B"))
 
     def receive(self) -> Frame:
         """Waits for the next frame. Raises `LinkClosedError`, `LinkBrokenError`."""
@@ -93,7 +93,7 @@ class Link:
             opening = _openings.decode(self._read(body_length(self._read(LENGTH_BYTES))))
             return Frame(opening.message, self._receive_values(opening) if opening.dtype else None)
         except (OSError, ValueError, msgspec.MsgspecError, FrameTooLargeError) as error:
-            raise self._lost(str(error)) from error
+            raise self._lost(explain(error)) from error
 
     def wait_end(self) -> Exception:
         """For a link that only sends: returns why it ended, as soon as it has."""
@@ -102,15 +102,14 @@ class Link:
         except (LinkClosedError, LinkBrokenError) as error:
             return error
         except (OSError, ValueError) as error:
-            return self._lost(str(error))
+            return self._lost(explain(error))
         return self._lost("it sent what nobody asked for")
 
     def close(self) -> None:
         self._closed = True
         with contextlib.suppress(OSError):  # it may be gone already
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-        self._reader.close()  # waits for the thread that reads, which the line above the last has woken
+            self._channel.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        self._channel.socket.close()
 
     def _receive_values(self, opening: Opening) -> Values:
         if opening.dtype not in DTYPES or min(opening.shape, default=0) < 0:
@@ -120,15 +119,15 @@ class Link:
         if length > VALUES_BYTES_MAX:
             raise ValueError(f"{length} bytes of numbers were announced; the limit is {VALUES_BYTES_MAX}")
         values = np.empty(opening.shape, dtype)
-        if length and self._reader.readinto(values.data.cast("B")) != length:
+        if length and self._channel.fill(values.data.cast("B")) != length:
             raise self._lost("it closed the link in the middle of a step")
         return values
 
     def _read(self, length: int) -> bytes:
-        data = self._reader.read(length)
-        if len(data) < length:
+        data = bytearray(length)
+        if self._channel.fill(memoryview(data)) < length:
             raise self._lost("it closed the link")
-        return data
+        return bytes(data)
 
     def _lost(self, reason: str) -> LinkClosedError | LinkBrokenError:
         if self._closed:

@@ -1,42 +1,49 @@
 """The runner's data port: takes the link from the stage before and, on the head, connections with requests.
 
-Whoever connects has a few seconds to say what it is, in a first frame of a few bytes; anything else is closed, and
-nothing that comes here can end the runner.
+Whoever connects has a few seconds to prove by TLS that it is a node of this cluster, and to say what it wants, in a
+first frame of a few bytes; anything else is closed, and nothing that comes here can end the runner.
 """
 
 import itertools
 import logging
 import socket
 import threading
+import time
 from queue import SimpleQueue
 from typing import Final
 
 import msgspec
 
 from covey.engine.connection import ServeConnection
-from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, link_refusal, receive_first
+from covey.engine.handshake import HELLO_SECONDS, LinkHello, LinkRefused, LinkWelcome, link_refusal, receive_first
 from covey.engine.link import Link
 from covey.engine.mailbox import Mailbox, ServeCame, ServeGone, ServeSaid
+from covey.engine.strangers import Strangers, is_near
+from covey.engine.tls import Channel, PeerError, explain, server_context
 from covey.schema.generation import ServeHello
-from covey.schema.runner import RunnerSpec
+from covey.schema.ids import NodeId
+from covey.schema.runner import EVERYWHERE, RunnerSpec
+from covey.schema.trust import Credentials
 from covey.schema.wire import FrameTooLargeError, pack
 
-CONNECTIONS_MAX: Final = 128  # at once: some for each node of a large cluster; each costs two threads
+CONNECTIONS_MAX: Final = 128  # at once, of members: some for each node of a large cluster; each costs two threads
+EXHAUSTED_SECONDS: Final = 0.2  # before the next try where this process has no file descriptor left
 
 log = logging.getLogger(__name__)
 _firsts = msgspec.msgpack.Decoder(ServeHello | LinkHello)
 
 
 class DataPort:
-    def __init__(self, spec: RunnerSpec, mailbox: Mailbox) -> None:
+    def __init__(self, spec: RunnerSpec, credentials: Credentials, mailbox: Mailbox) -> None:
         """Listens on a free port of `spec.listen_host`. Raises `OSError`."""
         self._spec = spec
+        self._context = server_context(credentials)
         self._mailbox = mailbox
-        family = socket.AF_INET6 if ":" in spec.listen_host else socket.AF_INET
-        self._listener = socket.create_server((spec.listen_host, 0), family=family, backlog=CONNECTIONS_MAX)
+        self._listener = _listen(spec.listen_host)
         self.number: int = self._listener.getsockname()[1]
         self.links: SimpleQueue[Link] = SimpleQueue()  # gets the one from the stage before, once it has come
         self._owners = itertools.count(1)
+        self._strangers = Strangers()
         self._places = threading.Semaphore(CONNECTIONS_MAX)
         self._lock = threading.Lock()
         self._linked = spec.stage_count == 1
@@ -54,47 +61,80 @@ class DataPort:
             try:
                 connection, address = self._listener.accept()
             except OSError as error:
-                log.info("the data port is closed: %s", error)
-                return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(connection,), name=f"from {address}", daemon=True).start()
-            else:
-                log.warning("%s is sent away: there are %d connections already", address, CONNECTIONS_MAX)
-                connection.close()
+                if self._listener.fileno() < 0:
+                    log.info("the data port is closed: %s", error)
+                    return
+                log.warning("a connection can't be taken: %s", error)
+                time.sleep(EXHAUSTED_SECONDS)
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name=f"from {address}", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            first = _firsts.decode(receive_first(connection))
-            if isinstance(first, LinkHello):
-                self._take_link(connection, first)
-            else:
-                self._take_requests(connection, first)
+            with self._strangers.hosted(connection):
+                channel, peer, first = self._meet(connection)
         except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
-            log.warning("a connection is closed that began with no hello: %s", error)
+            log.warning("a connection is closed that began with no hello: %s", explain(error))
             connection.close()
+            return
+        if not self._places.acquire(blocking=False):
+            log.warning("node %s is sent away: there are %d connections already", peer, CONNECTIONS_MAX)
+            connection.close()
+            return
+        try:
+            self._take(channel, peer, first)
         finally:
             self._places.release()
 
-    def _take_link(self, connection: socket.socket, hello: LinkHello) -> None:
+    def _meet(self, connection: socket.socket) -> tuple[Channel, NodeId, ServeHello | LinkHello]:
+        """Who it is and what it wants. Raises `OSError`, `MsgspecError`, `FrameTooLargeError`."""
+        if not is_near(connection):
+            raise PeerError("it came from the internet")
+        deadline = time.monotonic() + HELLO_SECONDS
+        channel = Channel(connection, self._context, is_server=True)
+        peer = channel.shake_hands(deadline)
+        return channel, peer, _firsts.decode(receive_first(channel, deadline))
+
+    def _take(self, channel: Channel, peer: NodeId, first: ServeHello | LinkHello) -> None:
+        try:
+            if isinstance(first, LinkHello):
+                self._take_link(channel, peer, first)
+            else:
+                self._take_requests(channel, first)
+        except OSError as error:
+            log.warning("a connection of node %s is closed: %s", peer, explain(error))
+            channel.socket.close()
+
+    def _take_link(self, channel: Channel, peer: NodeId, hello: LinkHello) -> None:
         with self._lock:
-            reason = "this stage has its link already." if self._linked else link_refusal(self._spec, hello)
+            reason = "this stage has its link already." if self._linked else link_refusal(self._spec, hello, peer)
             self._linked = self._linked or reason is None
         if reason:
             log.warning("a link is refused: %s", reason)
-            connection.sendall(pack(LinkRefused(reason)))
-            connection.close()
+            channel.send(pack(LinkRefused(reason)))
+            channel.socket.close()
         else:
-            connection.sendall(pack(LinkWelcome()))
-            self.links.put(Link(connection, f"stage {hello.stage_index}"))
+            channel.send(pack(LinkWelcome()))
+            self.links.put(Link(channel, f"stage {hello.stage_index}"))
 
-    def _take_requests(self, connection: socket.socket, hello: ServeHello) -> None:
+    def _take_requests(self, channel: Channel, hello: ServeHello) -> None:
         if not self._open or hello.instance_id != self._spec.instance_id:
             log.warning("a connection for requests to instance %s is refused", hello.instance_id)
-            connection.close()
+            channel.socket.close()
             return
         owner = next(self._owners)
-        serve = ServeConnection(connection, owner)
+        serve = ServeConnection(channel, owner)
         self._mailbox.put(ServeCame(serve))
         for command in serve.commands():
             self._mailbox.put(ServeSaid(owner, command))
         self._mailbox.put(ServeGone(owner))
+
+
+def _listen(host: str) -> socket.socket:
+    """Raises `OSError`."""
+    if host == EVERYWHERE and socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=CONNECTIONS_MAX, dualstack_ipv6=True)
+    if host == EVERYWHERE:
+        return socket.create_server(("", 0), backlog=CONNECTIONS_MAX)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=CONNECTIONS_MAX)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final, NoReturn, TypeVar
 
@@ -17,12 +17,13 @@ import psutil
 
 from covey.engine.contract import LoadProgress, StageEngine
 from covey.engine.engines import create
-from covey.engine.handshake import connect, hello_of
+from covey.engine.handshake import connect
 from covey.engine.link import Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
 from covey.engine.mailbox import LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid
 from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort
+from covey.engine.tls import client_context
 from covey.schema.runner import (
     Address,
     Configure,
@@ -58,11 +59,12 @@ class Runner:
     def live(self) -> NoReturn:
         """Goes through all phases and serves. Raises whatever ends it."""
         self._pipe.listen(self._mailbox)
-        spec = self._wait_command(Configure).spec
-        port = self._listen(spec)
-        address = self._wait_command(ConnectTo).next_stage
+        configure = self._wait_command(Configure)
+        spec = configure.spec
+        port = self._listen(configure)
+        addresses = self._wait_command(ConnectTo).next_stage
         self.phase = "connecting"
-        link = self._connect(spec, port, address)
+        link = self._connect(configure, port, addresses)
         self._wait_command(Load)
         self.phase = "loading"
         engine = self._load(spec)
@@ -92,17 +94,17 @@ class Runner:
                 raise LinkBrokenError(message.reason)
             self._early.append(message)
 
-    def _listen(self, spec: RunnerSpec) -> DataPort:
-        port = self._port = DataPort(spec, self._mailbox)
+    def _listen(self, configure: Configure) -> DataPort:
+        port = self._port = DataPort(configure.spec, configure.credentials, self._mailbox)
         self._pipe.tell(Listening(port.number))
         return port
 
-    def _connect(self, spec: RunnerSpec, port: DataPort, address: Address) -> Link | None:
+    def _connect(self, configure: Configure, port: DataPort, addresses: Sequence[Address]) -> Link | None:
         """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
-        link = None
+        link, spec = None, configure.spec
         if spec.stage_count > 1:
             deadline = time.monotonic() + CONNECT_SECONDS
-            link = connect(address, hello_of(spec), CONNECT_SECONDS)
+            link = connect(spec, addresses, client_context(configure.credentials), CONNECT_SECONDS)
             self._listen_to(link, self._report_end)
             self._listen_to(self._wait_before(port, deadline), self._pass_on_frames)
         self._pipe.tell(Connected())

@@ -152,6 +152,7 @@ class NodeReport(Struct, frozen=True, tag=True, kw_only=True):
     downloads: tuple[DownloadReport, ...]
     runners: tuple[RunnerReport, ...]
     models_on_disk: tuple[ModelId, ...] = ()
+    public_key: bytes = b""  # Ed25519, 32 bytes: its hash is the node's id, so nobody can report another
 
 
 # ---- messages on the mesh ----
@@ -276,7 +277,22 @@ class CommandAnswer(Struct, frozen=True, tag=True):
     outcome: CommandOutcome
 
 
-MeshMessage = Heartbeat | NodeReport | IntentUpdate | IntentKept | CommandRequest | CommandAnswer
+class CodeSealed(Struct, frozen=True, tag=True):
+    """A new join code, which `target` alone can open. Answered by `CodeTaken`."""
+
+    node_id: NodeId
+    target: NodeId
+    sealed: bytes
+
+
+class CodeTaken(Struct, frozen=True, tag=True):
+    node_id: NodeId
+    target: NodeId
+
+
+MeshMessage = (
+    Heartbeat | NodeReport | IntentUpdate | IntentKept | CommandRequest | CommandAnswer | CodeSealed | CodeTaken
+)
 
 
 # ---- what api and serving look at ----

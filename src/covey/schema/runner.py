@@ -7,11 +7,15 @@ The end of standard input means that the node is gone, and ends the runner too.
 """
 
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 
-from covey.schema.ids import RunnerId
+from covey.schema.ids import NodeId, RunnerId
 from covey.schema.model import Shard
+from covey.schema.trust import Credentials
+
+EVERYWHERE: Final = "::"  # as the host to listen at; where there is no IPv6, all of IPv4
 
 
 class RunnerState(StrEnum):
@@ -48,21 +52,25 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     shard: Shard
     stage_index: int
     stage_count: int
+    stage_node_ids: tuple[NodeId, ...]  # whose runner each stage is: links are taken from them alone
     context_length: int  # tokens in one KV slot
     slot_count: int  # requests that run at once
     thread_count: int
-    listen_host: str  # the data port listens here
+    listen_host: str  # the data port listens here; `EVERYWHERE`: at all addresses that are not the internet's
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
 
 
 class Configure(Struct, frozen=True, tag=True):
+    """`credentials` are the node's: they reach a runner only by this line, never by its arguments or environment."""
+
     spec: RunnerSpec
+    credentials: Credentials
 
 
 class ConnectTo(Struct, frozen=True, tag=True):
     """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself."""
 
-    next_stage: Address
+    next_stage: tuple[Address, ...]  # in the order to be tried
 
 
 class Load(Struct, frozen=True, tag=True):

@@ -1,6 +1,13 @@
 """What a node shows to prove that it belongs to its cluster."""
 
+import hashlib
+from typing import Final
+
 from msgspec import Struct
+
+from covey.schema.ids import NodeId
+
+NODE_ID_LENGTH: Final = 32
 
 
 class Credentials(Struct, frozen=True, kw_only=True):
@@ -15,3 +22,20 @@ class Credentials(Struct, frozen=True, kw_only=True):
     cluster_id: str  # 16 hex digits, safe to show: tells clusters apart, and prefixes the keys of the mesh
     scouting_group: str  # IPv4 multicast address of this cluster's discovery
     scouting_port: int
+    mesh_key: bytes  # 32: seals messages on the mesh, inside its TLS
+
+    def __repr__(self) -> str:
+        """Without the key, so that no log shows it."""
+        return f"Credentials(cluster_id={self.cluster_id!r}, …)"
+
+
+class RotationOutcome(Struct, frozen=True):
+    """Who has the new join code, and who stays but has to be told it by a person."""
+
+    reached: tuple[NodeId, ...]
+    missed: tuple[NodeId, ...]
+
+
+def node_id_of(public_key: bytes) -> NodeId:
+    """The id of the node whose Ed25519 public key (32 raw bytes) this is."""
+    return NodeId(hashlib.sha256(public_key).hexdigest()[:NODE_ID_LENGTH])

@@ -7,20 +7,24 @@ before the head has ended the request cancels it there; that takes no waiting, s
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
 import msgspec
+from msgspec import Struct
 
+from covey.engine.tls import PeerError, client_context, explain, peer_of
 from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, ServeHello
-from covey.schema.ids import InstanceId, RequestId
+from covey.schema.ids import InstanceId, NodeId, RequestId
 from covey.schema.runner import Address
+from covey.schema.trust import Credentials
 from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
 
-CONNECT_S_MAX: Final = 5.0
+CONNECT_S_MAX: Final = 5.0  # for all addresses together
+REACH_S_MAX: Final = 2.0  # one address that swallows packets leaves time for the next
 READ_BYTES: Final = 64 * 1024
 
-Key = tuple[InstanceId, Address]
 _decoder = msgspec.msgpack.Decoder(HeadEvent)
 _log = logging.getLogger(__name__)
 
@@ -29,8 +33,16 @@ class HeadLostError(Exception):
     """The head can't be reached, or the connection to it ended. The message is one sentence."""
 
 
+class HeadPlace(Struct, frozen=True):
+    """Where the head of an instance is reached: at one of `addresses`, which come in the order to be tried."""
+
+    instance_id: InstanceId
+    node_id: NodeId
+    addresses: tuple[Address, ...]
+
+
 class HeadConnection:
-    """One TCP connection. `read` must run for as long as it is used."""
+    """One connection. `read` must run for as long as it is used."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         self._reader = reader
@@ -64,7 +76,7 @@ class HeadConnection:
                 for body in frames.feed(data):
                     self._deliver(_decoder.decode(body))
         except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
-            reason = f"broke: {error}"
+            reason = f"broke: {explain(error)}"
         finally:
             self._lose(HeadLostError(f"The connection to {self._name} {reason}."))
 
@@ -100,37 +112,59 @@ class HeadStream:
 class Heads:
     """The connections that are open. `start` runs a connection's reader beside everything else."""
 
-    def __init__(self, start: Callable[[HeadConnection], None]) -> None:
+    def __init__(self, credentials: Credentials, start: Callable[[HeadConnection], None]) -> None:
+        self._context = client_context(credentials)
         self._start = start
-        self._open: dict[Key, HeadConnection] = {}
-        self._opening: dict[Key, asyncio.Lock] = {}
+        self._open: dict[HeadPlace, HeadConnection] = {}
+        self._opening: dict[HeadPlace, asyncio.Lock] = {}
 
-    async def connect(self, instance_id: InstanceId, address: Address) -> HeadConnection:
+    async def connect(self, place: HeadPlace) -> HeadConnection:
         """The connection to a head, opened if there is none. Raises `HeadLostError`."""
-        key = (instance_id, address)
-        async with self._opening.setdefault(key, asyncio.Lock()):
-            self._forget_lost(key)
-            if key not in self._open:
-                self._open[key] = await open_connection(instance_id, address)
-                self._start(self._open[key])
-            return self._open[key]
+        async with self._opening.setdefault(place, asyncio.Lock()):
+            self._forget_lost(place)
+            if place not in self._open:
+                self._open[place] = await open_connection(place, self._context)
+                self._start(self._open[place])
+            return self._open[place]
 
-    def _forget_lost(self, current: Key) -> None:
+    def _forget_lost(self, current: HeadPlace) -> None:
         for key in [key for key, connection in self._open.items() if connection.lost]:
             del self._open[key]
             if key != current:
                 self._opening.pop(key, None)
 
 
-async def open_connection(instance_id: InstanceId, address: Address) -> HeadConnection:
+async def open_connection(place: HeadPlace, context: ssl.SSLContext) -> HeadConnection:
     """Raises `HeadLostError`."""
-    name = f"the head at {address.host}:{address.port}"
+    failures: list[str] = []
     try:
         async with asyncio.timeout(CONNECT_S_MAX):
-            reader, writer = await asyncio.open_connection(address.host, address.port)
+            for address in place.addresses:
+                try:
+                    return await _open_at(address, place, context)
+                except OSError as error:
+                    failures.append(f"{_name(address)} can't be reached: {explain(error)}")
     except TimeoutError:
-        raise HeadLostError(f"{name.capitalize()} did not answer within {CONNECT_S_MAX:.0f} s.") from None
-    except OSError as error:
-        raise HeadLostError(f"{name.capitalize()} can't be reached: {error.strerror or error}.") from None
-    writer.write(pack(ServeHello(instance_id)))
-    return HeadConnection(reader, writer, name)
+        failures.append(f"the rest did not answer within {CONNECT_S_MAX:.0f} s")
+    raise HeadLostError(f"{_capital('; '.join(failures) or 'the head has no address that this node can reach')}.")
+
+
+async def _open_at(address: Address, place: HeadPlace, context: ssl.SSLContext) -> HeadConnection:
+    """Raises `OSError`."""
+    async with asyncio.timeout(REACH_S_MAX):
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context, server_hostname="")
+    try:
+        peer_of(writer.get_extra_info("ssl_object"), place.node_id)
+    except PeerError:
+        writer.transport.abort()
+        raise
+    writer.write(pack(ServeHello(place.instance_id)))
+    return HeadConnection(reader, writer, _name(address))
+
+
+def _name(address: Address) -> str:
+    return f"the head at {address.host}:{address.port}"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

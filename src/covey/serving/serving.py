@@ -24,8 +24,9 @@ from covey.schema.generation import Admit, GenerationEvent, GenerationFailed, Ge
 from covey.schema.ids import InstanceId, ModelId, RequestId
 from covey.schema.model import ModelCard
 from covey.schema.runner import RunnerState
+from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText
-from covey.serving.head import HeadConnection, HeadLostError, Heads
+from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads
 from covey.serving.model_text import ModelTexts
 from covey.serving.progress import Progress
 from covey.serving.refusal import RefusedError
@@ -61,12 +62,13 @@ class Serving:
         state: Callable[[], ClusterState],
         wait_changed: Callable[[int, float], Awaitable[None]],
         texts: ModelTexts,
+        credentials: Credentials,
     ) -> None:
         self._state = state
         self._wait_changed = wait_changed
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
-        self._heads = Heads(self._start_reader)
+        self._heads = Heads(credentials, self._start_reader)
 
     async def __aenter__(self) -> Self:
         await self._readers.__aenter__()
@@ -154,10 +156,10 @@ class Serving:
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
-        address = routing.head_address(self._state(), instance)
-        if address is None:
+        addresses = routing.head_addresses(self._state(), instance)
+        if not addresses:
             raise HeadLostError(f"The head of {instance.card.model_id} has gone.")
-        return await self._heads.connect(instance.instance_id, address)
+        return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
 
 
 def held(state: ClusterState) -> list[Instance]:

@@ -41,6 +41,7 @@ def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT
             shard=Shard(start, end, LAYERS),
             stage_index=0,
             stage_count=1,
+            stage_node_ids=(),
             context_length=context,
             slot_count=2,
             thread_count=2,

@@ -26,6 +26,7 @@ def spec(path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: 
         shard=Shard(layers.start, layers.stop, LAYERS),
         stage_index=0,
         stage_count=1,
+        stage_node_ids=(),
         context_length=context,
         slot_count=slots,
         thread_count=2,
