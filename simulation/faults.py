@@ -4,6 +4,8 @@ from random import Random
 
 from msgspec import Struct
 
+from covey.control.settings import TOMBSTONES_MAX
+
 
 class Faults(Struct, frozen=True, kw_only=True):
     """The defaults are a world in which nothing goes wrong."""
@@ -25,6 +27,11 @@ class Faults(Struct, frozen=True, kw_only=True):
     hangs: bool = False  # failed runners wait to be stopped
     echo_percent: int = 0  # of the ends of fetches and processes that are told again, later
     link_loss_goes_unnoticed: bool = False
+    disk_ms_max: int = 5
+    full_disks: bool = False
+    lost_disks: bool = False
+    power_cuts: bool = False
+    tombstones_max: int = TOMBSTONES_MAX
     scarce_memory: bool = False
     shared_machines: bool = False
 
@@ -59,6 +66,11 @@ def draw(random: Random) -> Faults:
         hangs=exists(),
         echo_percent=amount(5, 50),
         link_loss_goes_unnoticed=exists(),
+        disk_ms_max=amount(50, 4_000, NONE.disk_ms_max),
+        full_disks=exists(),
+        lost_disks=exists(),
+        power_cuts=exists(),
+        tombstones_max=amount(3, 8, NONE.tombstones_max),
         scarce_memory=exists(),
         shared_machines=exists(),
     )

@@ -18,6 +18,7 @@ from covey.schema.machine import (
     FetchProgressed,
     HardwareProbed,
     Input,
+    KeepEntries,
     LeaveRequested,
     Left,
     ModelsListed,
@@ -30,6 +31,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
+from simulation.disk import Disk
 from simulation.processes import Process
 from simulation.safety import Safety
 
@@ -54,6 +56,7 @@ class Host:
         self.processes: list[Process] = []
         self.files: dict[ModelId, int] = {}
         self.fetches: dict[ModelId, int] = {}  # the attempt that is under way
+        self.disk = Disk(self)
         self.safety = Safety(self)
 
     # ---- its life ----
@@ -62,9 +65,14 @@ class Host:
         self.boot += 1
         self.machine = Machine(self.node_id, self.boot, self.name, "0.1.0", self.world.settings_of(self))
         self.safety.begin_life()
-        self.tell_machine(Started(), self.boot)
+        self.tell_machine(Started(dict(self.disk.entries), self.forget_until()), self.boot)
         self.tell_machine(ModelsListed(tuple(sorted(self.files))), self.boot)
         self.world.after(100, self.probe, self.boot)
+
+    def forget_until(self) -> int:
+        """By its calendar, which may be wrong, some deletions are old."""
+        deleted = [entry.version.counter for entry in self.disk.entries.values() if entry.value is None]
+        return self.world.random.choice(sorted(deleted)) if deleted and self.world.forgets else 0
 
     def crash(self) -> None:
         self.world.note(f"{self.name} crashes")
@@ -73,6 +81,7 @@ class Host:
     def go(self) -> None:
         """It is gone, with all its processes."""
         self.machine, self.deadline_ms, self.asleep_until_ms = None, None, 0
+        self.disk.cut_power()
         self.fetches.clear()
         for process in list(self.processes):
             process.vanish()
@@ -157,6 +166,8 @@ class Host:
             self.world.publish(self, effect.message)
         elif isinstance(effect, SendTo):
             self.world.send(self, effect.target, effect.message)
+        elif isinstance(effect, KeepEntries):
+            self.disk.write(effect)
         elif isinstance(effect, AnswerCommand):
             self.world.people.hear_answer(effect.command_id, effect.outcome)
         elif isinstance(effect, Left):

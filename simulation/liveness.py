@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from covey.control.cluster import wish_of
 from covey.control.placement.place import place
 from covey.control.routing import instance_status, nodes_of, options_of
-from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused, Visibility, Wish
+from covey.schema.cluster import (
+    Accepted,
+    ClusterState,
+    Instance,
+    InstancePhase,
+    PlaceModel,
+    Refused,
+    Visibility,
+    Wish,
+)
+from covey.schema.ids import InstanceId
 
 if TYPE_CHECKING:
     from covey.control.machine import Machine
@@ -29,9 +40,11 @@ def _all_missing(world: World) -> Iterator[str]:
     states = [machine.state(world.now_ms) for _, machine in machines]
     for (host, machine), state in zip(machines, states, strict=True):
         yield from _nothing_lost(world, host, machine)
+        yield from _on_disk(host, machine)
         yield from _nothing_extra(host, state, machine)
     for wish in states[0].wishes:
         yield from _served(world, wish, states)
+    yield from _kept_promises(world)
     if world.people.waiting():
         yield f"commands {world.people.waiting()} have no answer"
 
@@ -64,6 +77,33 @@ def _nothing_lost(world: World, host: Host, machine: Machine) -> Iterator[str]:
     sentence = world.ledger.lost(host, machine.cluster.entries)
     if sentence:
         yield sentence
+
+
+def _on_disk(host: Host, machine: Machine) -> Iterator[str]:
+    """The disk holds the map, and nothing beside it."""
+    if host.disk.under_way or host.disk.entries != machine.cluster.entries:
+        yield f"the disk of {host.name} does not hold its map"
+
+
+def _kept_promises(world: World) -> Iterator[str]:
+    """An accepted wish is there, or somebody asked for its end; an accepted end is one. (Unless its disks broke.)"""
+    if world.forgets:
+        return
+    for command_id, outcome in world.people.answers.items():
+        if not isinstance(outcome, Accepted):
+            continue
+        wish_id = wish_of(InstanceId(outcome.effect_id))
+        key = f"wish/{wish_id}"
+        if key in world.ledger.lost_with_disk:
+            continue
+        is_placement = isinstance(world.people.asked[command_id], PlaceModel)
+        entries = [host.disk.entries[key] for host in world.hosts if key in host.disk.entries]
+        if is_placement and not entries:
+            yield f"command {command_id} was accepted, and {key} is on no disk"
+        if is_placement and wish_id not in world.people.deletions and any(entry.value is None for entry in entries):
+            yield f"{key} was accepted and is gone, though nobody deleted it"
+        if not is_placement and entries and max(entries, key=lambda entry: entry.version).value is not None:
+            yield f"{key} was deleted, and is there on every disk"
 
 
 def _nothing_extra(host: Host, state: ClusterState, machine: Machine) -> Iterator[str]:

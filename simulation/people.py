@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from covey.control.cluster import wish_of
 from covey.schema.cluster import Command, CommandOutcome, DeleteInstance, PlaceModel
 from covey.schema.ids import InstanceId, ModelId, NodeId
 from covey.schema.model import FileSource, ModelCard
@@ -50,12 +51,15 @@ class People:
         self.world = world
         self.asked: dict[str, Command] = {}
         self.answers: dict[str, CommandOutcome] = {}
+        self.deletions: dict[str, list[str]] = {}  # by wish id: the commands that would delete it
 
     def place(self, host: Host, model: ModelCard, node_count_min: int = 1, node_ids: tuple[NodeId, ...] = ()) -> str:
         return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids))
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
-        return self._ask(host, DeleteInstance(instance_id))
+        command_id = self._ask(host, DeleteInstance(instance_id))
+        self.deletions.setdefault(wish_of(instance_id), []).append(command_id)
+        return command_id
 
     def act(self, host: Host) -> None:
         """Something at random."""

@@ -122,6 +122,9 @@ def _strike(world: World, faults: Faults) -> None:
         ("sleep", faults.sleeps and host.is_up and not host.is_asleep),
         ("partition", faults.partitions),
         ("one way", faults.one_way_cuts),
+        ("power cut", faults.power_cuts),
+        ("full disk", faults.full_disks and host.is_up),
+        ("lost disk", faults.lost_disks and host.is_up),
     ]
     possible = [kind for kind, is_possible in kinds if is_possible]
     kind = random.choice(possible) if possible else ""
@@ -133,8 +136,30 @@ def _strike(world: World, faults: Faults) -> None:
         world.after(60_000, _restart, host)
     elif kind == "sleep":
         host.sleep(world.now_ms + random.choice((1_000, 5_000, 35_000)))
+    elif kind == "power cut":
+        _cut_power(world)
+    elif kind == "full disk":
+        world.note(f"the disk of {host.name} is full")
+        host.disk.is_full = True
+        world.after(random.choice((2_000, 20_000)), _free, host)
+    elif kind == "lost disk":
+        host.crash()
+        host.disk.replace()
+        world.after(random.choice((2_000, 20_000)), _restart, host)
     elif kind:
         _cut(world, host, one_way=kind == "one way")
+
+
+def _cut_power(world: World) -> None:
+    """Everybody at once, and back one after the other."""
+    world.note("the power is cut")
+    for host in world.up():
+        host.crash()
+        world.after(15_000, _restart, host)
+
+
+def _free(host: Host) -> None:
+    host.disk.is_full = False
 
 
 def _restart(host: Host) -> None:

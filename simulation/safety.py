@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from covey.control.cluster import INSTANCE, wish_of
+from covey.control.cluster import INSTANCE, value_of, wish_of
 from covey.control.machine import Machine
 from covey.control.membership import NEVER, Moment
 from covey.schema.cluster import (
@@ -18,16 +18,21 @@ from covey.schema.cluster import (
     IntentUpdate,
     NodeReport,
     PlaceModel,
+    Value,
     Visibility,
+    Wish,
 )
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
 from covey.schema.machine import (
     AnswerCommand,
     Effect,
     Input,
+    KeepEntries,
+    Left,
     MessageReceived,
     Publish,
     SendTo,
+    Started,
     StartFetch,
     StartRunner,
 )
@@ -108,6 +113,8 @@ class Safety:
         machine = self.host.machine
         assert machine is not None
         self._check_deadline(effects)
+        if isinstance(news, Started):
+            self._check_restored(machine)
         if machine.cluster.revision != self.intent_revision:
             self._check_intent(machine)
         self._check_members(machine)
@@ -126,23 +133,43 @@ class Safety:
         if len(effects) > EFFECTS_MAX:
             self._fail(f"one step had {len(effects)} effects")
 
+    def _check_restored(self, machine: Machine) -> None:
+        for key, entry in self.host.disk.entries.items():
+            if machine.cluster.entries.get(key) != entry and not (self.world.forgets and entry.value is None):
+                self._fail(f"{key} was on its disk, and not in its map at the start")
+
     def _check_intent(self, machine: Machine) -> None:
         now = machine.cluster.entries
-        for key, entry in self.entries.items():
+        before = {} if self.world.forgets else self.entries
+        for key, entry in before.items():
             if key not in now:
                 self._fail(f"{key} vanished from its map")
             if now[key].version < entry.version:
                 self._fail(f"{key} went back from {entry.version} to {now[key].version}")
         written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
         self.entries, self.intent_revision = now, machine.cluster.revision
+        if self.world.forgets:  # what comes back after its end was forgotten begins anew
+            runner_ids = [stage.runner_id for each in machine.cluster.instances.values() for stage in each.stages]
+            self.attempts = {each: attempt for each, attempt in self.attempts.items() if each in runner_ids}
+            self.failures = {each: times for each, times in self.failures.items() if each in runner_ids}
+        self._check_written(machine, written)
         for key, entry in written.items():
-            if isinstance(entry.value, Instance) and not self.world.ledger.knows(key):
-                self._check_single(machine, entry.value)
-                self._check_memory(machine, entry.value)
-                self._check_chosen(machine, entry.value)
-            if entry.value is None and key.startswith(INSTANCE) and entry.version.writer == self.host.node_id:
+            is_new = (key, entry.version) not in self.world.ledger.written and entry.version.writer == self.host.node_id
+            if entry.value is None and key.startswith(INSTANCE) and is_new:
                 self._check_dropped(machine, wish_of(InstanceId(key.removeprefix(INSTANCE))))
         self.world.ledger.hold(self.host, written)
+        deleted = [entry for entry in now.values() if entry.value is None]
+        if len(deleted) > machine.settings.tombstones_max:
+            self._fail(f"it remembers {len(deleted)} deletions")
+
+    def _check_written(self, machine: Machine, written: Mapping[str, Entry]) -> None:
+        values = {key: value_of(entry) for key, entry in written.items() if not self.world.ledger.knows(key)}
+        fresh: dict[str, Value] = {key: value for key, value in values.items() if value}
+        for value in fresh.values():
+            if isinstance(value, Instance):
+                self._check_single(machine, value)
+                self._check_memory(machine, fresh, value)
+                self._check_chosen(machine, fresh, value)
 
     def _check_single(self, machine: Machine, assigned: Instance) -> None:
         """A leader assigns a wish only while no other assignment of it can be served."""
@@ -156,21 +183,27 @@ class Safety:
         if wish_id in machine.cluster.wishes and wish_id not in remaining:
             self._fail(f"it dropped the last assignment of {wish_id}, which nobody deleted")
 
-    def _check_memory(self, machine: Machine, instance: Instance) -> None:
-        """What a leader assigned, with all that it knew to be assigned, is no more than the machines have."""
+    def _check_memory(self, machine: Machine, fresh: Mapping[str, Value], instance: Instance) -> None:
+        """What a leader assigned, with all that it knew to be assigned, is no more than the machines have.
+
+        It does not know on which machine a node is that it has not heard, or that has left.
+        """
+        known = {each.instance_id: each for each in machine.state(self.world.now_ms).instances}
+        known.update((value.instance_id, value) for value in fresh.values() if isinstance(value, Instance))
         for stage in instance.stages:
             host = self.world.host(stage.node_id)
-            sharers = [each.node_id for each in self.world.hosts if each.machine_id == host.machine_id]
-            stages = [each for other in machine.state(self.world.now_ms).instances for each in other.stages]
+            present = [self.host.node_id, *machine.membership.peers]
+            sharers = [each for each in present if self.world.host(each).machine_id == host.machine_id]
+            stages = [each for other in known.values() for each in other.stages]
             taken = sum(each.memory_bytes for each in stages if each.node_id in sharers)
             if taken > host.memory_bytes:
                 self._fail(f"{taken} bytes are assigned to {host.name}, which has {host.memory_bytes}")
 
-    def _check_chosen(self, machine: Machine, instance: Instance) -> None:
+    def _check_chosen(self, machine: Machine, fresh: Mapping[str, Value], instance: Instance) -> None:
         """Who chose nodes gets no others, however often the leader has to mend."""
-        wish = machine.cluster.wishes.get(instance.wish_id)
+        wish = machine.cluster.wishes.get(instance.wish_id) or fresh.get(f"wish/{instance.wish_id}")
         for stage in instance.stages:
-            if wish and wish.node_ids and stage.node_id not in wish.node_ids:
+            if isinstance(wish, Wish) and wish.node_ids and stage.node_id not in wish.node_ids:
                 self._fail(f"{instance.instance_id} is on {stage.node_id}, which nobody chose for it")
 
     def _check_members(self, machine: Machine) -> None:
@@ -203,9 +236,13 @@ class Safety:
             self.heard_ms[node_id] = peer.heard_ms
 
     def _check_refusals(self, machine: Machine, effects: Sequence[Effect]) -> None:
-        """What a node has no room for does not fit, unless what other nodes of its machine freed is not probed yet."""
+        """What a node has no room for does not fit, unless what other nodes of its machine freed is not probed yet.
+
+        What a process took before it failed to load its node does not know of, and counts as still to be taken.
+        """
+        loaded = machine.runners.resident_bytes()
         starting = [machine.runners.runners[each.runner_id] for each in effects if isinstance(each, StartRunner)]
-        taken = sum(process.memory_bytes - process.resident_bytes for process in self.host.processes)
+        taken = sum(each.memory_bytes - loaded.get(each.spec.runner_id, 0) for each in self.host.processes)
         taken += sum(runner.stage.memory_bytes for runner in starting)
         is_alone = [host.machine_id for host in self.world.hosts].count(self.host.machine_id) == 1
         for runner_id, runner in machine.runners.runners.items():
@@ -231,10 +268,23 @@ class Safety:
             self._check_fetch(machine, effect)
         elif isinstance(effect, AnswerCommand):
             self.waiting.pop(effect.command_id, None)
+        elif isinstance(effect, KeepEntries):
+            self._check_kept(machine, effect)
+        elif isinstance(effect, Left) and self.host.disk.under_way:
+            self._fail("it leaves in the middle of a write")
         elif isinstance(effect, SendTo):
             self._check_sent(machine, effect)
         elif isinstance(effect, Publish):
             self._check_published(machine, effect)
+
+    def _check_kept(self, machine: Machine, effect: KeepEntries) -> None:
+        """What was decided for a command is seen here first."""
+        entries = {key: entry for key, entry in effect.entries.items() if entry}
+        if not effect.entries:
+            self._fail("it writes nothing to its disk")
+        self._check_written(machine, entries)
+        for key, entry in entries.items():
+            self.world.ledger.write(self.host, key, entry)
 
     def _check_start(self, machine: Machine, effect: StartRunner) -> None:
         runner_id, now_ms = effect.runner_id, self.world.now_ms
@@ -294,8 +344,8 @@ class Safety:
                 self._check_accepted(machine, effect)
 
     def _check_accepted(self, machine: Machine, effect: AnswerCommand | CommandAnswer) -> None:
-        """Whoever decided has it in its map. (A node that passes an answer on need not have it yet.)"""
-        if not isinstance(effect.outcome, Accepted):
+        """Whoever decided has it in its map and on its disk. (A node that passes an answer on need not have it yet.)"""
+        if not isinstance(effect.outcome, Accepted) or self.world.forgets:
             return
         command = self.world.people.asked[effect.command_id]
         key = f"instance/{effect.outcome.effect_id}"
@@ -304,6 +354,19 @@ class Safety:
             self._fail(f"command {effect.command_id} was accepted, but {key} was never written")
         if isinstance(command, DeleteInstance) and entry is not None and entry.value is not None:
             self._fail(f"the deletion of {key} was accepted, but it is still there")
+        keepers = [
+            host
+            for host in self.world.hosts
+            if key in host.disk.entries and (isinstance(command, PlaceModel) or host.disk.entries[key].value is None)
+        ]
+        self._check_durable(effect.outcome, key, keepers)
+
+    def _check_durable(self, outcome: Accepted, key: str, keepers: Sequence[Host]) -> None:
+        """On the disk of whoever decided, and on another one unless the answer says otherwise."""
+        if self.host not in keepers:
+            self._fail(f"{key} was accepted, but is not on its disk")
+        if keepers == [self.host] and not outcome.on_one_node_only and key not in self.world.ledger.copies_lost:
+            self._fail(f"{key} was accepted as if on two nodes, but is on no other disk")
 
     def _check_sent(self, machine: Machine, effect: SendTo) -> None:
         if isinstance(effect.message, CommandAnswer):
@@ -316,7 +379,9 @@ class Safety:
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
         now_ms = self.world.now_ms
-        if isinstance(effect.message, IntentUpdate) and now_ms - self.woke_ms < machine.settings.leaderless_ms:
+        update = effect.message if isinstance(effect.message, IntentUpdate) else None
+        is_new = update and not update.write[1]  # what was promised to somebody before the sleep is kept
+        if is_new and now_ms - self.woke_ms < machine.settings.leaderless_ms:
             self._fail(f"it decides {now_ms - self.woke_ms} ms after it slept")
         if isinstance(effect.message, NodeReport):
             if self.reported_ms is not None and now_ms - self.reported_ms < machine.settings.report_spacing_ms:

@@ -10,6 +10,7 @@ from covey.schema.cluster import (
     CommandOutcome,
     CommandRequest,
     Heartbeat,
+    IntentKept,
     IntentUpdate,
     MeshMessage,
     NodeReport,
@@ -21,16 +22,19 @@ from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
     Effect,
+    EntriesKept,
     FetchFailed,
     FetchFinished,
     FetchProgressed,
     HardwareProbed,
     Input,
+    KeepEntries,
     MessageReceived,
     Publish,
     RunnerExited,
     RunnerSaid,
     SendTo,
+    Started,
     StartFetch,
     StartRunner,
     StateChanged,
@@ -81,8 +85,10 @@ class Trace:
 
     def _input(self, news: Input | str) -> str | None:
         match news:
-            case DeadlinePassed() | HardwareProbed() | FetchProgressed():
+            case DeadlinePassed() | HardwareProbed() | FetchProgressed() | EntriesKept():
                 said = None
+            case Started(entries):
+                said = f"Started with {', '.join(entries) or 'nothing'} on its disk"
             case MessageReceived(message):
                 said = self._message("from", message)
             case CommandSubmitted(command_id):
@@ -99,7 +105,7 @@ class Trace:
 
     def _effect(self, effect: Effect) -> str | None:
         match effect:
-            case StateChanged():
+            case StateChanged() | KeepEntries():
                 done = None
             case Publish(message):
                 done = self._message("to all:", message)
@@ -127,6 +133,8 @@ class Trace:
             keys = [f"{key}{'' if entry.value else ' (deleted)'}" for key, entry in message.entries.items()]
             sender = f" {self._name(message.node_id)}:" if way == "from" else ""
             return f"{way}{sender} intent {', '.join(keys)}"
+        if isinstance(message, IntentKept):
+            return None if way == "from" else f"{way} that is on this disk too"
         if isinstance(message, CommandRequest):
             return f"{way} request {message.command_id} of {self._name(message.origin)}"
         return f"{way} answer to {_answer(message)}"
@@ -148,7 +156,7 @@ def _answer(answer: CommandAnswer) -> str:
 
 def _outcome(outcome: CommandOutcome) -> str:
     if isinstance(outcome, Accepted):
-        return f"accepted, {outcome.effect_id}"
+        return f"accepted, {outcome.effect_id}" + (" on one node only" if outcome.on_one_node_only else "")
     if isinstance(outcome, Refused):
         return f"refused ({outcome.status}), {outcome.reason}"
     return f"timed out after {outcome.waited_ms} ms"

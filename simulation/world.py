@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from covey.control.settings import MachineSettings
+from covey.control.settings import TOMBSTONES_MAX, MachineSettings
 from covey.schema.cluster import MeshMessage
 from covey.schema.ids import NodeId
 from covey.schema.machine import Effect, Input, MessageReceived
@@ -37,6 +37,7 @@ class World:
         self.random = random
         self.faults = faults
         self.settings = settings or SETTINGS
+        self.tombstones_max = faults.tombstones_max
         self.network = Network(random, faults)
         self.people = People(self)
         self.ledger = Ledger()
@@ -74,8 +75,13 @@ class World:
         return [host for host in self.hosts if host.is_up]
 
     def settings_of(self, host: Host) -> MachineSettings:
-        life = f"{host.name} {host.boot}"
-        return msgspec.structs.replace(self.settings, life=life, listen_host=f"{host.machine_id}.test")
+        """The limit of deletions is a part of the world: `heal` does not change it."""
+        return msgspec.structs.replace(
+            self.settings,
+            life=f"{host.name} {host.boot}",
+            listen_host=f"{host.machine_id}.test",
+            tombstones_max=min(self.settings.tombstones_max, self.tombstones_max),
+        )
 
     def resident_bytes(self, machine_id: str) -> int:
         """What loaded runners take of a machine."""
@@ -88,6 +94,13 @@ class World:
         self.note("faults stop")
         self.faults = NONE
         self.network.heal(NONE)
+        for host in self.hosts:
+            host.disk.is_full = False
+
+    @property
+    def forgets(self) -> bool:
+        """Whether deletions may be forgotten so early that what was deleted comes back."""
+        return self.tombstones_max < TOMBSTONES_MAX
 
     # ---- time ----
 

@@ -30,19 +30,20 @@ from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings
-from covey.effects import addresses, clock, identity, mesh, paths, processes
+from covey.effects import addresses, clock, identity, mesh, paths, processes, store
 from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
-from covey.effects.membership import keep_code, membership_of
+from covey.effects.membership import Membership, cluster_folder, keep_code, membership_of, take_along
 from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation
 from covey.effects.standard_input import wait_input_closed
+from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityPage
 from covey.schema.cluster import (
@@ -119,9 +120,8 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             _warn_of_strangers(options)
             if options.logs_requests:
                 log_requests()
-            while (reason := anyio.run(_run, options, folder, mine, listener, announce)) is None:
-                mine = identity.renewed(folder, mine)  # there is a new join code
-    except (CodeFileError, IdentityError, ListenError, MeshError) as error:
+            reason = _lives(options, folder, mine, listener, announce)
+    except (CodeFileError, IdentityError, ListenError, MeshError, StoreError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
@@ -155,15 +155,35 @@ def _access(options: NodeOptions) -> Access:
     )
 
 
-async def _run(
+def _lives(
     options: NodeOptions,
     folder: Path,
     mine: Identity,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
+) -> str:
+    """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
+    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+    while True:
+        with store.opened(cluster_folder(folder, member), version("covey")) as intent:
+            reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce)
+        if reason is not None:
+            return reason
+        former, mine = member, identity.renewed(folder, mine)
+        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+        take_along(folder, former, member)
+
+
+async def _run(
+    options: NodeOptions,
+    folder: Path,
+    mine: Identity,
+    member: Membership,
+    intent: Store,
+    listener: socket.socket,
+    announce: Callable[[NodeReady], None],
 ) -> str | None:
     """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
-    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     cluster, api_port = member.credentials.cluster_id, port_of(listener)
     settings = MeshSettings(cluster=cluster, port=mesh.mesh_port(api_port), peers=options.peers)
     with closing(Mailbox()) as mailbox:
@@ -171,7 +191,7 @@ async def _run(
         receive = _receiver(rotation, mailbox)
         async with mesh.opened(mine.node_id, settings, receive) as opened:
             rotation.send = opened.send_to
-            node = Node(options, folder, mine, member.credentials, rotation, opened, mailbox, listener)
+            node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
             return await node.run(announce)
 
 
@@ -198,6 +218,7 @@ class Node:
         mine: Identity,
         credentials: Credentials,
         rotation: Rotation,
+        intent: Store,
         opened: mesh.Mesh,
         mailbox: Mailbox,
         listener: socket.socket,
@@ -224,6 +245,7 @@ class Node:
             mailbox,
             opened,
             self._files,
+            intent,
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )

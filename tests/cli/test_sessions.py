@@ -67,6 +67,10 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         [["keys", "list"], ["keys", "add", "laptop"], ["keys", "add", "bad/name"], ["keys", "revoke", "a/b?c"]],
     ),
     "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
+    "one_copy": (
+        {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
+        [["place", "Tiny-Chat"], ["stop", "inst-1"]],
+    ),
     "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "none-such"]]),
 }
 

@@ -4,10 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from covey.control.cluster import Cluster, Context, Decision, wish_of
+from covey.control.cluster import Cluster, Context, Decision, Written, assignment, encoded, wish_of
 from covey.control.placement.nodes import Candidate
+from covey.control.placement.place import Options, Placement, place
 from covey.control.settings import TOMBSTONES_MAX
-from covey.schema.cluster import Accepted, DeleteInstance, Entry, PlaceModel, Refused, Version
+from covey.control.tending import Tending
+from covey.schema.cluster import Accepted, DeleteInstance, Entry, Forgotten, PlaceModel, Refused, Version
 from covey.schema.ids import InstanceId, NodeId
 from simulation.people import SMALL
 
@@ -78,7 +80,7 @@ def test_deleting_takes_the_wish_and_its_later_instances_along() -> None:
     cluster = Cluster(NodeId("a"))
     old = carry_out(cluster, PlaceModel(card=SMALL))
     new = replace(cluster.instances[old], instance_id=InstanceId(f"{wish_of(old)}.b-1-7"))
-    cluster.merge({f"instance/{new.instance_id}": Entry(new, Version(9, NodeId("b")))})
+    cluster.merge({f"instance/{new.instance_id}": Entry(encoded(new), Version(9, NodeId("b")))})
     cluster.merge({f"instance/{old}": Entry(None, Version(10, NodeId("b")))})
     assert list(cluster.instances) == [new.instance_id]
     carry_out(cluster, DeleteInstance(old))
@@ -114,3 +116,89 @@ def test_tombstones_are_bounded_and_the_newest_stay() -> None:
     assert len(cluster.entries) == TOMBSTONES_MAX
     assert "instance/4.a-1-1" not in cluster.entries
     assert "instance/5.a-1-1" in cluster.entries
+
+
+# ---- what a newer version wrote ----
+
+
+def newer(key: str = "quota/x", counter: int = 5) -> dict[str, Entry]:
+    """An entry of a type that this version does not know."""
+    return {key: Entry(b"\x82\xa4type\xa5quota\xa5limit\x07", Version(counter, NodeId("b")))}
+
+
+def test_what_a_newer_version_wrote_is_held_and_passed_on_byte_for_byte() -> None:
+    cluster = Cluster(NodeId("a"))
+    carry_out(cluster, PlaceModel(card=SMALL))
+    assert cluster.merge(newer()) == newer()
+    assert cluster.entries["quota/x"] == newer()["quota/x"]
+    assert cluster.unread == ("quota/x",)
+    assert not cluster.merge(newer(counter=4))
+    assert cluster.merge({"quota/x": Entry(None, Version(6, NodeId("b")))})
+    assert cluster.unread == ()
+
+
+def test_an_instance_that_only_a_newer_version_understands_is_left_alone_but_can_be_deleted() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL))
+    wish = cluster.wishes[wish_of(made)]
+    cluster.merge(newer(f"instance/{made}", 9))
+    assert not Tending(cluster).mend(wish, lambda _: context(), {}, ())  # else it would be assigned a second time
+    cluster.merge(newer("wish/other", 10))
+    other = replace(wish, wish_id="other")
+    instance = assignment(other, place_small(), context(mark="b-1-1"))
+    cluster.apply((Written(f"instance/{instance.instance_id}", instance),))
+    assert not Tending(cluster).leftovers()  # its wish is there, though unread
+    carry_out(cluster, DeleteInstance(made))
+    assert all(entry.value is None for key, entry in cluster.entries.items() if wish_of(made) in key)
+
+
+def place_small() -> Placement:
+    placement = place(SMALL, (ADA,), Options())
+    assert isinstance(placement, Placement)
+    return placement
+
+
+def test_a_version_from_the_far_future_is_not_taken() -> None:
+    cluster = Cluster(NodeId("a"))
+    for counter in (-1, 0, 2**53 + 1, 2**64):
+        assert not cluster.merge({"wish/x": Entry(None, Version(counter, NodeId("b")))})
+    assert cluster.counter == 0
+
+
+# ---- deletions ----
+
+
+def test_what_the_leader_declared_forgotten_is_forgotten_by_everybody_in_any_order() -> None:
+    deleted = {f"wish/{n}": Entry(None, Version(n, NodeId("a"))) for n in range(1, 10)}
+    mark = {"forgotten": Entry(encoded(Forgotten(6)), Version(10, NodeId("a")))}
+    first, second, third = (Cluster(NodeId(name)) for name in "abc")
+    first.merge(deleted)
+    assert {key for key, entry in first.merge(mark).items() if entry is None} == {f"wish/{n}" for n in range(1, 7)}
+    second.merge(mark)
+    second.merge(deleted)
+    third.merge({**deleted, **mark})
+    assert first.entries == second.entries == third.entries
+    assert first.digest == second.digest == third.digest
+    assert list(first.entries) == ["forgotten", "wish/7", "wish/8", "wish/9"]
+
+
+@given(st.lists(maps, max_size=4))
+def test_the_digest_follows_from_the_map_alone(parts: list[dict[str, Entry]]) -> None:
+    """It is kept up to date entry by entry; a fresh map with the same content has the same one."""
+    grown, fresh = Cluster(NodeId("a")), Cluster(NodeId("a"))
+    for part in parts:
+        grown.merge(part)
+    fresh.merge(grown.entries)
+    assert fresh.digest == grown.digest
+    assert (grown.digest == Cluster(NodeId("b")).digest) == (not grown.entries)
+
+
+def test_after_many_deletions_new_versions_are_still_higher_than_all_before() -> None:
+    cluster = Cluster(NodeId("a"), tombstones_max=2)
+    for number in range(5):
+        made = carry_out(cluster, PlaceModel(card=SMALL), mark=f"a-1-{number}")
+        carry_out(cluster, DeleteInstance(made))
+        cluster.merge(
+            {"forgotten": Entry(encoded(Forgotten(cluster.counter)), Version(cluster.counter + 1, ADA.node_id))}
+        )
+    assert cluster.stamp((Written("wish/x", None),))["wish/x"].version.counter > 20

@@ -29,7 +29,9 @@ from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
     Effect,
+    EntriesKept,
     HardwareProbed,
+    KeepEntries,
     LeaveRequested,
     Left,
     MessageReceived,
@@ -244,8 +246,13 @@ class Lone:
         self.feed(HardwareProbed(World(Random(1)).add("ada", 8 * GIGABYTE).hardware()))
 
     def feed(self, news: object, at_ms: int | None = None) -> list[Effect]:
+        """Its disk takes everything at once."""
         self.now_ms = self.now_ms if at_ms is None else at_ms
-        return self.machine.handle(self.now_ms, news)  # type: ignore[arg-type]
+        effects = self.machine.handle(self.now_ms, news)  # type: ignore[arg-type]
+        for effect in effects:
+            if isinstance(effect, KeepEntries):
+                effects += self.feed(EntriesKept(effect.token))
+        return effects
 
     def until(self, until_ms: int) -> list[Effect]:
         """Follows the machine's own deadlines."""

@@ -2,9 +2,10 @@
 
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import UnionType
 
 import anyio
 import pytest
@@ -12,15 +13,18 @@ import pytest
 from covey.effects.driver import Driver
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
+from covey.effects.store import Restored, StoreError
 from covey.schema.cluster import (
     Accepted,
     ApiKey,
     ClusterState,
     CommandResult,
     DeleteInstance,
+    Entry,
     Heartbeat,
     MeshMessage,
     Refused,
+    Version,
 )
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
 from covey.schema.machine import (
@@ -29,10 +33,13 @@ from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
     Effect,
+    EntriesKept,
     FetchFailed,
     FetchFinished,
     FetchProgressed,
     Input,
+    KeepEntries,
+    KeepingFailed,
     LeaveRequested,
     Left,
     ModelsListed,
@@ -48,6 +55,7 @@ from covey.schema.model import FileSource, ModelCard
 pytestmark = pytest.mark.anyio
 
 ME = NodeId("0" * 32)
+ENTRY = Entry(b"\xa1x", Version(1, ME))
 BEAT = Heartbeat(ME, 1, 1, (), None, "")
 CARD = ModelCard(
     model_id=ModelId("m"),
@@ -95,12 +103,14 @@ class FakeMachine:
 
 
 class World:
-    """Mesh, runners and models in one: remembers what it was asked."""
+    """Mesh, runners, models and store in one: remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[object] = []
         self.release = anyio.Event()
         self.fetch_error: FetchError | None = None
+        self.restored = Restored({"wish/old": ENTRY}, 3)
+        self.disk_error: StoreError | None = None
 
     def publish(self, message: MeshMessage) -> None:
         self.asked.append(("publish", message))
@@ -112,6 +122,11 @@ class World:
         self.asked.append(effect)
 
     tell = stop = start
+
+    def keep(self, entries: Mapping[str, Entry | None]) -> None:
+        self.asked.append((threading.current_thread() is threading.main_thread(), entries))
+        if self.disk_error:
+            raise self.disk_error
 
     async def ensure(self, card: ModelCard, progress: Callable[[int, int], None]) -> Path:  # noqa: ARG002
         self.asked.append("ensure")
@@ -133,15 +148,16 @@ class Rig:
     def __init__(self, rules: Callable[[Input], list[Effect]]) -> None:
         self.machine, self.world, self.mailbox, self.clock = FakeMachine(rules), World(), Mailbox(), Clock()
         self.driver = Driver(
-            self.machine, self.mailbox, self.world, self.world, clock=self.clock, command_prefix="me-1"
+            self.machine, self.mailbox, self.world, self.world, self.world, clock=self.clock, command_prefix="me-1"
         )
 
-    async def wait_input(self, kind: type) -> Input:
+    async def wait_input(self, kind: type | UnionType, count: int = 1) -> Input:
+        """The input of this kind that is the `count`-th."""
         with anyio.fail_after(5):
             while True:
-                for item in self.machine.inputs:
-                    if isinstance(item, kind):
-                        return item
+                found = [item for item in self.machine.inputs if isinstance(item, kind)]
+                if len(found) >= count:
+                    return found[count - 1]
                 await anyio.sleep(0.002)
 
 
@@ -161,7 +177,7 @@ async def test_effects_reach_their_part_of_the_world_in_order() -> None:
     async with driving(lambda item: effects if isinstance(item, Started) else []) as rig:
         await rig.wait_input(Started)
     assert rig.world.asked == [("publish", BEAT), ("b", BEAT), stop]
-    assert rig.machine.inputs == [Started(), LeaveRequested()]
+    assert rig.machine.inputs == [Started({"wish/old": ENTRY}, 3), LeaveRequested()]
 
 
 async def test_a_command_gets_the_answer_of_its_own_id() -> None:
@@ -206,7 +222,7 @@ async def test_it_sleeps_until_the_deadline_and_no_longer() -> None:
         await anyio.sleep(0.05)
         await rig.driver.leave()
     rig.mailbox.close()
-    assert rig.machine.inputs == [Started(), DeadlinePassed(), LeaveRequested()]
+    assert rig.machine.inputs == [Started({"wish/old": ENTRY}, 3), DeadlinePassed(), LeaveRequested()]
 
 
 async def test_clients_wait_for_a_change_of_the_state() -> None:
@@ -300,3 +316,31 @@ async def test_a_flood_from_threads_is_bounded() -> None:
     await anyio.sleep(0.01)
     assert mailbox.dropped_count == 90
     mailbox.close()
+
+
+# ---- intent ----
+
+
+async def test_intent_goes_to_the_disk_in_a_thread_and_the_machine_hears_how_that_went(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The disk fills up, and later there is room again: one line in the log, an answer each time."""
+
+    def rules(item: Input) -> list[Effect]:
+        match item:
+            case CommandSubmitted(command_id):
+                return [
+                    AnswerCommand(command_id, Refused("")),
+                    KeepEntries({"k": ENTRY, "l": None}, int(command_id[-1])),
+                ]
+        return []
+
+    async with driving(rules) as rig:
+        for count, error in enumerate((None, StoreError("full"), StoreError("full"), None), start=1):
+            rig.world.disk_error = error
+            await rig.driver.submit(DeleteInstance(InstanceId("a")))
+            await rig.wait_input(EntriesKept | KeepingFailed, count)
+    answers = [item for item in rig.machine.inputs if isinstance(item, EntriesKept | KeepingFailed)]
+    assert answers == [EntriesKept(1), KeepingFailed(2, "full"), KeepingFailed(3, "full"), EntriesKept(4)]
+    assert rig.world.asked == [(False, {"k": ENTRY, "l": None})] * 4
+    assert [record.getMessage() for record in caplog.records] == ["full"]

@@ -61,6 +61,9 @@ class NodeProcess:
         assert response.is_success, response.text
         return response.json()
 
+    def delete(self, path: str) -> Any:
+        return httpx.delete(self.url + path, timeout=30).raise_for_status().json()
+
     def visibility(self) -> dict[str, str]:
         """Of each node this one knows of and has heard a report from, by name."""
         members = self.get("/cluster")["members"]

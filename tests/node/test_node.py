@@ -135,6 +135,53 @@ def test_a_node_that_comes_back_is_the_same(tmp_path: Path) -> None:
             assert len(a.get("/cluster")["members"]) == 2
 
 
+def test_after_a_power_cut_everything_serves_again_without_a_person(tmp_path: Path) -> None:
+    """All nodes at once, killed without a word; and one that comes back serves what it held alone."""
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    cluster = cluster_name()
+    with running(tmp_path, "a", "b", cluster=cluster) as (a, b):
+        until(lambda: a.visibility() == b.visibility() == {"a": "visible", "b": "visible"})
+        place(a, model, 2)
+        placed = a.post("/place_instance", {"model_id": str(model), "node_ids": [b.node_id]})
+        assert placed["on_one_node_only"] is False
+        until(lambda: list(b.runners().values()) == ["Ready"] * 3)
+        (answer,) = {a.ask(str(model), "Where is it?", max_tokens=12) for _ in range(2)}
+        orphans = a.children() + b.children()
+        for node in (a, b):
+            node.process.kill()
+            node.process.wait()
+        assert psutil.wait_procs(orphans, timeout=10)[1] == []
+    with running(tmp_path, "a", "b", cluster=cluster) as (a, b):
+        took_s = until(lambda: sorted(a.runners().values()) == sorted(b.runners().values()) == ["Ready"] * 3)
+        print(f"serves again {took_s:.2f} s after the nodes listen")
+        assert a.ask(str(model), "Where is it?", max_tokens=12) == answer
+        assert b.ask(str(model), "Where is it?", max_tokens=12) == answer
+        a.delete(f"/instance/{placed['instance_id']}")
+        until(lambda: list(b.runners().values()) == ["Ready"] * 2)
+        b.process.kill()
+        b.process.wait()
+        with running(tmp_path, "b", cluster=cluster) as (again,):
+            until(lambda: list(again.runners().values()) == ["Ready"] * 2)  # what was deleted stays so
+            assert again.ask(str(model), "Where is it?", max_tokens=12) == answer
+        assert "Traceback" not in a.errors() + b.errors()
+
+
+def test_a_damaged_store_stops_no_node_and_the_other_gives_back_what_it_held(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    cluster = cluster_name()
+    with running(tmp_path, "a", "b", cluster=cluster) as (a, b):
+        until(lambda: len(a.visibility()) == 2)
+        place(a, model, 2)
+        b.process.kill()
+        b.process.wait()
+        for part in (tmp_path / "b").rglob("intent.sqlite*"):
+            part.write_bytes(b"not a database " * 1_000)
+        with running(tmp_path, "b", cluster=cluster) as (again,):
+            until(lambda: list(again.runners().values()) == ["Ready"] * 2)
+            assert again.errors().count("is damaged") == 1
+            assert list((tmp_path / "b").rglob("intent.sqlite.damaged-*Z"))
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with running(tmp_path, "a") as (a,):
         answer = httpx.post(f"{a.url}/place_instance", json={"model_id": str(tmp_path / "missing.gguf")}, timeout=30)

@@ -157,6 +157,59 @@ def a_lost_node_is_replaced(story: Story) -> None:
     story.go_on(42_000)
 
 
+def the_power_is_cut(story: Story) -> None:
+    ada, bea = story.hosts("ada", "bea")
+    ada.start()
+    bea.start()
+    story.go_on(2_000)
+    story.world.people.place(ada, SMALL, 2)
+    story.go_on(5_000)
+    story.say("the power is cut; ada is back after 2 s and waits for bea, who takes 20 s")
+    ada.crash()
+    bea.crash()
+    story.go_on(2_000)
+    ada.start()
+    story.go_on(18_000)
+    bea.start()
+    story.go_on(6_000)
+
+
+def the_power_is_cut_and_one_node_does_not_come_back(story: Story) -> None:
+    ada, bea = story.hosts("ada", "bea")
+    ada.start()
+    bea.start()
+    story.go_on(2_000)
+    story.world.people.place(ada, SMALL, 1)
+    story.go_on(500)
+    story.world.people.place(ada, SMALL, 2)
+    story.go_on(5_000)
+    story.say("the power is cut; bea stays away: after 30 s its instance is placed again if it fits what is left")
+    ada.crash()
+    bea.crash()
+    story.go_on(1_000)
+    ada.start()
+    story.go_on(36_000)
+
+
+def a_disk_is_full(story: Story) -> None:
+    for host in story.hosts("ada", "bea"):
+        host.start()
+    story.go_on(2_000)
+    story.say("the follower's disk is full: the answer says that there is one copy only")
+    story.follower().disk.is_full = True
+    story.world.people.place(story.leader(), SMALL)
+    story.go_on(5_000)
+    story.say("the leader's too: refused, and nothing has happened")
+    story.leader().disk.is_full = True
+    story.world.people.place(story.leader(), SMALL)
+    story.go_on(1_000)
+    story.say("there is room again")
+    for host in story.world.hosts:
+        host.disk.is_full = False
+    story.world.people.place(story.leader(), SMALL)
+    story.go_on(5_000)
+
+
 def nobody_answers(story: Story) -> None:
     ada, bea = story.hosts("ada", "bea")
     ada.start()
@@ -321,6 +374,9 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     a_partition_with_commands_on_both_sides,
     one_link_of_three_is_missing,
     a_data_folder_is_copied_to_a_second_machine,
+    the_power_is_cut,
+    the_power_is_cut_and_one_node_does_not_come_back,
+    a_disk_is_full,
 )
 
 

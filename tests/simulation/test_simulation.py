@@ -1,4 +1,4 @@
-"""The control plane in its seeded world: 200 seeds on every run, the same digest twice, and planted bugs are found."""
+"""The control plane in its seeded world: 300 seeds on every run, the same digest twice, and planted bugs are found."""
 
 import os
 import subprocess
@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from covey.control import cluster, tending
 from covey.control.cluster import Cluster
 from covey.control.commands import Answering, Asking
+from covey.control.deciding import Deciding
 from covey.control.downloads import Downloads
+from covey.control.keeping import Keeping
 from covey.control.leadership import Leadership
 from covey.control.machine import Machine
 from covey.control.membership import Membership
 from covey.control.placement.place import Options
 from covey.control.replication import Replication
 from covey.control.runners import Runners
+from covey.schema.machine import SendTo
 from simulation.run import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SEEDS = 200
+SEEDS = 300
 
 
 def test_seeds_pass() -> None:
@@ -83,6 +87,33 @@ def any_nodes(wish: Any, _: Any) -> Options:
     return Options(context_length=wish.context_length, slot_count=wish.slot_count)
 
 
+def accept_before_the_disk(self: Deciding, request: Any, outcome: Any, decided: Any) -> list[object]:
+    effect = self.keeping.write(decided)
+    self.replication.take_kept(0, decided)
+    self.conclude(request, replace(outcome, on_one_node_only=True))
+    return [effect]
+
+
+def give_a_write_up(self: Keeping, _: int, __: int) -> None:
+    self.under_way = None
+
+
+def start_with_nothing(self: Machine, now_ms: int, _: Any) -> list[object]:
+    self._listening_since_ms = self._heartbeat_due_ms = now_ms
+    return []
+
+
+def confirm_at_once(_: Keeping, message: Any) -> list[object]:
+    return [SendTo(message.target, message)]
+
+
+def accept_what_failed(self: Deciding, news: Any) -> None:
+    for promise in self._written_by(news.token):
+        del self.promises[promise.request.command_id]
+        self.replication.take_kept(0, promise.entries)
+        self.conclude(promise.request, replace(promise.outcome, on_one_node_only=True))
+
+
 BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "an old report replaces a newer one": ((Membership, "hear_report", take_every_report),),
     "who is heard counts as visible": ((Membership, "is_visible", hear_is_seen),),
@@ -99,6 +130,12 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
+    "a command is accepted before it is on disk": ((Deciding, "promise", accept_before_the_disk),),
+    "a command is accepted although the disk is full": ((Deciding, "hear_failed", accept_what_failed),),
+    "a write that failed is not tried again": ((Keeping, "hear_failed", give_a_write_up),),
+    "a node starts without what it kept": ((Machine, "_on_started", start_with_nothing),),
+    "a copy is confirmed before it is on disk": ((Keeping, "owe", confirm_at_once),),
+    "what came during a write goes to disk after what is newer": ((Keeping, "settle", nothing),),
 }
 
 
@@ -107,7 +144,7 @@ def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for owner, attribute, broken in BUGS[name]:
         assert hasattr(owner, attribute)
         monkeypatch.setattr(owner, attribute, broken)
-    assert any(run(seed).problem for seed in range(1, 60))
+    assert any(run(seed).problem for seed in range(1, SEEDS + 1))
 
 
 def test_a_verdict_tells_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:

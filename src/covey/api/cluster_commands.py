@@ -21,7 +21,7 @@ from covey.schema.cluster import (
     Refused,
     TimedOut,
 )
-from covey.schema.ids import InstanceId, NodeId
+from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
 
 NODES_MAX = 1024
@@ -81,11 +81,11 @@ def parse_await(model_id: str | None, timeout_seconds: str | None) -> AwaitQuery
     return AwaitQuery(model_id, seconds or None)
 
 
-def accepted(outcome: CommandOutcome) -> str:
-    """The id of what the leader decided on. Raises `RequestError` with the leader's reason, or 504."""
+def accepted(outcome: CommandOutcome) -> Accepted:
+    """What the leader decided. Raises `RequestError` with the leader's reason, or 504."""
     match outcome:
         case Accepted():
-            return outcome.effect_id
+            return outcome
         case Refused():
             raise RequestError(outcome.reason, status=outcome.status)
         case TimedOut():
@@ -97,18 +97,24 @@ def accepted(outcome: CommandOutcome) -> str:
             )
 
 
-def render_placed(command_id: str, card: ModelCard, instance_id: InstanceId) -> dict[str, Any]:
-    """What exo answers, and the id that its clients have to find out by comparing states."""
+def render_placed(command_id: str, card: ModelCard, decided: Accepted) -> dict[str, Any]:
+    """What exo answers, the id that its clients have to find out by comparing states, and how safe the wish is."""
     return {
         "message": RECEIVED,
         "command_id": command_id,
         "model_card": objects.model_card(camel_case, card),
-        "instance_id": instance_id,
+        "instance_id": decided.effect_id,
+        "on_one_node_only": decided.on_one_node_only,
     }
 
 
-def render_deleted(command_id: str, instance_id: InstanceId) -> dict[str, Any]:
-    return {"message": RECEIVED, "command_id": command_id, "instance_id": instance_id}
+def render_deleted(command_id: str, decided: Accepted) -> dict[str, Any]:
+    return {
+        "message": RECEIVED,
+        "command_id": command_id,
+        "instance_id": decided.effect_id,
+        "on_one_node_only": decided.on_one_node_only,
+    }
 
 
 def instance_with(state: ClusterState, instance_id: str) -> Instance:

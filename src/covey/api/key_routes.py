@@ -37,7 +37,7 @@ class KeyRoutes:
         """Ends a key, by its id or name."""
         refuse_others(request)
         result = await self._backend.submit(RevokeKey(request.path_params["key"]))
-        return json_response({"key_id": cluster_commands.accepted(result.outcome)})
+        return json_response({"key_id": cluster_commands.accepted(result.outcome).effect_id})
 
 
 def refuse_others(request: Request) -> None:

@@ -187,8 +187,8 @@ class InstanceRoutes:
         asked = cluster_commands.parse_place(await self._bodies.read(request))
         card = await self._backend.resolve_model(asked.model_id)
         result = await self._backend.submit(asked.command(card))
-        instance_id = InstanceId(cluster_commands.accepted(result.outcome))
-        return json_response(cluster_commands.render_placed(result.command_id, card, instance_id))
+        decided = cluster_commands.accepted(result.outcome)
+        return json_response(cluster_commands.render_placed(result.command_id, card, decided))
 
     async def get(self, request: Request) -> Response:
         """One instance."""
@@ -199,8 +199,8 @@ class InstanceRoutes:
     async def delete(self, request: Request) -> Response:
         """Stops an instance; its runners end."""
         result = await self._backend.submit(DeleteInstance(InstanceId(request.path_params["instance_id"])))
-        instance_id = InstanceId(cluster_commands.accepted(result.outcome))
-        return json_response(cluster_commands.render_deleted(result.command_id, instance_id))
+        decided = cluster_commands.accepted(result.outcome)
+        return json_response(cluster_commands.render_deleted(result.command_id, decided))
 
     async def wait_ready(self, request: Request) -> Response:
         """Streams one event: when an instance of the model can answer, or none ever will, or the time is over."""

@@ -88,13 +88,14 @@ class NodeClient:
             return list(_checked(self._http.get("/v1/models")).json()["data"])
 
     def place(self, model: str, **options: Any) -> dict[str, Any]:
-        """Asks for an instance; the answer has `instance_id` and `model_card`."""
+        """Asks for an instance; the answer has `instance_id`, `model_card` and `on_one_node_only`."""
         with self._explained():
             return dict(_checked(self._http.post("/place_instance", json={"model_id": model, **options})).json())
 
-    def delete(self, instance_id: str) -> None:
+    def delete(self, instance_id: str) -> dict[str, Any]:
+        """The answer has `on_one_node_only`."""
         with self._explained():
-            _checked(self._http.delete(f"/instance/{instance_id}"))
+            return dict(_checked(self._http.delete(f"/instance/{instance_id}")).json())
 
     def rotate_code(self, proof: str, without: list[NodeId]) -> RotationOutcome:
         """Asks for a new join code, which the nodes tell one another."""

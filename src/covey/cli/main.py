@@ -6,7 +6,7 @@ What only some commands need is imported where they run, so that the others star
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -160,13 +160,15 @@ def place(
 
     with NodeClient(url) as node:
         options = {} if nodes is None else {"min_nodes": nodes}
-        instance = wait_ready(node, str(node.place(local_path(model), **options)["instance_id"]))
+        placed = node.place(local_path(model), **options)
+        instance = wait_ready(node, str(placed["instance_id"]))
         rows = tables.stage_rows(instance, tables.node_names(node.cluster()))
     if as_json:
         print_json({"instance_id": instance.instance_id, "model_id": instance.card.model_id, "nodes": rows})
     else:
         out.print(f"{instance.card.model_id} is ready as [bold]{instance.instance_id}[/]:\n")
         out.print(tables.layers_table(rows))
+        warn_of_one_copy(placed)
 
 
 @app.command()
@@ -177,8 +179,9 @@ def stop(instance: str, url: Url = DEFAULT_URL) -> None:
 
     with NodeClient(url) as node:
         instance_id = one_instance(node.cluster(), instance)
-        node.delete(instance_id)
+        deleted = node.delete(instance_id)
     out.print(f"{instance_id} is stopped.", markup=False)
+    warn_of_one_copy(deleted)
 
 
 @app.command()
@@ -285,6 +288,12 @@ def rotate(
     from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
 
     joining.rotate(url, without or [])
+
+
+def warn_of_one_copy(answer: dict[str, Any]) -> None:
+    """What only one disk holds, a broken disk takes along."""
+    if answer["on_one_node_only"]:
+        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def local_path(model: str) -> str:

@@ -3,9 +3,10 @@
 `decide` may refuse; `apply` may not. Values are written under fresh keys and later deleted, never changed in place,
 so that a merge of two maps can't mix two states of one thing. A wish's key is the id of the command that made it: the
 same command again, even at another leader, finds what it did. An instance's id begins with its wish's id for the same
-reason.
+reason. Values stay encoded in the map; what a newer version wrote is held and passed on unread.
 """
 
+import heapq
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Final
@@ -22,9 +23,9 @@ from covey.schema.cluster import (
     AddKey,
     ApiKey,
     Command,
-    CommandOutcome,
     DeleteInstance,
     Entry,
+    Forgotten,
     Instance,
     PlaceModel,
     Refused,
@@ -39,9 +40,13 @@ from covey.schema.ids import InstanceId, NodeId, RunnerId
 WISH: Final = "wish/"
 INSTANCE: Final = "instance/"
 KEY: Final = "key/"
+FORGOTTEN: Final = "forgotten"
 NOT_FOUND: Final = 404
 
+Changes = dict[str, Entry | None]  # of a map; None: a deletion that is not remembered any more
+
 _encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Value)
 
 
 class Context(Struct, frozen=True, kw_only=True):
@@ -62,23 +67,29 @@ class Written(Struct, frozen=True):
 
 
 class Decision(Struct, frozen=True):
-    """What to write, and what to answer."""
+    """What to write, and what to answer. `keys`: where it was written before, when the command came a second time."""
 
     events: tuple[Written, ...]
-    outcome: CommandOutcome
+    outcome: Accepted
+    keys: tuple[str, ...] = ()
 
 
 class Cluster:
     """What this node holds of intent. `revision` grows with every change of it."""
 
-    def __init__(self, node_id: NodeId) -> None:
+    def __init__(self, node_id: NodeId, tombstones_max: int = TOMBSTONES_MAX) -> None:
         self.node_id = node_id
-        self.entries: dict[str, Entry] = {}
+        self.tombstones_max = tombstones_max
+        self.entries: dict[str, Entry] = {}  # in order of keys
         self.revision = 0
+        self.counter = 0  # the highest of any version here, also of what is forgotten meanwhile
         self.wishes: dict[str, Wish] = {}  # by wish id, in order of keys
         self.instances: dict[InstanceId, Instance] = {}
         self.keys: dict[str, ApiKey] = {}  # by key id
-        self.digest = digest({})
+        self.unread: tuple[str, ...] = ()  # keys of values that only a newer version understands
+        self._values: dict[str, Value | None] = {}  # of what is not deleted; None: unread
+        self._tombstones: dict[str, Entry] = {}
+        self._digest = 0
 
     def decide(self, command: Command, context: Context) -> Decision | Refused:
         """What carrying `command` out means, or why it can't be."""
@@ -92,44 +103,92 @@ class Cluster:
             case RevokeKey():
                 return self._decide_revocation(command)
 
+    @property
+    def digest(self) -> str:
+        """The same text for the same map, on every node."""
+        return f"{self._digest:032x}"
+
+    def stamp(self, events: tuple[Written, ...]) -> dict[str, Entry]:
+        """The entries of what was decided, newer than anything here; the map stays as it is."""
+        return {
+            event.key: Entry(encoded(event.value), Version(number, self.node_id))
+            for number, event in enumerate(events, start=self.counter + 1)
+        }
+
     def apply(self, events: tuple[Written, ...]) -> dict[str, Entry]:
-        """Writes what was decided, newer than anything here. Returns the entries for the other nodes."""
-        counter = self._counter()
-        written: dict[str, Entry] = {}
-        for number, event in enumerate(events, start=counter + 1):
-            written[event.key] = Entry(event.value, Version(number, self.node_id))
+        """Writes what was decided. Returns the entries for the other nodes."""
+        written = self.stamp(events)
         self.merge(written)
         return written
 
-    def merge(self, entries: Mapping[str, Entry]) -> bool:
-        """Takes in what is newer. True if anything was."""
-        highest = self._counter() + COUNTER_LEAP_MAX
+    def merge(self, entries: Mapping[str, Entry]) -> Changes:
+        """Takes in what is newer. Returns what is different now."""
+        highest = self.counter + COUNTER_LEAP_MAX
         newer = {
             key: entry
             for key, entry in entries.items()
-            if entry.version.counter <= highest and is_newer(entry, self.entries.get(key))
+            if 0 < entry.version.counter <= highest and is_newer(entry, self.entries.get(key))
         }
-        if newer:
-            self.entries = _bounded(dict(sorted({**self.entries, **newer}.items())))
-            self._index()
-        return bool(newer)
+        changes = {**newer, **dict.fromkeys(self._to_forget(newer))}
+        changes = {key: entry for key, entry in changes.items() if entry is not None or key in self.entries}
+        if changes:
+            self._change(changes)
+        return changes
 
-    def _counter(self) -> int:
-        return max((entry.version.counter for entry in self.entries.values()), default=0)
+    def restore(self, entries: Mapping[str, Entry]) -> None:
+        """Begins with what this node's disk has kept."""
+        self.counter = max((entry.version.counter for entry in entries.values()), default=0)
+        self.merge(entries)
 
-    def _index(self) -> None:
+    def has(self, key: str) -> bool:
+        """Whether it is there and not deleted, understood or not."""
+        return key in self._values
+
+    def _change(self, changes: Changes) -> None:
+        entries = {**self.entries, **changes}
+        for key, entry in changes.items():
+            known = self.entries.get(key)
+            self._digest ^= (_mark(key, known) if known else 0) ^ (_mark(key, entry) if entry else 0)
+            self.counter = max(self.counter, entry.version.counter if entry else 0)
+            self._index(key, entry)
+        self.entries = {key: entry for key, entry in sorted(entries.items()) if entry}
         self.revision += 1
-        values = [entry.value for entry in self.entries.values()]
+        values = [value for _, value in sorted(self._values.items())]
         self.wishes = {value.wish_id: value for value in values if isinstance(value, Wish)}
         self.instances = {value.instance_id: value for value in values if isinstance(value, Instance)}
         self.keys = {value.key_id: value for value in values if isinstance(value, ApiKey)}
-        self.digest = digest(self.entries)
+        self.unread = tuple(key for key, value in sorted(self._values.items()) if value is None)
+
+    def _index(self, key: str, entry: Entry | None) -> None:
+        self._values.pop(key, None)
+        self._tombstones.pop(key, None)
+        if entry and entry.value is None:
+            self._tombstones[key] = entry
+        elif entry:
+            self._values[key] = value_of(entry)
+
+    def _to_forget(self, newer: Mapping[str, Entry]) -> list[str]:
+        """Deletions that the leader declared forgotten, and the oldest beyond the limit.
+
+        Both follow from the merged map alone, so that every node that holds the same map forgets the same ones.
+        """
+        if FORGOTTEN not in newer and all(entry.value is not None for entry in newer.values()):
+            return []  # as it was
+        tombstones = {key: entry for key, entry in self._tombstones.items() if key not in newer}
+        tombstones.update((key, entry) for key, entry in newer.items() if entry.value is None)
+        mark = newer.get(FORGOTTEN) or self.entries.get(FORGOTTEN)
+        value = value_of(mark) if mark else None
+        until = value.counter if isinstance(value, Forgotten) else 0
+        forgotten = [key for key, entry in tombstones.items() if entry.version.counter <= until]
+        rest = [(entry.version, key) for key, entry in tombstones.items() if entry.version.counter > until]
+        excess = heapq.nsmallest(len(rest) - self.tombstones_max, rest)
+        return forgotten + [key for _, key in excess]
 
     def _decide_placement(self, command: PlaceModel, context: Context) -> Decision | Refused:
         wish_id = context.command_id
         done = self._done_before(wish_id)
         if done:
-            return Decision((), Accepted(done))
+            return Decision((), Accepted(done), (WISH + wish_id, INSTANCE + done))
         options = Options(
             node_count_min=command.node_count_min,
             context_length=command.context_length,
@@ -165,29 +224,32 @@ class Cluster:
         """Deletes the wish too, and what else was assigned for it, else the leader would assign it again."""
         if INSTANCE + command.instance_id not in self.entries:
             return Refused(f"there is no instance {command.instance_id}: `covey ps` lists those there are.", NOT_FOUND)
-        return Decision(self.without_wish(wish_of(command.instance_id)), Accepted(command.instance_id))
+        wish_id = wish_of(command.instance_id)
+        before = tuple(key for key in (WISH + wish_id, INSTANCE + command.instance_id) if key in self.entries)
+        return Decision(self.without_wish(wish_id), Accepted(command.instance_id), before)
 
     def _decide_addition(self, command: AddKey) -> Decision | Refused:
         """A key that was added before, even if it was revoked since, is not added again."""
         key = command.key
         if KEY + key.key_id in self.entries:
-            return Decision((), Accepted(key.key_id))
+            return Decision((), Accepted(key.key_id), (KEY + key.key_id,))
         refused = keys.addition_refused(key, self.keys.values())
         return refused or Decision((Written(KEY + key.key_id, key),), Accepted(key.key_id))
 
     def _decide_revocation(self, command: RevokeKey) -> Decision | Refused:
         if KEY + command.key in self.entries and command.key not in self.keys:
-            return Decision((), Accepted(command.key))  # revoked before: that is success
+            return Decision((), Accepted(command.key), (KEY + command.key,))  # revoked before: that is success
         found = keys.find(command.key, self.keys.values())
         if isinstance(found, Refused):
             return found
         return Decision((Written(KEY + found.key_id, None),), Accepted(found.key_id))
 
     def without_wish(self, wish_id: str) -> tuple[Written, ...]:
-        """Deletes a wish and all that was assigned for it."""
-        ids = [instance_id for instance_id, instance in self.instances.items() if instance.wish_id == wish_id]
-        gone = [Written(INSTANCE + instance_id, None) for instance_id in ids]
-        return (*([Written(WISH + wish_id, None)] if wish_id in self.wishes else []), *gone)
+        """Deletes a wish and all that was assigned for it, understood or not."""
+        living = [key for key in self.entries if self.has(key) and key.startswith(INSTANCE)]
+        mine = [key for key in living if wish_of(InstanceId(key.removeprefix(INSTANCE))) == wish_id]
+        wish = [WISH + wish_id] if self.has(WISH + wish_id) else []
+        return tuple(Written(key, None) for key in [*wish, *mine])
 
 
 def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
@@ -224,14 +286,21 @@ def is_newer(entry: Entry, known: Entry | None) -> bool:
     return entry != known and _encoder.encode(entry) > _encoder.encode(known)
 
 
-def digest(entries: Mapping[str, Entry]) -> str:
-    """The same text for the same map, on every node."""
-    return blake2b(_encoder.encode(sorted(entries.items())), digest_size=16).hexdigest()
+def encoded(value: Value | None) -> bytes | None:
+    """As it stands in an `Entry`."""
+    return None if value is None else _encoder.encode(value)
 
 
-def _bounded(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Without the oldest tombstones beyond the limit; every node that holds the same map drops the same ones."""
-    tombstones = [(entry.version, key) for key, entry in entries.items() if entry.value is None]
-    for _, key in sorted(tombstones)[: max(0, len(tombstones) - TOMBSTONES_MAX)]:
-        del entries[key]
-    return entries
+def value_of(entry: Entry) -> Value | None:
+    """None where it was deleted, and for what only a newer version understands."""
+    if entry.value is None:
+        return None
+    try:
+        return _decoder.decode(entry.value)
+    except msgspec.DecodeError:  # a validation error is one
+        return None
+
+
+def _mark(key: str, entry: Entry) -> int:
+    """The part of one entry in the digest of a map, which is all of them, each added without carry."""
+    return int.from_bytes(blake2b(_encoder.encode((key, entry)), digest_size=16).digest())

@@ -5,6 +5,8 @@
 out once.
 """
 
+from collections.abc import Container
+
 from msgspec import Struct
 
 from covey.control.settings import COMMANDS_REMEMBERED_MAX, MachineSettings
@@ -46,9 +48,10 @@ class Asking:
         late = [each.command_id for each in self.pending.values() if now_ms - each.submitted_ms >= limit]
         return [effect for command_id in late for effect in self.answer(command_id, TimedOut(limit))]
 
-    def refuse_all(self, reason: str) -> list[Effect]:
-        """The node ends; nobody is left without an answer."""
-        return [effect for each in list(self.pending) for effect in self.answer(each, Refused(reason, 503))]
+    def refuse_all(self, reason: str, besides: Container[str] = ()) -> list[Effect]:
+        """The node ends; nobody is left without an answer. `besides`: commands whose answers are on their way."""
+        refused = [command_id for command_id in self.pending if command_id not in besides]
+        return [effect for each in refused for effect in self.answer(each, Refused(reason, 503))]
 
     def due(self, now_ms: int) -> list[CommandRequest]:
         """The requests to make now; each is due again after a while."""

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from covey.control.cluster import Cluster, Context, Written
-from covey.control.commands import Answering, Asking
+from covey.control.cluster import FORGOTTEN, Cluster, Context, Written
+from covey.control.commands import Asking
+from covey.control.deciding import Deciding
 from covey.control.dormancy import active, assigned_nodes
 from covey.control.downloads import Downloads
+from covey.control.keeping import Keeping
 from covey.control.leadership import Leadership
 from covey.control.membership import Membership
 from covey.control.replication import Replication
@@ -25,10 +27,11 @@ from covey.schema.cluster import (
     ApiKey,
     ClusterState,
     CommandAnswer,
-    CommandOutcome,
     CommandRequest,
+    Forgotten,
     Heartbeat,
     Instance,
+    IntentKept,
     IntentUpdate,
     NodeReport,
     PlaceModel,
@@ -39,11 +42,13 @@ from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
     Effect,
+    EntriesKept,
     FetchFailed,
     FetchFinished,
     FetchProgressed,
     HardwareProbed,
     Input,
+    KeepingFailed,
     LeaveRequested,
     Left,
     MessageReceived,
@@ -71,11 +76,12 @@ class Machine:
         self.settings = settings
         self.membership = Membership(node_id, settings)
         self.leadership = Leadership(node_id, settings, self.membership)
-        self.cluster = Cluster(node_id)
-        self.replication = Replication(node_id, settings, self.cluster)
+        self.cluster = Cluster(node_id, settings.tombstones_max)
+        self.keeping = Keeping(settings)
+        self.replication = Replication(node_id, settings, self.cluster, self.keeping)
         self.tending = Tending(self.cluster)
         self.asking = Asking(node_id, settings)
-        self.answering = Answering()
+        self.deciding = Deciding(node_id, boot, settings, self.membership, self.replication, self.keeping)
         self.twins = Twins(settings.life)
         self.downloads = Downloads(settings)
         self.runners = Runners(node_id, boot, settings)
@@ -88,6 +94,7 @@ class Machine:
         self._instance_counter = 0
         self._heartbeat_due_ms = 0
         self._tidy_due_ms = 0
+        self._forget_until = 0
         self._is_leaving = False
         self._leaving_reason = ""
         self._has_left = False
@@ -101,6 +108,8 @@ class Machine:
             HardwareProbed: self._on_hardware,
             ModelsListed: self._on_models,
             CommandSubmitted: self._on_command,
+            EntriesKept: self._on_kept,
+            KeepingFailed: self._on_keeping_failed,
             FetchProgressed: self._on_fetch_progressed,
             FetchFinished: self._on_fetch_finished,
             FetchFailed: self._on_fetch_failed,
@@ -113,6 +122,7 @@ class Machine:
             Heartbeat: self._on_heartbeat,
             NodeReport: self._on_report,
             IntentUpdate: self._on_intent_update,
+            IntentKept: self._on_intent_kept,
             CommandRequest: self._on_request,
             CommandAnswer: self._on_answer,
         }
@@ -137,6 +147,8 @@ class Machine:
             self.membership.deadline(),
             self.leadership.deadline(),
             self.asking.deadline(),
+            self.deciding.deadline(),
+            self.keeping.deadline(),
             self.downloads.deadline(),
             self.runners.deadline(),
             self.reporter.deadline(),
@@ -161,8 +173,11 @@ class Machine:
 
     # ---- inputs ----
 
-    def _on_started(self, now_ms: int, _: Started) -> list[Effect]:
+    def _on_started(self, now_ms: int, news: Started) -> list[Effect]:
         self._started_ms = self._listening_since_ms = self._heartbeat_due_ms = now_ms
+        self.cluster.restore(news.entries)
+        self.keeping.change({key: None for key in news.entries if key not in self.cluster.entries})
+        self._forget_until = news.forget_until
         return []
 
     def _on_deadline(self, _: int, __: DeadlinePassed) -> list[Effect]:
@@ -183,7 +198,15 @@ class Machine:
 
     def _on_command(self, now_ms: int, news: CommandSubmitted) -> list[Effect]:
         self.asking.submit(now_ms, news.command_id, news.command)
-        return self.asking.refuse_all(LEAVING) if self._is_leaving else []
+        return self.asking.refuse_all(LEAVING, self.deciding.promises) if self._is_leaving else []
+
+    def _on_kept(self, now_ms: int, news: EntriesKept) -> list[Effect]:
+        return self.deciding.hear_kept(now_ms, news) + self.keeping.hear_kept(news.token)
+
+    def _on_keeping_failed(self, now_ms: int, news: KeepingFailed) -> list[Effect]:
+        self.deciding.hear_failed(news)
+        self.keeping.hear_failed(now_ms, news.token)
+        return []
 
     def _on_fetch_progressed(self, now_ms: int, news: FetchProgressed) -> list[Effect]:
         self.downloads.progress(now_ms, news)
@@ -202,10 +225,11 @@ class Machine:
         return self.runners.hear(now_ms, news)
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
+        """What is being written now can't be unsaid: its answer is awaited."""
         self._is_leaving = True
         self._heartbeat_due_ms = now_ms  # says so
         self.leadership.resign(now_ms)
-        return self.asking.refuse_all(LEAVING)
+        return self.asking.refuse_all(LEAVING, self.deciding.promises)
 
     # ---- messages ----
 
@@ -235,18 +259,18 @@ class Machine:
         return []
 
     def _on_intent_update(self, now_ms: int, update: IntentUpdate) -> list[Effect]:
-        self.replication.hear_update(now_ms, update)
+        return self.replication.hear_update(now_ms, update)
+
+    def _on_intent_kept(self, _: int, message: IntentKept) -> list[Effect]:
+        if message.target == self.node_id:
+            self.deciding.hear_copied(message)
         return []
 
-    def _on_request(self, now_ms: int, request: CommandRequest) -> list[Effect]:
+    def _on_request(self, _: int, request: CommandRequest) -> list[Effect]:
         """Unless this node leads, the asker will find out who does and ask there."""
-        if not self.leadership.leads or request.origin == self.node_id:
-            return []
-        effects, outcome = self._decide(now_ms, request)
-        if outcome is None:
-            return effects
-        answer = CommandAnswer(request.command_id, request.origin, outcome)
-        return [*effects, SendTo(request.origin, answer)]
+        if self.leadership.leads and request.origin != self.node_id:
+            self.deciding.request(request)
+        return []
 
     def _on_answer(self, _: int, answer: CommandAnswer) -> list[Effect]:
         return self.asking.answer(answer.command_id, answer.outcome) if answer.target == self.node_id else []
@@ -257,13 +281,13 @@ class Machine:
         self.membership.advance(now_ms)
         self.replication.forget(self.membership.peers)
         self._lead(now_ms)
-        effects = [*self._ask(now_ms), *self._tidy(now_ms), *self._work(now_ms)]
-        effects += [*self._beat(now_ms), *self._report(now_ms)]
+        effects = [*self._ask(now_ms), *self._decide_next(now_ms), *self._tidy(now_ms), *self._work(now_ms)]
+        effects += [*self._answer(now_ms), *self.keeping.advance(now_ms), *self._beat(now_ms), *self._report(now_ms)]
         if self._shown != self._seen():
             self._shown = self._seen()
             self._revision += 1
             effects.append(StateChanged())
-        if self._is_leaving and not self.runners.runners:
+        if self._is_leaving and not self.runners.runners and self.keeping.is_free:
             self._has_left = True
             effects.append(Left(self._leaving_reason))
         return effects
@@ -284,21 +308,39 @@ class Machine:
             return effects
         for request in self.asking.due(now_ms):
             if self.leadership.leads:
-                decided, outcome = self._decide(now_ms, request)
-                effects += decided
-                effects += self.asking.answer(request.command_id, outcome) if outcome else []
+                self.deciding.request(request)
             else:
                 effects.append(SendTo(leader, request))
+        return effects
+
+    def _decide_next(self, now_ms: int) -> list[Effect]:
+        """As leader: what was asked, one after the other, as fast as the disk takes it."""
+        if not self.leadership.leads:
+            self.deciding.queue.clear()
+        effects: list[Effect] = []
+        while request := self.deciding.next():
+            effects += self._decide(now_ms, request)
+        return effects
+
+    def _answer(self, now_ms: int) -> list[Effect]:
+        """To whoever asked, here or at another node."""
+        effects = self.deciding.advance(now_ms, is_leaving=self._is_leaving)
+        for told in self.deciding.take_told():
+            command_id, origin = told.request.command_id, told.request.origin
+            if origin == self.node_id:
+                effects += self.asking.answer(command_id, told.outcome)
+            else:
+                effects.append(SendTo(origin, CommandAnswer(command_id, origin, told.outcome)))
         return effects
 
     def _tidy(self, now_ms: int) -> list[Effect]:
         """The leader's mending, once it has heard the others' maps."""
         led_ms = now_ms - self.leadership.led_since_ms
         settled = self.leadership.leads and led_ms >= self.settings.tidy_after_ms
-        if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms):
+        if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms) or self.deciding.is_writing:
             return []
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
-        effects = self._write(now_ms, self.tending.leftovers())
+        effects = self._write(now_ms, self._forgetting()) + self._write(now_ms, self.tending.leftovers())
         gone = self._gone(now_ms)
         self.tending.look_around(now_ms, gone)
         for wish in list(self.cluster.wishes.values()):
@@ -338,25 +380,32 @@ class Machine:
             self.leadership.resign(now_ms)
             self._listening_since_ms = now_ms
 
-    def _decide(self, now_ms: int, request: CommandRequest) -> tuple[list[Effect], CommandOutcome | None]:
-        """As leader. No outcome: not now; the asker repeats."""
-        remembered = self.answering.outcomes.get(request.command_id)
-        if remembered:
-            return [], remembered
+    def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:
+        """As leader. While nodes are still to tell their memory nothing is placed; the asker repeats."""
         if isinstance(request.command, PlaceModel) and self._is_learning(now_ms):
-            return [], None
+            return []
         context = self._context(now_ms, request.command_id, request.origin, ())
         decision = self.cluster.decide(request.command, context)
         if isinstance(decision, Refused):
-            self.answering.remember(request.command_id, decision)
-            return [], decision
-        self.answering.remember(request.command_id, decision.outcome)
-        return self._write(now_ms, decision.events), decision.outcome
+            self.deciding.conclude(request, decision)
+            return []
+        if not decision.events:
+            known = {key: self.cluster.entries[key] for key in decision.keys}
+            return self.deciding.confirm(now_ms, request, decision.outcome, known)
+        self._instance_counter += 1  # the mark of the context is in use now
+        return self.deciding.promise(request, decision.outcome, self.cluster.stamp(decision.events))
 
     def _write(self, now_ms: int, events: tuple[Written, ...]) -> list[Effect]:
+        """Mending: in force at once, since it could be decided again; the disk follows."""
         if events:
             self._instance_counter += 1  # the mark of the last context may be in use now
         return self.replication.write(now_ms, events)
+
+    def _forgetting(self) -> tuple[Written, ...]:
+        """Deletions that this node has remembered for long enough, where some are left."""
+        until, self._forget_until = self._forget_until, 0
+        deleted = [entry.version.counter for entry in self.cluster.entries.values() if until and entry.value is None]
+        return (Written(FORGOTTEN, Forgotten(until)),) if min(deleted, default=until + 1) <= until else ()
 
     def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None, leaving: tuple[Instance, ...]) -> Context:
         """`leaving`: instances that end if this decision is taken."""

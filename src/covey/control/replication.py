@@ -3,19 +3,21 @@
 from collections.abc import Container
 
 from covey.control.cluster import Cluster, Written
+from covey.control.keeping import Keeping
 from covey.control.settings import MachineSettings
-from covey.schema.cluster import Entry, Heartbeat, IntentUpdate
+from covey.schema.cluster import Entry, Heartbeat, IntentKept, IntentUpdate
 from covey.schema.ids import NodeId
 from covey.schema.machine import Effect, Publish, SendTo
 
 
 class Replication:
-    """Sends this node's map where it differs, and takes others' in."""
+    """Sends this node's map where it differs, and takes others' in. What changes goes to this node's disk too."""
 
-    def __init__(self, node_id: NodeId, settings: MachineSettings, cluster: Cluster) -> None:
+    def __init__(self, node_id: NodeId, settings: MachineSettings, cluster: Cluster, keeping: Keeping) -> None:
         self.node_id = node_id
         self.settings = settings
         self.cluster = cluster
+        self.keeping = keeping
         self.sent_ms: dict[NodeId, int] = {}  # when a whole map last went there
         self.changed_ms: int | None = None  # when our map last changed
 
@@ -23,13 +25,29 @@ class Replication:
         """Applies what was decided here, and tells everybody."""
         if not events:
             return []
-        self.changed_ms = now_ms
-        return [Publish(self._update(self.cluster.apply(events)))]
+        written = self.cluster.stamp(events)
+        self.take(now_ms, written)
+        return [Publish(self._update(written))]
 
-    def hear_update(self, now_ms: int, update: IntentUpdate) -> None:
+    def take(self, now_ms: int, entries: dict[str, Entry]) -> None:
         """Merges. What it lacked shows in our next heartbeat's digest to everyone else."""
-        if self.cluster.merge(update.entries):
+        changes = self.cluster.merge(entries)
+        if changes:
             self.changed_ms = now_ms
+            self.keeping.change(changes)
+
+    def take_kept(self, now_ms: int, entries: dict[str, Entry]) -> None:
+        """Merges what is on this node's disk already."""
+        self.changed_ms = now_ms
+        changes = self.cluster.merge(entries)
+        self.keeping.settle(changes)
+
+    def hear_update(self, now_ms: int, update: IntentUpdate) -> list[Effect]:
+        """Merges, and confirms what the sender wants to see kept, now or when it is."""
+        self.take(now_ms, update.entries)
+        if self.node_id not in update.keepers:
+            return []
+        return self.keeping.owe(IntentKept(self.node_id, update.node_id, update.write))
 
     def compare(self, now_ms: int, heartbeat: Heartbeat) -> list[Effect]:
         """Sends our map to the sender, if it holds another. It does the same, so both end with the merged one.

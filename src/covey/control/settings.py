@@ -9,10 +9,13 @@ from covey.schema.runner import Address
 NODES_REMEMBERED_MAX: Final = 1024  # (boot, sequence) of forgotten nodes; a home has a handful
 COMMANDS_REMEMBERED_MAX: Final = 1024  # outcomes kept for repeated requests; one is repeated for 10 s at most
 RUNNERS_REMEMBERED_MAX: Final = 256  # attempts of runners that are not assigned any more; they may be again
+COMMANDS_QUEUED_MAX: Final = 256  # waiting for the leader's disk; an asker whose command is turned away repeats it
 TOMBSTONES_MAX: Final = 4096  # deletions kept; a node that was away for longer than that can bring a key back
 # A counter that is further ahead of all we know than this was not counted but made up; taking it in would bring every
 # later counter near the end of its range. At one change a millisecond it takes a life of 50 days.
 COUNTER_LEAP_MAX: Final = 2**32
+KEEPERS_MAX: Final = 3  # nodes asked to confirm a write; one of them has to
+ACKNOWLEDGEMENTS_MAX: Final = 64  # owed while a write is under way; whoever waits for one asks again
 
 
 class MachineSettings(Struct, frozen=True, kw_only=True):
@@ -32,6 +35,12 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     tidy_ms: int = 1_000
 
     intent_send_ms: int = 1_000  # a whole map goes to one node at most this often
+
+    # A copy on a second disk takes some 10 ms at home. Whoever asked waits for it, though not for a disk that hangs.
+    copy_wait_ms: int = 2_000
+    copy_retry_ms: int = 500
+    keep_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000, 60_000)  # the last one for ever: disks get room again
+    tombstones_max: int = TOMBSTONES_MAX
 
     report_spacing_ms: int = 200
     report_idle_ms: int = 10_000

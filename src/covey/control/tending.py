@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Final
 
-from covey.control.cluster import INSTANCE, Cluster, Context, Written, assignment
+from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written, assignment, wish_of
 from covey.control.dormancy import lacks
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import place
@@ -37,7 +37,9 @@ class Tending:
         self.whole_since_ms = {each: self.whole_since_ms.get(each, now_ms) for each in whole}
 
     def mend(self, wish: Wish, look: Look, reports: Reports, gone: Collection[NodeId]) -> tuple[Written, ...]:
-        """What to write for this wish; usually nothing."""
+        """What to write for this wish; usually nothing. What only a newer version understands is left to its leader."""
+        if any(wish_of(InstanceId(key.removeprefix(INSTANCE))) == wish.wish_id for key in self.cluster.unread):
+            return ()
         mine = [each for each in self.cluster.instances.values() if each.wish_id == wish.wish_id]
         whole = sorted((each for each in mine if not lacks(each, gone)), key=lambda each: self._rank(each, reports))
         dormant = sorted((each for each in mine if lacks(each, gone)), key=lambda each: each.instance_id, reverse=True)
@@ -52,7 +54,7 @@ class Tending:
         return tuple(
             Written(INSTANCE + instance_id, None)
             for instance_id, instance in self.cluster.instances.items()
-            if instance.wish_id not in self.cluster.wishes
+            if not self.cluster.has(WISH + instance.wish_id)
         )
 
     def _rank(self, instance: Instance, reports: Reports) -> tuple[bool, bool, int, InstanceId]:

@@ -6,17 +6,28 @@ world comes back as an input. Between two inputs the driver sleeps until the mac
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
 import anyio
+import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from covey.effects.clock import Clock
 from covey.effects.fetching import FetchError
 from covey.effects.mailbox import Mailbox
-from covey.schema.cluster import ApiKey, ClusterState, Command, CommandOutcome, CommandResult, MeshMessage, Refused
+from covey.effects.store import Restored, StoreError
+from covey.schema.cluster import (
+    ApiKey,
+    ClusterState,
+    Command,
+    CommandOutcome,
+    CommandResult,
+    Entry,
+    MeshMessage,
+    Refused,
+)
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.machine import (
     AnswerCommand,
@@ -24,10 +35,13 @@ from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
     Effect,
+    EntriesKept,
     FetchFailed,
     FetchFinished,
     FetchProgressed,
     Input,
+    KeepEntries,
+    KeepingFailed,
     LeaveRequested,
     Left,
     Publish,
@@ -73,6 +87,14 @@ class Models(Protocol):
         ...
 
 
+class Store(Protocol):
+    restored: Restored
+
+    def keep(self, entries: Mapping[str, Entry | None]) -> None:
+        """Raises `StoreError`. Called in a thread, one call at a time."""
+        ...
+
+
 class Driver:
     """`command_prefix` makes the ids of commands differ from those of other nodes and of earlier lives."""
 
@@ -82,6 +104,7 @@ class Driver:
         mailbox: Mailbox,
         messages: Messages,
         models: Models,
+        store: Store,
         *,
         clock: Clock,
         command_prefix: str,
@@ -90,6 +113,8 @@ class Driver:
         self._mailbox = mailbox
         self._messages = messages
         self._models = models
+        self._store = store
+        self._keeping_fails = False
         self._clock = clock
         self._command_prefix = command_prefix
         self._command_count = 0
@@ -108,7 +133,8 @@ class Driver:
         try:
             async with anyio.create_task_group() as tasks:
                 runners = open_runners(tasks)
-                self._handle(Started(), tasks, runners)
+                restored = self._store.restored
+                self._handle(Started(restored.entries, restored.forget_until), tasks, runners)
                 while not self._has_left:
                     self._handle(await self._next(), tasks, runners)
                 tasks.cancel_scope.cancel()
@@ -166,6 +192,8 @@ class Driver:
                 self._messages.send_to(target, message)
             case AnswerCommand(command_id, outcome):
                 self._answer(command_id, outcome)
+            case KeepEntries():
+                tasks.start_soon(self._keep, effect)
             case StartFetch():
                 self._start_fetch(effect, tasks)
             case CancelFetch(model_id, attempt):
@@ -193,6 +221,21 @@ class Driver:
         self._has_left = True
         for command_id in list(self._answers):
             self._answer(command_id, _LEAVING)
+
+    # ---- intent ----
+
+    async def _keep(self, effect: KeepEntries) -> None:
+        """In a thread, since a disk may be slow; what has begun there is waited for, even at the end."""
+        try:
+            await anyio.to_thread.run_sync(self._store.keep, effect.entries)
+        except StoreError as error:
+            if not self._keeping_fails:  # once until it goes well again
+                _log.warning("%s", error)
+            self._keeping_fails = True
+            await self._mailbox.put(KeepingFailed(effect.token, str(error)))
+        else:
+            self._keeping_fails = False
+            await self._mailbox.put(EntriesKept(effect.token))
 
     # ---- fetches ----
 

@@ -65,17 +65,26 @@ class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
     created_s: int  # Unix time at the node where it was asked for
 
 
-Value = Wish | Instance | ApiKey
+class Forgotten(Struct, frozen=True, tag="forgotten"):
+    """Deletions whose version counts up to `counter` need not be remembered any more, by anybody."""
+
+    counter: int
+
+
+Value = Wish | Instance | ApiKey | Forgotten
 
 
 class Entry(Struct, frozen=True):
-    """One key of intent. `value` is None where it was deleted (a tombstone)."""
+    """One key of intent. `value`: msgpack of a `Value`; None where it was deleted (a tombstone).
 
-    value: Value | None
+    It stays encoded, so that what a newer version wrote is kept and passed on byte for byte.
+    """
+
+    value: bytes | None
     version: Version
 
 
-Intent = dict[str, Entry]  # keys: "wish/<id>", "instance/<id>", "key/<id>"
+Intent = dict[str, Entry]  # keys: "wish/<id>", "instance/<id>", "key/<id>", "forgotten"
 
 
 # ---- reports ----
@@ -174,10 +183,23 @@ class Heartbeat(Struct, frozen=True, tag=True):
 
 
 class IntentUpdate(Struct, frozen=True, tag=True):
-    """Entries to merge: those just written, or a whole map after digests differed."""
+    """Entries to merge: those just written, or a whole map after digests differed.
+
+    The nodes in `keepers` answer `IntentKept` with the same `write` once they have the entries on their disks.
+    """
 
     node_id: NodeId
-    entries: dict[str, Entry]
+    entries: Intent
+    write: tuple[int, int] = (0, 0)  # (boot, number): which write of `node_id` this is
+    keepers: tuple[NodeId, ...] = ()
+
+
+class IntentKept(Struct, frozen=True, tag=True):
+    """From a keeper to whoever asked: these entries would outlive a power cut here."""
+
+    node_id: NodeId
+    target: NodeId
+    write: tuple[int, int]
 
 
 class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
@@ -218,11 +240,14 @@ class CommandRequest(Struct, frozen=True, tag=True):
 
 
 class Accepted(Struct, frozen=True, tag=True):
+    """It will outlive a power cut: it is on the disk of the node that decided, and of a second one if one was there."""
+
     effect_id: str  # of what the command made or ended: an instance, a key
+    on_one_node_only: bool = False  # there was no second node, or it did not confirm in time
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """`reason`: one or more sentences for a person. `status`: the HTTP status that fits (400, 404, 409, 503)."""
+    """`reason`: one or more sentences for a person. `status`: the HTTP status that fits (400, 404, 409, 503, 507)."""
 
     reason: str
     status: int = 400
@@ -265,7 +290,9 @@ class CodeTaken(Struct, frozen=True, tag=True):
     target: NodeId
 
 
-MeshMessage = Heartbeat | NodeReport | IntentUpdate | CommandRequest | CommandAnswer | CodeSealed | CodeTaken
+MeshMessage = (
+    Heartbeat | NodeReport | IntentUpdate | IntentKept | CommandRequest | CommandAnswer | CodeSealed | CodeTaken
+)
 
 
 # ---- what api and serving look at ----

@@ -6,7 +6,7 @@ Each effect that asks for something is answered by inputs that carry its key and
 
 from msgspec import Struct
 
-from covey.schema.cluster import Command, CommandOutcome, Hardware, MeshMessage
+from covey.schema.cluster import Command, CommandOutcome, Entry, Hardware, MeshMessage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.model import ModelCard
 from covey.schema.runner import RunnerCommand, RunnerMessage, RunnerSpec
@@ -15,7 +15,10 @@ from covey.schema.runner import RunnerCommand, RunnerMessage, RunnerSpec
 
 
 class Started(Struct, frozen=True, tag=True):
-    """The first input of a life; effects begin only after it."""
+    """The first input of a life; effects begin only after it. `entries`: intent, as this node's disk has kept it."""
+
+    entries: dict[str, Entry] = {}
+    forget_until: int = 0  # deletions whose versions count up to this are old enough to be forgotten
 
 
 class DeadlinePassed(Struct, frozen=True, tag=True):
@@ -41,6 +44,19 @@ class CommandSubmitted(Struct, frozen=True, tag=True):
 
     command_id: str
     command: Command
+
+
+class EntriesKept(Struct, frozen=True, tag=True):
+    """They would outlive a power cut now."""
+
+    token: int
+
+
+class KeepingFailed(Struct, frozen=True, tag=True):
+    """Nothing of it was written. `reason`: one sentence for a person."""
+
+    token: int
+    reason: str
 
 
 class FetchProgressed(Struct, frozen=True, tag=True):
@@ -95,6 +111,8 @@ Input = (
     | HardwareProbed
     | ModelsListed
     | CommandSubmitted
+    | EntriesKept
+    | KeepingFailed
     | FetchProgressed
     | FetchFinished
     | FetchFailed
@@ -123,6 +141,16 @@ class SendTo(Struct, frozen=True, tag=True):
 class AnswerCommand(Struct, frozen=True, tag=True):
     command_id: str
     outcome: CommandOutcome
+
+
+class KeepEntries(Struct, frozen=True, tag=True):
+    """Write all of it to this node's disk or nothing; None: drop the key. Answered by `EntriesKept` or `KeepingFailed`.
+
+    The next one comes only after the answer, so they are written in order.
+    """
+
+    entries: dict[str, Entry | None]
+    token: int
 
 
 class StartFetch(Struct, frozen=True, tag=True):
@@ -175,6 +203,7 @@ Effect = (
     Publish
     | SendTo
     | AnswerCommand
+    | KeepEntries
     | StartFetch
     | CancelFetch
     | StartRunner
