@@ -37,7 +37,7 @@ from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
-from covey.effects.membership import keep_code, membership_of
+from covey.effects.membership import Membership, cluster_folder, keep_code, membership_of, take_along
 from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
@@ -120,8 +120,7 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             _warn_of_strangers(options)
             if options.logs_requests:
                 log_requests()
-            while (reason := anyio.run(_run, options, folder, mine, listener, announce)) is None:
-                mine = identity.renewed(folder, mine)  # there is a new join code
+            reason = _lives(options, folder, mine, listener, announce)
     except (CodeFileError, IdentityError, ListenError, MeshError, StoreError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
@@ -156,23 +155,43 @@ def _access(options: NodeOptions) -> Access:
     )
 
 
-async def _run(
+def _lives(
     options: NodeOptions,
     folder: Path,
     mine: Identity,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
+) -> str:
+    """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
+    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+    while True:
+        with store.opened(cluster_folder(folder, member), version("covey")) as intent:
+            reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce)
+        if reason is not None:
+            return reason
+        former, mine = member, identity.renewed(folder, mine)
+        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+        take_along(folder, former, member)
+
+
+async def _run(
+    options: NodeOptions,
+    folder: Path,
+    mine: Identity,
+    member: Membership,
+    intent: Store,
+    listener: socket.socket,
+    announce: Callable[[NodeReady], None],
 ) -> str | None:
     """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
-    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     cluster, api_port = member.credentials.cluster_id, port_of(listener)
     settings = MeshSettings(cluster=cluster, port=mesh.mesh_port(api_port), peers=options.peers)
-    with store.opened(folder, version("covey")) as intent, closing(Mailbox()) as mailbox:
+    with closing(Mailbox()) as mailbox:
         rotation = Rotation(mine, member.code, keep_code)
         receive = _receiver(rotation, mailbox)
         async with mesh.opened(mine.node_id, settings, receive) as opened:
             rotation.send = opened.send_to
-            node = Node(options, folder, mine, intent, member.credentials, rotation, opened, mailbox, listener)
+            node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
             return await node.run(announce)
 
 
@@ -197,9 +216,9 @@ class Node:
         options: NodeOptions,
         folder: Path,
         mine: Identity,
-        intent: Store,
         credentials: Credentials,
         rotation: Rotation,
+        intent: Store,
         opened: mesh.Mesh,
         mailbox: Mailbox,
         listener: socket.socket,

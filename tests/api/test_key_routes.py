@@ -108,5 +108,6 @@ def test_no_other_route_commands_anything(here: TestClient) -> None:
         ("DELETE", "/instance/{instance_id}"),
         ("POST", "/keys"),
         ("DELETE", "/keys/{key}"),
+        ("POST", "/join_code/rotate"),  # in the logs of all nodes: each begins a new life, and a new list of events
     }
     assert writing - told == {("POST", "/v1/chat/completions"), ("POST", "/generate")}

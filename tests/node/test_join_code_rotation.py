@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from nodes import NodeProcess, cluster_name, until
+from tiny_model import write_model
 
 from covey.effects.code_file import kept_code, replace_code
 from tests.credentials import CODE
@@ -31,6 +32,11 @@ def test_a_lost_device_is_shut_out(tmp_path: Path) -> None:
             node.wait_listening()
         until(lambda: all(node.visibility() == dict.fromkeys(NAMES, "visible") for node in nodes))
 
+        model = str(write_model(tmp_path / "model.gguf", layers=4))
+        anna.post("/place_instance", {"model_id": model, "min_nodes": 2, "node_ids": [anna.node_id, berta.node_id]})
+        until(lambda: list(anna.runners().values()) == ["Ready", "Ready"])
+        answer = berta.ask(model, "Where is it?", max_tokens=12)
+
         done = covey(tmp_path / "anna", cluster, "join-code", "rotate", "--without", "lost", "--url", anna.url)
         assert done.returncode == 0, done.stderr
         assert "2 nodes have the new one" in done.stdout
@@ -44,6 +50,8 @@ def test_a_lost_device_is_shut_out(tmp_path: Path) -> None:
         for node in (anna, berta):
             node.wait_listening()  # it tells again
         until(lambda: anna.visibility() == berta.visibility() == {"anna": "visible", "berta": "visible"})
+        until(lambda: list(anna.runners().values()) == ["Ready", "Ready"])
+        assert berta.ask(model, "Where is it?", max_tokens=12) == answer
         until(lambda: "visible" not in {lost.visibility().get(name) for name in ("anna", "berta")})
         for node in nodes:
             assert node.leave() == 0
@@ -66,6 +74,11 @@ def test_who_does_not_hold_the_code_can_not_change_it(tmp_path: Path) -> None:
         done = covey(tmp_path / "other", cluster, "join-code", "rotate", "--url", node.url)
         assert done.returncode == 1
         assert done.stderr.startswith("Only who holds the join code may change it")
+        model = str(write_model(tmp_path / "model.gguf", layers=4))
+        anna.post("/place_instance", {"model_id": model, "min_nodes": 2, "node_ids": [anna.node_id, berta.node_id]})
+        until(lambda: list(anna.runners().values()) == ["Ready", "Ready"])
+        answer = berta.ask(model, "Where is it?", max_tokens=12)
+
         done = covey(tmp_path / "anna", cluster, "join-code", "rotate", "--without", "nobody", "--url", node.url)
         assert done.returncode == 1
         assert done.stderr.startswith("No node is called nobody; here are: anna (")

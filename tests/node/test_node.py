@@ -174,12 +174,12 @@ def test_a_damaged_store_stops_no_node_and_the_other_gives_back_what_it_held(tmp
         place(a, model, 2)
         b.process.kill()
         b.process.wait()
-        for part in (tmp_path / "b").glob("intent.sqlite*"):
+        for part in (tmp_path / "b").rglob("intent.sqlite*"):
             part.write_bytes(b"not a database " * 1_000)
         with running(tmp_path, "b", cluster=cluster) as (again,):
             until(lambda: list(again.runners().values()) == ["Ready"] * 2)
             assert again.errors().count("is damaged") == 1
-            assert list((tmp_path / "b").glob("intent.sqlite.damaged-*Z"))
+            assert list((tmp_path / "b").rglob("intent.sqlite.damaged-*Z"))
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -268,12 +268,6 @@ def demo(
         err.print("All nodes have ended.", style="dim")
 
 
-def warn_of_one_copy(answer: dict[str, Any]) -> None:
-    """What only one disk holds, a broken disk takes along."""
-    if answer["on_one_node_only"]:
-        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
-
-
 @join_code_app.callback(invoke_without_command=True)
 @explained
 def join_code(context: typer.Context, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
@@ -294,6 +288,12 @@ def rotate(
     from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
 
     joining.rotate(url, without or [])
+
+
+def warn_of_one_copy(answer: dict[str, Any]) -> None:
+    """What only one disk holds, a broken disk takes along."""
+    if answer["on_one_node_only"]:
+        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def local_path(model: str) -> str:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from covey.control.join_code import JoinCode
 from covey.effects import code_file, paths, trust
+from covey.effects.code_file import CodeFileError
 from covey.effects.identity import Identity
 from covey.schema.trust import Credentials
 
@@ -37,3 +38,31 @@ def membership_of(mine: Identity, cluster: str | None, *, is_open: bool) -> Memb
 def keep_code(code: JoinCode) -> Path | None:
     """For all nodes of this user, from their next start on. Where the former one is now. Raises `CodeFileError`."""
     return code_file.replace_code(paths.home(), code)
+
+
+def cluster_folder(folder: Path, member: Membership) -> Path:
+    """What the node of `folder` keeps of this cluster: who joins another one takes nothing of it there, and finds it
+    again when coming back. Raises `CodeFileError`.
+    """
+    wanted = _folder_of(folder, member)
+    try:
+        return paths.make_private(wanted)
+    except OSError as error:
+        raise CodeFileError(f"{wanted} can't be used ({error.strerror or error}); check its permissions") from None
+
+
+def take_along(folder: Path, former: Membership, member: Membership) -> None:
+    """After a rotation it is the same cluster by another name. Raises `CodeFileError`."""
+    source, target = _folder_of(folder, former), _folder_of(folder, member)
+    try:
+        if not target.exists():
+            source.rename(target)
+    except OSError as error:
+        raise CodeFileError(
+            f"what people asked for can't be moved from {source} to {target} ({error.strerror or error}); "
+            "move it by hand, or start the node without it"
+        ) from None
+
+
+def _folder_of(folder: Path, member: Membership) -> Path:
+    return folder / "clusters" / member.credentials.cluster_id
