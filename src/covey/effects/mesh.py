@@ -34,7 +34,7 @@ from covey.schema.mesh import (
     Urgency,
 )
 
-LOOK_S: Final = 2.0  # at this machine's addresses; a look takes under a millisecond
+LOOK_S: Final = 2.0  # at this machine's addresses; a look takes half a millisecond
 BACK_OFF_S: Final = (0.0, 1.0, 4.0, 15.0, 60.0)  # before the next process; the last one for ever
 HEALTHY_S: Final = 30.0  # a process that lived so long was no failure
 LOST_S: Final = 10.0  # without any peer, after there was one
