@@ -47,7 +47,7 @@ CODE = new_join_code()
 def settings() -> MeshSettings:
     key = Ed25519PrivateKey.generate()
     made = make_credentials(CODE, Identity(node_id_of(key), 1, key))
-    return MeshSettings(cluster="", credentials=made, interfaces=("127.0.0.1",))
+    return MeshSettings(credentials=made, interfaces=("127.0.0.1",))
 
 
 def beat(sequence: int) -> Heartbeat:
@@ -181,12 +181,13 @@ def idle(options: argparse.Namespace) -> None:
 
 def _start(folder: Path, number: int) -> "subprocess.Popen[bytes]":
     script = (
-        "import sys; from pathlib import Path; from covey.node import NodeOptions, run_node\n"
+        "import sys; from pathlib import Path; from covey.cli import joining; joining.take_code(None)\n"
+        "from covey.node import NodeOptions, run_node\n"
         "run_node(NodeOptions(port=int(sys.argv[2]), data_dir=Path(sys.argv[1]), name=sys.argv[1][-1], "
-        "join=sys.argv[3]), print)"
+        "interfaces=('127.0.0.1',)), print)"
     )
-    command = [sys.executable, "-c", script, str(folder / str(number)), str(PORT + number), CODE.text()]
-    environment = {**os.environ, "COVEY_HOME": str(folder)}
+    command = [sys.executable, "-c", script, str(folder / str(number)), str(PORT + number)]
+    environment = {**os.environ, "COVEY_HOME": str(folder / f"home{number}"), "COVEY_JOIN": CODE.text()}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 

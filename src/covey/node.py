@@ -3,7 +3,6 @@
 One task group holds all that a node does. A signal makes it leave: runners end first, then the API, then the mesh.
 """
 
-import asyncio
 import math
 import platform
 import secrets

@@ -6,19 +6,19 @@ from covey.effects.endpoints import AddressError, endpoint, mesh_port, peer_addr
 
 
 @pytest.mark.parametrize(
-    ("written", "protocol", "expected"),
+    ("written", "expected"),
     [
-        ("127.0.0.5", "tcp", "tcp/127.0.0.5:53415"),
-        ("localhost:52420", "tcp", "tcp/localhost:53420"),
-        ("[::1]:52420", "tcp", "tcp/[::1]:53420"),
-        ("::1", "tcp", "tcp/[::1]:53415"),
-        ("localhost:65000", "tcp", "tcp/localhost:64000"),
-        ("[fd00::2]:52420", "tls", "tls/fd00::2:53420"),
-        ("studio.local", "tls", "tls/studio.local:53415"),
+        ("127.0.0.5", "tls/127.0.0.5:53415"),
+        ("localhost:52420", "tls/localhost:53420"),
+        ("[::1]:52420", "tls/::1:53420"),
+        ("::1", "tls/::1:53415"),
+        ("localhost:65000", "tls/localhost:64000"),
+        ("[fd00::2]:52420", "tls/fd00::2:53420"),
+        ("studio.local", "tls/studio.local:53415"),
     ],
 )
-def test_addresses(written: str, protocol: str, expected: str) -> None:
-    assert endpoint(protocol, *peer_address(written)) == expected
+def test_addresses(written: str, expected: str) -> None:
+    assert endpoint(*peer_address(written)) == expected
 
 
 @pytest.mark.parametrize("written", ["", ":1", "host:", "host:x", "host:0", "host:70000", "[]:80"])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -16,12 +17,14 @@ import msgspec
 import psutil
 import pytest
 import zenoh
-from members import CODE, OTHER_CODE, credentials
+from credentials import CODE, OTHER_CODE, node
 
+from covey.control.join_code import JoinCode
 from covey.effects import mesh, mesh_child, mesh_process
 from covey.effects.endpoints import mesh_port
 from covey.effects.mesh import Mesh
 from covey.effects.mesh_setup import MeshError, MeshSettings, mesh_setup
+from covey.effects.trust import make_credentials
 from covey.schema.cluster import CommandAnswer, Heartbeat, IntentUpdate, MeshMessage, TimedOut
 from covey.schema.ids import NodeId
 from covey.schema.machine import MessageReceived
@@ -30,6 +33,11 @@ from covey.schema.mesh import MeshSetup, Put, Urgency
 pytestmark = pytest.mark.anyio
 
 A, B, C = NodeId("a" * 32), NodeId("b" * 32), NodeId("c" * 32)
+
+
+def settings_of(cluster: str, code: JoinCode = CODE, **fields: Any) -> MeshSettings:
+    """On this machine alone."""
+    return MeshSettings(credentials=make_credentials(code, node(0), cluster), interfaces=("127.0.0.1",), **fields)
 
 
 def beat(node_id: NodeId, sequence: int = 1) -> Heartbeat:
@@ -90,7 +98,7 @@ def free_port() -> int:
 
 async def test_two_nodes_find_each_other_in_under_three_seconds(cluster: str) -> None:
     inbox_a, inbox_b = Inbox(), Inbox()
-    settings = MeshSettings(cluster=cluster)
+    settings = settings_of(cluster)
     async with joined(A, inbox_a, settings) as a, joined(B, inbox_b, settings) as b:
         took_s = await send_until(
             lambda: (a.publish(beat(A)), b.publish(beat(B))), lambda: bool(inbox_a.messages and inbox_b.messages)
@@ -102,7 +110,7 @@ async def test_two_nodes_find_each_other_in_under_three_seconds(cluster: str) ->
 
 async def test_what_is_sent_to_one_reaches_only_that_one(cluster: str) -> None:
     inboxes = {name: Inbox() for name in "abc"}
-    settings = MeshSettings(cluster=cluster)
+    settings = settings_of(cluster)
     answer = CommandAnswer("1", B, TimedOut(5))
     async with (
         joined(A, inboxes["a"], settings) as a,
@@ -120,9 +128,9 @@ async def test_clusters_of_different_names_do_not_mix(cluster: str) -> None:
     """Two users share a machine; and even one who names the other's address hears nothing."""
     inboxes = [Inbox(), Inbox(), Inbox()]
     async with (
-        joined(A, inboxes[0], MeshSettings(cluster=cluster, port=free_port())) as a,
-        joined(B, inboxes[1], MeshSettings(cluster=cluster + "x")) as b,
-        joined(C, inboxes[2], MeshSettings(cluster=cluster)),
+        joined(A, inboxes[0], settings_of(cluster, port=free_port())) as a,
+        joined(B, inboxes[1], settings_of(cluster + "x")) as b,
+        joined(C, inboxes[2], settings_of(cluster)),
     ):
         await send_until(lambda: (a.publish(beat(A)), b.publish(beat(B))), lambda: bool(inboxes[2].messages))
         await anyio.sleep(0.3)
@@ -139,16 +147,16 @@ async def test_a_named_peer_is_found_without_discovery(cluster: str, monkeypatch
     monkeypatch.setattr(mesh, "mesh_setup", without_scouting)
     api_port = free_port()
     inbox_a, inbox_b = Inbox(), Inbox()
-    late = MeshSettings(cluster=cluster, peers=(f"127.0.0.1:{api_port}",))
+    late = settings_of(cluster, peers=(f"127.0.0.1:{api_port}",))
     async with joined(B, inbox_b, late) as b:
         await anyio.sleep(1)
-        async with joined(A, inbox_a, MeshSettings(cluster=cluster, port=mesh_port(api_port))):
+        async with joined(A, inbox_a, settings_of(cluster, port=mesh_port(api_port))):
             await send_until(lambda: b.publish(beat(B)), lambda: bool(inbox_a.messages), 15)
 
 
 async def test_a_taken_port_is_no_obstacle(cluster: str, caplog: pytest.LogCaptureFixture) -> None:
     inboxes = [Inbox(), Inbox()]
-    settings = MeshSettings(cluster=cluster, port=free_port())
+    settings = settings_of(cluster, port=free_port())
     with caplog.at_level(logging.WARNING):
         async with joined(A, inboxes[0], settings) as a, joined(B, inboxes[1], settings):
             await send_until(lambda: a.publish(beat(A)), lambda: bool(inboxes[1].messages))
@@ -162,19 +170,20 @@ async def test_a_message_of_a_later_version_is_dropped_with_one_warning(
     cluster: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     inbox_a, inbox_b = Inbox(), Inbox()
-    settings = MeshSettings(cluster=cluster)
+    settings = settings_of(cluster)
     async with joined(A, inbox_a, settings) as a, joined(B, inbox_b, settings) as b:
         await send_until(lambda: a.publish(beat(A)), lambda: bool(inbox_b.messages))
         with caplog.at_level(logging.WARNING):
             for payload in (b"\x00", msgspec.msgpack.encode({"type": "FromTheFuture"})) * 3:
-                a._child.put(Put(f"every/{A}", payload, Urgency.PATIENT))
+                sealed = a._seal.close(payload, f"every/{A}")
+                a._child.put(Put(f"every/{A}", sealed, Urgency.PATIENT))
             await send_until(lambda: a.publish(beat(A, 2)), lambda: beat(A, 2) in inbox_b.messages)
             await send_until(lambda: None, lambda: b.undecodable_count == 6)
     assert len([record for record in caplog.records if "not understood" in record.message]) == 1
 
 
 async def test_closing_is_quick_and_sending_afterwards_is_no_error(cluster: str) -> None:
-    async with joined(A, Inbox(), MeshSettings(cluster=cluster)) as a:
+    async with joined(A, Inbox(), settings_of(cluster)) as a:
         await send_until(lambda: None, lambda: a._child._is_open)
         process = psutil.Process(child_of(a))
         start = time.monotonic()
@@ -187,7 +196,7 @@ async def test_closing_is_quick_and_sending_afterwards_is_no_error(cluster: str)
 async def test_a_frozen_peer_holds_up_nobody(cluster: str) -> None:
     """A laptop is closed: its connections stay open, and nothing is taken from them any more."""
     inbox_b = Inbox()
-    settings = MeshSettings(cluster=cluster)
+    settings = settings_of(cluster)
     async with joined(A, Inbox(), settings) as a, joined(B, inbox_b, settings) as b, joined(C, Inbox(), settings) as c:
         await send_until(lambda: a.publish(beat(A)), lambda: bool(inbox_b.messages))
         os.kill(child_of(b), signal.SIGSTOP)
@@ -208,7 +217,7 @@ async def test_a_frozen_peer_holds_up_nobody(cluster: str) -> None:
 
 async def test_a_killed_mesh_process_is_replaced_and_what_may_wait_arrives(cluster: str) -> None:
     inbox_a, inbox_b = Inbox(), Inbox()
-    settings = MeshSettings(cluster=cluster)
+    settings = settings_of(cluster)
     async with joined(A, inbox_a, settings) as a, joined(B, inbox_b, settings) as b:
         await send_until(lambda: a.publish(beat(A)), lambda: bool(inbox_b.messages))
         first = child_of(a)
@@ -225,7 +234,7 @@ async def test_a_killed_mesh_process_is_replaced_and_what_may_wait_arrives(clust
 
 async def test_a_hung_mesh_process_is_replaced(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_child, "PING_S", 0.2)
-    async with joined(A, Inbox(), MeshSettings(cluster=cluster)) as a:
+    async with joined(A, Inbox(), settings_of(cluster)) as a:
         await send_until(lambda: None, lambda: a._child._is_open)
         first = child_of(a)
         os.kill(first, signal.SIGSTOP)
@@ -237,7 +246,7 @@ async def test_a_machine_that_slept_takes_a_new_process(cluster: str, monkeypatc
     monkeypatch.setattr(mesh_child, "PING_S", 0.2)
     asleep_ms = 0
     monkeypatch.setattr("covey.effects.clock.now_ms", lambda: time.monotonic_ns() // 1_000_000 + asleep_ms)
-    async with joined(A, Inbox(), MeshSettings(cluster=cluster)) as a:
+    async with joined(A, Inbox(), settings_of(cluster)) as a:
         await send_until(lambda: None, lambda: a._child._is_open)
         first = child_of(a)
         asleep_ms = 60_000
@@ -249,7 +258,7 @@ async def test_a_mesh_process_that_can_not_start_is_tried_again_with_patience(
 ) -> None:
     monkeypatch.setattr(mesh_child, "MESH_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
     monkeypatch.setattr(mesh, "BACK_OFF_S", (0.0, 0.4, 100.0))
-    async with joined(A, Inbox(), MeshSettings(cluster=cluster)) as a:
+    async with joined(A, Inbox(), settings_of(cluster)) as a:
         for number in range(3 * mesh_child.WAITING_MAX):
             a.publish(IntentUpdate(A, {str(number): None}))  # pyright: ignore[reportArgumentType]
         await send_until(lambda: None, lambda: a._child.is_failure)
@@ -262,10 +271,14 @@ async def test_a_mesh_process_that_can_not_start_is_tried_again_with_patience(
 
 NODE = """
 import sys, anyio
-from covey.effects import mesh
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from covey.effects import mesh, trust
+from covey.effects.identity import Identity
 from covey.effects.mesh_setup import MeshSettings
 async def main():
-    opened = mesh.opened("a" * 32, MeshSettings(cluster=sys.argv[1]), lambda _: None, lambda _: None)
+    mine = Identity("a" * 32, 1, Ed25519PrivateKey.generate())
+    settings = MeshSettings(credentials=trust.make_credentials(trust.new_join_code(), mine), interfaces=("127.0.0.1",))
+    opened = mesh.opened("a" * 32, settings, print, print)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(opened.run)
         while not opened._child._is_open:
@@ -275,8 +288,8 @@ anyio.run(main)
 """
 
 
-async def test_the_mesh_process_ends_with_its_node(cluster: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", NODE, cluster], stdout=subprocess.PIPE) as node:  # noqa: ASYNC220
+async def test_the_mesh_process_ends_with_its_node() -> None:
+    with subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE) as node:  # noqa: ASYNC220
         assert node.stdout is not None
         child = psutil.Process(int(node.stdout.readline()))
         node.kill()
@@ -293,11 +306,10 @@ async def test_the_mesh_process_imports_little() -> None:
 # ---- trust ----
 
 
-async def test_only_members_are_linked(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_members_are_linked(cluster: str) -> None:
     """All three scout in one group, and the stranger names a member's address besides."""
-    monkeypatch.setattr(mesh.interfaces, "all_places", lambda: [("lo", "127.0.0.1")])
     port = free_port()
-    ours, theirs = credentials(CODE, cluster), credentials(OTHER_CODE, cluster)
+    ours, theirs = settings_of(cluster).credentials, settings_of(cluster, OTHER_CODE).credentials
     stranger = msgspec.structs.replace(
         theirs,
         scouting_group=ours.scouting_group,
@@ -305,12 +317,11 @@ async def test_only_members_are_linked(cluster: str, monkeypatch: pytest.MonkeyP
         cluster_id=ours.cluster_id,
     )
     inboxes = [Inbox(), Inbox(), Inbox()]
-    known = MeshSettings(cluster="", port=mesh_port(port), credentials=ours)
-    member = MeshSettings(cluster="", credentials=credentials(CODE, cluster))
-    outsider = MeshSettings(cluster="", credentials=stranger, peers=(f"127.0.0.1:{port}",))
+    known = settings_of(cluster, port=mesh_port(port))
+    outsider = MeshSettings(credentials=stranger, peers=(f"127.0.0.1:{port}",), interfaces=("127.0.0.1",))
     async with (
         joined(A, inboxes[0], known) as a,
-        joined(B, inboxes[1], member) as b,
+        joined(B, inboxes[1], settings_of(cluster)) as b,
         joined(C, inboxes[2], outsider) as c,
     ):
         await send_until(
@@ -324,17 +335,14 @@ async def test_only_members_are_linked(cluster: str, monkeypatch: pytest.MonkeyP
     assert "belongs to another cluster" in inboxes[2].notices[0]
 
 
-async def test_a_link_alone_is_not_enough_to_be_heard(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_link_alone_is_not_enough_to_be_heard(cluster: str) -> None:
     """Zenoh connects to whoever has a certificate of an authority that browsers trust; what he says is not sealed."""
-    monkeypatch.setattr(mesh.interfaces, "all_places", lambda: [("lo", "127.0.0.1")])
-    inbox = Inbox()
-    member = credentials(CODE, cluster)
-    impostor = msgspec.structs.replace(credentials(CODE, cluster), mesh_key=bytes(32))
-    heard = Inbox()
-    async with (
-        joined(A, inbox, MeshSettings(cluster="", credentials=member)) as a,
-        joined(B, heard, MeshSettings(cluster="", credentials=impostor)) as b,
-    ):
+    inbox, heard = Inbox(), Inbox()
+    member = settings_of(cluster)
+    impostor = msgspec.structs.replace(
+        member, credentials=msgspec.structs.replace(member.credentials, mesh_key=bytes(32))
+    )
+    async with joined(A, inbox, member) as a, joined(B, heard, impostor) as b:
         await send_until(lambda: (a.publish(beat(A)), b.publish(beat(B))), lambda: a.undecodable_count > 2)
         b._child.put(Put(f"every/{B}", msgspec.msgpack.encode(beat(B)), Urgency.BEAT))
         await anyio.sleep(0.2)
@@ -342,20 +350,14 @@ async def test_a_link_alone_is_not_enough_to_be_heard(cluster: str, monkeypatch:
     assert heard.messages == []
 
 
-@pytest.mark.parametrize("address", ["192.168.1.5", "studio.local:52420", "[fe80::1]:52420"])
-async def test_another_machine_is_not_reached_in_clear_text(address: str) -> None:
-    with pytest.raises(MeshError, match="another machine"):
-        mesh.opened(A, MeshSettings(cluster="x", peers=(address,)), Inbox(), print)
-
-
 @pytest.mark.parametrize("address", ["", ":1", "host:", "host:x", "host:0", "host:70000", "[]:80"])
 async def test_what_is_no_address(address: str) -> None:
     with pytest.raises(MeshError, match="HOST:PORT"):
-        mesh.opened(A, MeshSettings(cluster="x", peers=(address,)), Inbox(), print)
+        mesh.opened(A, settings_of("x", peers=(address,)), Inbox(), print)
 
 
 async def test_zenoh_ids_are_fresh() -> None:
-    setup = without_scouting(A, MeshSettings(cluster="x"), [], [])
+    setup = without_scouting(A, settings_of("x"), [], [])
     sessions = [zenoh.open(mesh_process.config(setup, free_port(), has_scouting=False)) for _ in range(2)]
     assert len({str(session.zid()) for session in sessions}) == 2
     for session in sessions:

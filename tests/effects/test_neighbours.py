@@ -60,8 +60,8 @@ def test_over_ipv6_sooner_and_by_one_of_two() -> None:
     first.hear(0, heard("fd00::2"))
     second.hear(0, heard("fd00::1", dial=False))
     assert first.dials(2) == ["tls/fd00::2:53415"]
-    assert second.dials(2) == []
-    assert second.dials(8) == ["tls/fd00::1:53415"]  # if the other one can't
+    assert second.dials(6) == []
+    assert second.dials(7) == ["tls/fd00::1:53415"]  # if the other one can't
 
 
 def test_what_is_silent_is_not_dialled() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from members import OTHER_CODE, credentials
+from credentials import OTHER_CODE, credentials
 
 from covey.effects.peer_check import examine
 from covey.schema.trust import Credentials
@@ -48,7 +48,7 @@ async def test_one_of_ours_has_nothing_wrong(tmp_path: Path) -> None:
 
 
 async def test_another_join_code(tmp_path: Path) -> None:
-    with listening(shown=credentials(OTHER_CODE), folder=tmp_path) as port:
+    with listening(shown=credentials(code=OTHER_CODE), folder=tmp_path) as port:
         (sentence,) = await examine([("127.0.0.1", port)], credentials().authority)
     assert sentence.startswith("the node at 127.0.0.1 belongs to another cluster: its join code differs")
 

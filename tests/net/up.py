@@ -18,7 +18,9 @@ START_S_MAX = 60.0
 SCRIPT = """
 import sys
 from pathlib import Path
+from covey.cli import joining
 from covey.node import NodeOptions, run_node
+joining.take_code(None)
 folder, name, *peers = sys.argv[1:]
 options = NodeOptions(
     data_dir=Path(folder), name=name, peers=tuple(peers), engine="fake",

@@ -208,7 +208,8 @@ class Beacons(threading.Thread):
         if len(known.told_s) < SENDERS_MAX:
             known.told_s[address] = now_s
         is_linked = beacon.cluster == self._cluster and self._is_linked(beacon.sender)
-        self._tell(BeaconHeard(beacon, address, is_linked, self._sender < beacon.sender))
+        is_ours_to_dial = (self.node_count, self._sender) < (beacon.node_count, beacon.sender)
+        self._tell(BeaconHeard(beacon, address, is_linked, is_ours_to_dial))
 
 
 # ---- sockets ----

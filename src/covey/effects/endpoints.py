@@ -29,6 +29,6 @@ def peer_address(written: str) -> tuple[str, int]:
     return host, mesh_port(int(port))
 
 
-def endpoint(protocol: str, host: str, port: int) -> str:
-    """Zenoh's name for an address. For TLS it takes an IPv6 address only without the usual brackets."""
-    return f"{protocol}/{f'[{host}]' if ':' in host and protocol != 'tls' else host}:{port}"
+def endpoint(host: str, port: int) -> str:
+    """Zenoh's name for an address. With TLS it takes an IPv6 address only without the usual brackets."""
+    return f"tls/{host}:{port}"

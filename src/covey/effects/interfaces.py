@@ -35,13 +35,18 @@ def all_places() -> list[Place]:
 
 
 def usable(places: Iterable[Place], chosen: Sequence[str]) -> list[Place]:
-    """Private addresses, or those that a person chose by name of interface or by address. Loopback if there is none."""
+    """Private addresses, or those that a person chose by name of interface or by address.
+
+    Loopback too if none of them is IPv4: nodes of this machine then find each other by scouting.
+    """
     places = list(places)
     if chosen:
         found = [place for place in places if set(place) & set(chosen) and not _is_in(place[1], (LINK_LOCAL_6,))]
     else:
         found = [place for place in places if _is_in(place[1], PRIVATE)]
-    return found or [place for place in places if place[1] == LOOPBACK]
+    if any(":" not in address for _, address in found):
+        return found
+    return [*found, *(place for place in places if place[1] == LOOPBACK)]
 
 
 def is_loopback(host: str) -> bool:

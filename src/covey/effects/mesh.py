@@ -1,10 +1,11 @@
 """Messages between nodes. Zenoh carries them, in a process of its own that is replaced when the network changes.
 
-What is sent to everybody has the key "every/ORIGIN", what is for one node "to/TARGET/ORIGIN". With credentials every
-link is mutual TLS and every message is sealed; without, everything stays on the loopback interface.
+What is sent to everybody has the key "every/ORIGIN", what is for one node "to/TARGET/ORIGIN". Every link is
+mutual TLS, and every message is sealed besides.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -13,10 +14,9 @@ import anyio.to_thread
 import msgspec
 
 from covey.effects import beacon, clock, interfaces, peer_check
-from covey.effects.endpoints import AddressError
 from covey.effects.interfaces import Place
 from covey.effects.mesh_child import MeshChild, Waiting
-from covey.effects.mesh_setup import EVERYBODY, ONE, MeshError, MeshSettings, mesh_setup, peers_of
+from covey.effects.mesh_setup import EVERYBODY, ONE, MeshSettings, mesh_setup, peers_of
 from covey.effects.neighbours import Neighbours
 from covey.effects.sealing import Seal, SealError
 from covey.schema.cluster import Heartbeat, MeshMessage, NodeReport
@@ -41,7 +41,9 @@ LOST_S: Final = 10.0  # without any peer, after there was one
 LOST_S_MAX: Final = 300.0  # the others may simply be switched off
 PEERS_LOOK_S: Final = 5.0
 DIALS_MAX: Final = 64
-DIAL_SPACING_S: Final = 30.0  # a stranger who forges beacons can't have the process replaced more often
+DIALS_AT_ONCE_MAX: Final = 3  # in DIAL_SPACING_S: a stranger who forges beacons can't have the process replaced
+DIAL_SPACING_S: Final = 60.0  # ... more often
+LINKS_LOOK_S: Final = 1.0
 WARNED_MAX: Final = 256
 
 _log = logging.getLogger(__name__)
@@ -60,14 +62,14 @@ class Mesh:
         self._settings = settings
         self._receive = receive
         self._notice = notice
-        self._seal = Seal(credentials.mesh_key) if credentials else None
-        self._neighbours = Neighbours(credentials.cluster_id) if credentials else None
+        self._seal = Seal(credentials.mesh_key)
+        self._neighbours = Neighbours(credentials.cluster_id)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(MeshMessage)
         self._waiting = Waiting()
         self._child = MeshChild(self._waiting, self._hear, clock.now_ms)
         self._dials: list[str] = []
-        self._dialled_s = -DIAL_SPACING_S
+        self._dialled_s: deque[float] = deque([-DIAL_SPACING_S] * DIALS_AT_ONCE_MAX, DIALS_AT_ONCE_MAX)
         self._places: list[Place] = []
         self._lost_since_s: float | None = None
         self._lost_s_max = LOST_S
@@ -87,7 +89,7 @@ class Mesh:
 
     def _send(self, key: str, message: MeshMessage) -> None:
         body = self._encoder.encode(message)
-        put = Put(key, self._seal.close(body, key) if self._seal else body, _urgency(message))
+        put = Put(key, self._seal.close(body, key), _urgency(message))
         if not self._child.put(put):
             self._warn("outbox", "full", "other nodes take messages too slowly; one is dropped")
 
@@ -123,15 +125,13 @@ class Mesh:
         return not child.is_failure
 
     async def _usable(self) -> list[Place]:
-        if self._settings.credentials is None:
-            return []
         places = await anyio.to_thread.run_sync(interfaces.all_places)
         return interfaces.usable(places, self._settings.interfaces)
 
     async def _look_at_addresses(self) -> None:
         """For ever. An address that came, or came back, counts when it is still there at the next look."""
         came: set[Place] = set()
-        while self._settings.credentials is not None:
+        while True:
             await anyio.sleep(LOOK_S)
             seen = await self._usable()
             stayed = came & set(seen)
@@ -144,7 +144,7 @@ class Mesh:
     async def _look_at_links(self, child: MeshChild) -> None:
         """Ends `child` when it has lost all peers for long, or when one is heard that it does not find."""
         while True:
-            await anyio.sleep(LOOK_S)
+            await anyio.sleep(LINKS_LOOK_S)
             now_s = anyio.current_time()
             if self._lost_since_s is not None and now_s - self._lost_since_s > self._lost_s_max:
                 self._lost_since_s = now_s
@@ -154,17 +154,17 @@ class Mesh:
             self._refresh_notices()
 
     def _dial_missed(self, child: MeshChild, now_s: float) -> None:
-        missed = [] if self._neighbours is None else self._neighbours.dials(now_s)
+        missed = self._neighbours.dials(now_s)
         found = [where for where in missed if where not in self._dials]
-        if found and len(self._dials) < DIALS_MAX and now_s - self._dialled_s >= DIAL_SPACING_S:
-            self._dialled_s = now_s
+        if found and len(self._dials) < DIALS_MAX and now_s - self._dialled_s[0] >= DIAL_SPACING_S:
+            self._dialled_s.append(now_s)
             self._dials += found
             child.end(f"a node of this cluster is at {', '.join(found)} and was not found by scouting")
 
     async def _look_at_peers(self) -> None:
         """For ever: says why none of the peers that a person named is reached."""
         peers = peers_of(self._settings)
-        while peers and self._settings.credentials is not None:
+        while peers:
             await anyio.sleep(PEERS_LOOK_S)
             self._unreached = (
                 () if self._child.linked else await peer_check.examine(peers, self._settings.credentials.authority)
@@ -181,7 +181,7 @@ class Mesh:
                 self._hear_opened(message)
             case Linked(count):
                 self._hear_linked(count)
-            case BeaconHeard() if self._neighbours is not None:
+            case BeaconHeard():
                 self._neighbours.hear(anyio.current_time(), message)
                 self._refresh_notices()
             case MulticastBlocked(interface, reason):
@@ -194,8 +194,7 @@ class Mesh:
     def _take(self, key: str, payload: bytes) -> None:
         origin = key.rpartition("/")[2]
         try:
-            body = self._seal.open(payload, key) if self._seal else payload
-            self._receive(MessageReceived(self._decoder.decode(body)))
+            self._receive(MessageReceived(self._decoder.decode(self._seal.open(payload, key))))
         except (msgspec.DecodeError, SealError) as error:  # a validation error is a decode error
             self.undecodable_count += 1
             self._warn(origin, type(error).__name__, f"a message of node {origin} is not understood: {error}")
@@ -215,7 +214,7 @@ class Mesh:
             self._lost_since_s = anyio.current_time()
 
     def _refresh_notices(self) -> None:
-        others = [] if self._neighbours is None else self._neighbours.notices(anyio.current_time())
+        others = self._neighbours.notices(anyio.current_time())
         blocked = [_blocked(interface, reason) for interface, reason in sorted(self._blocked.items())]
         notices = (*others, *blocked, *self._unreached)
         if notices == self._notices:
@@ -252,8 +251,5 @@ def _blocked(interface: str, reason: str) -> str:
 
 def opened(node_id: NodeId, settings: MeshSettings, receive: Receive, notice: Notice) -> Mesh:
     """A mesh that works while its `run` does. Raises `MeshError`."""
-    try:
-        peers_of(settings)
-    except AddressError as error:
-        raise MeshError(str(error)) from None
+    peers_of(settings)
     return Mesh(node_id, settings, receive, notice)

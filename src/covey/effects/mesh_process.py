@@ -109,7 +109,7 @@ class Session:
         closing.join(CLOSE_S_MAX)
 
     def _start_beacons(self, setup: MeshSetup) -> None:
-        if setup.beacon is None or not setup.beacon.addresses:
+        if not setup.beacon.addresses:
             return
         sender = str(self._zenoh.zid())
         self._beacons = Beacons(setup.beacon, sender, self.opened.port, self._pipe.tell, self._is_linked)
@@ -185,19 +185,18 @@ def _free_port(addresses: Sequence[str]) -> int:
 
 def config(setup: MeshSetup, port: int, *, has_scouting: bool) -> zenoh.Config:
     """Zenoh's own id is made here, so that it is fresh for each process: nobody would see two of one id."""
-    protocol = "tls" if setup.tls else "tcp"
     values: dict[str, Any] = {
         "mode": "peer",
         "id": _fresh_id(),
         "namespace": setup.namespace,
-        "listen/endpoints": [endpoint(protocol, address, port) for address in setup.addresses],
+        "listen/endpoints": [endpoint(address, port) for address in setup.addresses],
         "connect/endpoints": list(setup.connect),
         "scouting/multicast/enabled": has_scouting,
         "scouting/multicast/address": f"{setup.scouting_group}:{setup.scouting_port}",
         "transport/link/rx/max_message_size": MESSAGE_BYTES_MAX * 2,
-        "transport/link/protocols": [protocol],
+        "transport/link/protocols": ["tls"],
         "transport/unicast/open_timeout": OPEN_TIMEOUT_MS,
-        **(_tls_values(setup.tls) if setup.tls else {}),
+        **_tls_values(setup.tls),
     }
     if has_scouting:
         values["scouting/multicast/interface"] = ",".join(setup.scouting_interfaces)

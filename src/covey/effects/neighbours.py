@@ -9,9 +9,9 @@ from covey.schema.mesh import MESH_PROTOCOL, Beacon, BeaconHeard
 
 FORGOTTEN_S: Final = 15.0  # three beacons and some
 OTHERS_MAX: Final = 8  # clusters, and versions: more sentences help nobody
-# Zenoh scouts over IPv4 alone, at most 8 s apart; what it does not find we name to it. The one of the higher id waits
-# longer, so that only one of two dials.
-DIAL_AFTER_S: Final = {4: 9.0, 6: 2.0}
+# Zenoh scouts over IPv4 alone, at most 8 s apart; what it does not find we name to it. Of two that find each other so
+# the one that sees fewer nodes dials, since that interrupts it shortly; the other one waits longer.
+DIAL_AFTER_S: Final = {4: 9.0, 6: 1.0}
 DIAL_PATIENCE_S: Final = 6.0
 MISSED_MAX: Final = 64
 
@@ -68,7 +68,7 @@ class Neighbours:
             self._hear_own(now_s, heard)
 
     def _hear_own(self, now_s: float, heard: BeaconHeard) -> None:
-        key = (heard.beacon.sender, endpoint("tls", heard.address, heard.beacon.port))
+        key = (heard.beacon.sender, endpoint(heard.address, heard.beacon.port))
         if heard.is_linked:
             for known in [each for each in self._missed if each[0] == heard.beacon.sender]:
                 del self._missed[known]

@@ -51,8 +51,8 @@ class MeshSetup(Struct, frozen=True, kw_only=True, tag=True):
     scouting_group: str
     scouting_port: int
     scouting_interfaces: tuple[str, ...]  # names or IPv4 addresses; empty: no scouting
-    tls: MeshTls | None = None
-    beacon: BeaconSetup | None = None
+    tls: MeshTls
+    beacon: BeaconSetup
 
 
 class Urgency(StrEnum):
