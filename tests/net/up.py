@@ -50,7 +50,10 @@ class Node:
 
     def wait_listening(self) -> None:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        lines = iter(self.process.stdout.readline, "")
+        line = next(
+            (line for line in lines if line.startswith("http")), ""
+        )  # before that it tells which cluster it joins
         assert line, self.errors()
         self.url, self.node_id = line.split()
         self.started_s = time.monotonic()
