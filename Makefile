@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 NODES ?= 2
 export PROMPT ?= What is the capital of France?
 
-.PHONY: run test check dist lock clean format
+.PHONY: run test test-net check dist lock clean format
 
 run: $(VENV)/.runtime
 	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(ONCE),--once) $(if $(JSON),--json)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not net"
+
+# Needs root and iproute2: machines are network namespaces.
+test-net: $(VENV)/.test
+	$(BIN)/python -m pytest -v tests/net
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 One task group holds all that a node does. A signal makes it leave: runners end first, then the API, then the mesh.
 """
 
-import asyncio
 import math
 import platform
 import secrets
@@ -33,12 +32,13 @@ from covey.control.settings import MachineSettings
 from covey.effects import addresses, clock, identity, mesh, paths, processes, store
 from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
+from covey.effects.endpoints import API_PORT_DEFAULT, mesh_port
 from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
 from covey.effects.membership import Membership, cluster_folder, keep_code, membership_of, take_along
-from covey.effects.mesh import API_PORT_DEFAULT, MeshError, MeshSettings
+from covey.effects.mesh_setup import MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation
@@ -59,7 +59,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
-from covey.schema.machine import MessageReceived
+from covey.schema.machine import MessageReceived, NetworkNoticed
 from covey.schema.model import ModelCard
 from covey.schema.runner import EVERYWHERE, Address
 from covey.schema.trust import Credentials, RotationOutcome
@@ -184,28 +184,37 @@ async def _run(
     announce: Callable[[NodeReady], None],
 ) -> str | None:
     """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
-    cluster, api_port = member.credentials.cluster_id, port_of(listener)
-    settings = MeshSettings(cluster=cluster, port=mesh.mesh_port(api_port), peers=options.peers)
+    settings = MeshSettings(
+        port=mesh_port(port_of(listener)),
+        peers=options.peers,
+        credentials=member.credentials,
+        interfaces=options.interfaces,
+    )
     with closing(Mailbox()) as mailbox:
         rotation = Rotation(mine, member.code, keep_code)
-        receive = _receiver(rotation, mailbox)
-        async with mesh.opened(mine.node_id, settings, receive) as opened:
-            rotation.send = opened.send_to
-            node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
-            return await node.run(announce)
+        opened = mesh.opened(mine.node_id, settings, _receiver(rotation, mailbox), _noticer(mailbox))
+        rotation.send = opened.send_to
+        node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
+        return await node.run(announce)
 
 
 def _receiver(rotation: Rotation, mailbox: Mailbox) -> Callable[[MessageReceived], None]:
-    """What takes messages from the mesh, on whichever thread."""
-    loop = asyncio.get_running_loop()
+    """What takes messages from the mesh."""
 
     def receive(news: MessageReceived) -> None:
         if isinstance(news.message, CodeSealed | CodeTaken):
-            loop.call_soon_threadsafe(rotation.hear, news.message)
+            rotation.hear(news.message)
         else:
-            mailbox.offer_from_thread(news)
+            mailbox.offer(news)
 
     return receive
+
+
+def _noticer(mailbox: Mailbox) -> Callable[[tuple[str, ...]], None]:
+    def notice(notices: tuple[str, ...]) -> None:
+        mailbox.offer(NetworkNoticed(notices))
+
+    return notice
 
 
 class Node:

@@ -45,7 +45,7 @@ def test_a_code_is_kept_and_leaves_the_command_line(home: Path, capsys: pytest.C
     assert join(CODE.text().lower().replace("-", " ")) == ("-m", "covey.cli", "up", "--port", "1")
     assert known_code(home) == CODE
     shown = capsys.readouterr().out
-    assert shown == "This device joins cluster e4ec72c8c3ebb80d.\n"
+    assert shown == "This device joins cluster glad-lynx.\n"
 
 
 def test_another_cluster_is_left_with_a_word_and_a_way_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_another_cluster_is_left_with_a_word_and_a_way_back(home: Path, capsys: 
     join(CODE.text())
     shown = " ".join(capsys.readouterr().out.split())
     assert "leaves cluster" in shown
-    assert "joins cluster e4ec72c8c3ebb80d" in shown
+    assert "joins cluster glad-lynx" in shown
     assert (home / "join-code.former").read_text().strip() == OTHER_CODE.text()
 
 

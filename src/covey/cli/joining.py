@@ -21,6 +21,7 @@ from covey.control.join_code import JoinCode, JoinCodeError
 from covey.effects import code_file, paths
 from covey.effects.code_file import CodeFileError
 from covey.effects.membership import keep_code
+from covey.effects.neighbours import cluster_name
 from covey.effects.rotation import proof_of
 from covey.effects.trust import CLUSTER_ID_BYTES, OPEN_CODE, derive
 from covey.schema.cluster import ClusterState, Visibility
@@ -96,8 +97,8 @@ def _keep(code: JoinCode) -> Path | None:
 
 
 def _tell(before: JoinCode | None, wanted: JoinCode, aside: Path | None) -> None:
-    joins = f"joins cluster {_cluster_id(wanted)}"
-    leaves = f"leaves cluster {_cluster_id(before)} and " if before else ""
+    joins = f"joins cluster {_cluster_name(wanted)}"
+    leaves = f"leaves cluster {_cluster_name(before)} and " if before else ""
     kept = f" The former code is kept in {escape(str(aside))}." if aside else ""
     out.print(f"This device {leaves}{joins}.{kept}", soft_wrap=True)
 
@@ -140,7 +141,11 @@ def shown_code() -> JoinCode:
 
 def show_code() -> None:
     code = shown_code()
-    out.print(f"On the device that is to join:\n\n  [bold]{_command(code)}[/]\n", soft_wrap=True, highlight=False)
+    out.print(
+        f"On the device that is to join cluster {_cluster_name(code)}:\n\n  [bold]{_command(code)}[/]\n",
+        soft_wrap=True,
+        highlight=False,
+    )
     out.print(
         "Whoever has this code is a full member of the cluster: give it to nobody whose device is not to join. "
         "`covey join-code rotate --without NODE` shuts a device out.",
@@ -150,11 +155,17 @@ def show_code() -> None:
 
 def code_report() -> dict[str, str]:
     code = shown_code()
-    return {"join_code": code.text(), "command": _command(code), "cluster_id": _cluster_id(code)}
+    names = {"cluster_id": _cluster_id(code), "cluster_name": _cluster_name(code)}
+    return {"join_code": code.text(), "command": _command(code), **names}
 
 
 def _command(code: JoinCode) -> str:
     return f"covey up {OPTION} {code.text()}"
+
+
+def _cluster_name(code: JoinCode) -> str:
+    """As nodes of other clusters tell of it."""
+    return "(open)" if code == OPEN_CODE else cluster_name(_cluster_id(code))
 
 
 def _cluster_id(code: JoinCode) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
@@ -47,7 +48,7 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Identity and logs of this node.")] = None,
     name: Annotated[str | None, typer.Option(help="What people call this node; default: the host's name.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="A node of this machine that discovery misses, HOST:PORT.")
+        list[str] | None, typer.Option(help="A node that discovery misses: HOST or HOST:PORT, with its API's port.")
     ] = None,
     join: Annotated[
         str | None,
@@ -201,13 +202,16 @@ def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (
 @app.command()
 @explained
 def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
-    """List the nodes of the cluster."""
+    """List the nodes of the cluster, and what is wrong with the network."""
     with NodeClient(url) as node:
-        rows = tables.node_rows(node.cluster())
+        state = node.cluster()
+    rows = tables.node_rows(state)
     if as_json:
         print_json(rows)
     else:
         out.print(tables.nodes_table(rows))
+        for sentence in state.notices:
+            out.print(f"\nNote: {escape(sentence)}.", soft_wrap=True)
 
 
 @app.command()

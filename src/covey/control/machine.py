@@ -53,6 +53,7 @@ from covey.schema.machine import (
     Left,
     MessageReceived,
     ModelsListed,
+    NetworkNoticed,
     Publish,
     RunnerExited,
     RunnerSaid,
@@ -101,12 +102,15 @@ class Machine:
         self._content_made: tuple[tuple[object, ...], Content] | None = None
         self._shown: tuple[int, ...] = ()
         self._revision = 0
+        self._notices: tuple[str, ...] = ()
+        self._notices_count = 0  # how often they changed
         self._inputs: dict[type, Callable[[int, Any], list[Effect]]] = {
             Started: self._on_started,
             DeadlinePassed: self._on_deadline,
             MessageReceived: self._on_message,
             HardwareProbed: self._on_hardware,
             ModelsListed: self._on_models,
+            NetworkNoticed: self._on_network,
             CommandSubmitted: self._on_command,
             EntriesKept: self._on_kept,
             KeepingFailed: self._on_keeping_failed,
@@ -165,6 +169,7 @@ class Machine:
             members=self.membership.members(now_ms, self.reporter.last),
             wishes=tuple(self.cluster.wishes.values()),
             instances=tuple(self._active(now_ms).values()),
+            notices=self._notices,
         )
 
     def keys(self) -> tuple[ApiKey, ...]:
@@ -194,6 +199,11 @@ class Machine:
 
     def _on_models(self, now_ms: int, news: ModelsListed) -> list[Effect]:
         self.downloads.list_models(now_ms, news.model_ids)
+        return []
+
+    def _on_network(self, _: int, news: NetworkNoticed) -> list[Effect]:
+        self._notices_count += news.notices != self._notices
+        self._notices = news.notices
         return []
 
     def _on_command(self, now_ms: int, news: CommandSubmitted) -> list[Effect]:
@@ -496,4 +506,4 @@ class Machine:
 
     def _seen(self) -> tuple[int, ...]:
         parts = (self.membership, self.leadership, self.cluster, self.reporter)
-        return tuple(part.revision for part in parts)
+        return (*(part.revision for part in parts), self._notices_count)

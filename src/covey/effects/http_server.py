@@ -14,6 +14,7 @@ from covey.effects.http_protocol import HEAD_BYTES_MAX, BoundedProtocol
 
 BACKLOG: Final = 128
 KEEP_ALIVE_S: Final = 5  # silence between two requests of one connection
+TICK_S: Final = 1.0
 GRACE_S: Final = 2  # for answers under way when the node ends; by then no runner is left to continue them
 
 _log = logging.getLogger("uvicorn.error")
@@ -96,9 +97,20 @@ class HttpServer:
         """Answers that break from now on break by our own wish, which is nothing to report."""
         _log.setLevel(logging.CRITICAL)
         self._server.should_exit = True
+        self._server.stopping.set()
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Once a second it sets the date that answers show. uvicorn's own wakes ten times a second."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), TICK_S)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         """Captures none: the node ends in an order of its own."""

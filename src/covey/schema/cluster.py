@@ -335,3 +335,4 @@ class ClusterState(Struct, frozen=True, kw_only=True):
     members: tuple[Member, ...]  # ordered by node id; includes this node
     wishes: tuple[Wish, ...]
     instances: tuple[Instance, ...]
+    notices: tuple[str, ...] = ()  # about this node's network, one sentence each: another cluster, no multicast

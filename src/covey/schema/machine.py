@@ -39,6 +39,12 @@ class ModelsListed(Struct, frozen=True, tag=True):
     model_ids: tuple[ModelId, ...]
 
 
+class NetworkNoticed(Struct, frozen=True, tag=True):
+    """What a person should know about the network now: one sentence each. The latest word counts."""
+
+    notices: tuple[str, ...]
+
+
 class CommandSubmitted(Struct, frozen=True, tag=True):
     """Somebody asked at this node. Answered by exactly one `AnswerCommand`."""
 
@@ -110,6 +116,7 @@ Input = (
     | MessageReceived
     | HardwareProbed
     | ModelsListed
+    | NetworkNoticed
     | CommandSubmitted
     | EntriesKept
     | KeepingFailed
