@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from covey.checkpoints.gguf_file import GgufHeader
 from covey.schema.cluster import ClusterState, Member
 from covey.schema.generation import (
     Admit,
@@ -373,6 +374,26 @@ def test_a_model_of_other_nodes_is_not_read_ahead() -> None:
             reading.cancel()
 
     told(run)
+
+
+def test_a_file_that_breaks_its_reader_is_logged_and_the_node_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        node = Node(Address("127.0.0.1", 9), READY, READY)
+
+        def load(_: Path | GgufHeader) -> Letters:
+            node.loads += 1
+            raise KeyError("what nobody thought of")
+
+        async with Serving(lambda: node.state, node.wait_changed, ModelTexts(node.file_of, load)) as serving:
+            reading = asyncio.create_task(serving.read_ahead())
+            await until(lambda: node.loads)
+            await asyncio.sleep(0.05)
+            assert not reading.done()
+            reading.cancel()
+
+    told(run)
+    assert "the text of Tiny-Chat could not be read ahead" in caplog.text
+    assert "what nobody thought of" in caplog.text
 
 
 # ---- not ready ----

@@ -103,6 +103,8 @@ class Serving:
             await self._texts.of(card)
         except RefusedError as refused:
             _log.warning("requests for %s will be refused: %s", card.model_id, refused)
+        except Exception:  # noqa: BLE001 (the top of this task: a request tries again, and the node goes on)
+            _log.exception("the text of %s could not be read ahead; the next request for it tries again", card.model_id)
 
     # ---- one request ----
 
