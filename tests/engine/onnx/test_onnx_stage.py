@@ -125,6 +125,34 @@ def test_several_pieces_in_one_step_are_several_steps(tiny):
     assert np.abs(following - alone[0][5]).max() < 1e-3 * expected.std()
 
 
+def test_all_runs_share_the_memory_of_their_results(tiny):
+    """A result for each range of slots took hundreds of megabytes where vocabularies are large."""
+    stage = loaded(tiny, slots=4)
+    ranges = [range(first, last) for first in range(4) for last in range(first + 1, 5)]
+    wide, *others = sorted(ranges, key=len, reverse=True)
+    widest = stage.run([piece(slot, 0) for slot in wide], TOKENS[:4])
+    for slots in others:
+        result = stage.run([piece(slot, 0) for slot in slots], TOKENS[: len(slots)])
+        assert result.shape == (len(slots), VOCABULARY)
+        assert np.shares_memory(result, widest)
+
+
+def test_runs_that_grow_and_shrink_disturb_nothing(tiny):
+    """Room for a larger run is made in the middle of the work of smaller ones."""
+    stage, alone = loaded(tiny, slots=4), loaded(tiny, slots=4)
+    expected = each_logits(alone, TOKENS[:16])
+    for start, length, slots in ((0, 1, 1), (1, 1, 2), (2, 5, 1), (7, 1, 4), (8, 1, 3), (9, 6, 1), (15, 1, 4)):
+        for slot in range(slots, 4):
+            stage.run([silent(slot, start, length)], TOKENS[start : start + length])
+        if length > 1:
+            result = np.concatenate(
+                [stage.run([piece(slot, start, length)], TOKENS[start : start + length]) for slot in range(slots)]
+            )
+        else:
+            result = stage.run([piece(slot, start) for slot in range(slots)], np.repeat(TOKENS[start], slots))
+        assert np.abs(result - expected[start + length - 1]).max() < 1e-2 * expected.std()
+
+
 def test_neighbours_that_decode_run_together():
     pieces = [
         piece(5, 9, 1),

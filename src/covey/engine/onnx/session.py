@@ -36,7 +36,8 @@ class StageSession:
     def __init__(self, built: StageGraph, cache: KvCache, *, thread_count: int, result_size: int) -> None:
         self._session = _open(built, thread_count)
         self._cache = cache
-        self._result_size = result_size
+        self._values: Activations = np.empty(0)
+        self._result = np.empty((0, result_size), np.float32)
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
     def run(self, slot: int, positions: list[int], values: Activations, rows: NDArray[np.int64] | None) -> Any:
@@ -44,6 +45,7 @@ class StageSession:
 
         Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary]; good until the next run.
         """
+        self._make_room(values, len(values if rows is None else rows))
         binding = self._binding(slot, len(positions))
         token_count = len(values) // len(positions)
         binding.set_step(max(positions) + token_count, [position + token_count - 1 for position in positions])
@@ -51,12 +53,23 @@ class StageSession:
         self._session.run_with_iobinding(binding.binding)
         return binding.result
 
+    def _make_room(self, values: Activations, result_count: int) -> None:
+        """All bindings share two arrays as large as the largest run: 32 of their own would be much for many slots and
+        a large vocabulary. They double as they grow; what no run has reached takes no memory.
+        """
+        if len(values) > len(self._values):
+            dtype = np.int64 if values.ndim == 1 else np.float32
+            self._values = np.empty((max(len(values), 2 * len(self._values)), *values.shape[1:]), dtype)
+            self._bindings.clear()  # they hold on to the array before
+        if result_count > len(self._result):
+            self._result = np.empty((max(result_count, 2 * len(self._result)), self._result.shape[1]), np.float32)
+            self._bindings.clear()
+
     def _binding(self, slot: int, count: int) -> "_Binding":
         key = (slot, count)
         if key not in self._bindings:
-            self._bindings[key] = _Binding(
-                self._session.io_binding(), self._cache.slices(slot, count), count, self._result_size
-            )
+            cache = self._cache.slices(slot, count)
+            self._bindings[key] = _Binding(self._session.io_binding(), cache, count, self._values, self._result)
             if len(self._bindings) > BINDINGS_MAX:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
@@ -67,13 +80,22 @@ class _Binding:
     """The inputs and outputs of a run on one range of slots.
 
     Arrays are bound when their shapes change, else written in place: binding 200 KB of logits afresh for every token
-    costs more in page faults than the sampler does.
+    costs more in page faults than the sampler does. `all_values` and `all_results` are shared; a run has their
+    beginnings.
     """
 
-    def __init__(self, binding: Any, cache: dict[str, NDArray[np.float32]], count: int, result_size: int) -> None:
+    def __init__(
+        self,
+        binding: Any,
+        cache: dict[str, NDArray[np.float32]],
+        count: int,
+        all_values: Activations,
+        all_results: NDArray[np.float32],
+    ) -> None:
         self.binding = binding
-        self.result: NDArray[np.float32] = np.empty((0, result_size), np.float32)
-        self._values: Activations = np.empty(0)
+        self._all_values, self._all_results = all_values, all_results
+        self.result = all_results[:0]
+        self._values = all_values[:0]
         self._rows: NDArray[np.int64] | None = None
         self._ends = np.zeros(count, np.int32)
         self._longest = np.zeros(1, np.int32)
@@ -102,10 +124,9 @@ class _Binding:
             self._rows[:] = rows
 
     def _bind_values(self, values: Activations, rows: NDArray[np.int64] | None, result_count: int) -> None:
-        name, dtype = (graph.TOKENS, np.int64) if values.ndim == 1 else (graph.HIDDEN, np.float32)
-        self._values = np.empty(values.shape, dtype)
-        self.result = np.empty((result_count, self.result.shape[1]), np.float32)
-        self.binding.bind_ortvalue_input(name, _shared(self._values))
+        self._values = self._all_values[: len(values)]
+        self.result = self._all_results[:result_count]
+        self.binding.bind_ortvalue_input(graph.TOKENS if values.ndim == 1 else graph.HIDDEN, _shared(self._values))
         self.binding.bind_ortvalue_output(graph.RESULT, _shared(self.result))
         if rows is not None:
             self._rows = np.empty_like(rows)
