@@ -2,6 +2,10 @@
 
 import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
-from covey.cli.client import NodeClient
+from covey.cli.client import CliError, NodeClient
 from covey.cli.main import app
 from covey.control.activity import Activity
 from covey.schema.cluster import Accepted, ApiKey, CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
@@ -209,6 +213,65 @@ def test_something_else_listens_there(node: ServedNode) -> None:
     done = CliRunner().invoke(app, ["ps"], env={"COVEY_URL": f"{node.url}/state"})
     assert done.exit_code == 1
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Another program: to whatever it is asked it gives one answer."""
+
+    status = 200
+    body = b""
+
+    def answer(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = do_DELETE = answer  # noqa: N815 (as the library calls them)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def stranger(status: int, body: bytes) -> Iterator[str]:
+    handler = type("Handler", (Stranger,), {"status": status, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"<!doctype html><title>A router</title>"),
+        (200, b"[]"),
+        (200, b'{"object": "list", "data": [{"id": "llama3", "object": "model", "owned_by": "library"}]}'),
+        (200, b'{"key_id": "\xff", "instance_id": "\xff", "key": "\xff", "data": "\xff"}'),
+        (404, b"<h1>Not found</h1>"),
+        (500, b'"\xff"'),
+    ],
+)
+def test_another_program_listens_there(status: int, body: bytes) -> None:
+    commands = ["models", "place x", "ps", "nodes", "events", "run x y", "keys list", "keys add a", "keys revoke a"]
+    with stranger(status, body) as url:
+        for command in [*commands, "stop x"]:
+            done = CliRunner().invoke(app, command.split(), env={"COVEY_URL": url, "COLUMNS": "200"})
+            assert isinstance(done.exception, SystemExit), (command, done.exception)
+            assert (done.exit_code, done.stdout) == (1, "")
+            assert done.stderr.startswith(f"No Covey node of this version answers at {url}, but something else does (")
+            assert done.stderr.count("\n") == 1
+
+
+def test_a_stream_of_another_program_is_none_of_ours() -> None:
+    with stranger(200, b"data: <html>\n\n") as url, NodeClient(url) as client:
+        for events in (client.changes(), client.generate({})):
+            with pytest.raises(CliError, match="No Covey node of this version answers"):
+                list(events)
 
 
 def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:

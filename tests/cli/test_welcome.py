@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import msgspec
+from rich.console import Console
 
 from covey.cli.welcome import welcome
 from covey.node import NodeReady
@@ -38,6 +39,20 @@ def test_a_node_that_others_reach() -> None:
     assert "http://127.0.0.1:5000/v1[/] (from this machine)" in text
     assert all(f"{url}/v1[/] (from others)" in text for url in urls)
     assert "covey models --url http://127.0.0.1:5000 " in text
+
+
+def test_an_address_in_brackets_is_printed_as_it_is() -> None:
+    """Rich takes what stands in brackets for markup, and a shell for a pattern."""
+    ready = msgspec.structs.replace(READY, url="http://[fd00::5]:52415", network_urls=("http://[fe00::5]:52415",))
+    with Console(width=200) as console, console.capture() as printed:
+        console.print(welcome(ready), soft_wrap=True)
+    lines = printed.get().splitlines()
+    assert lines[2:4] == [
+        "  API     http://[fd00::5]:52415/v1 (from this machine)",
+        "          http://[fe00::5]:52415/v1 (from others)",
+    ]
+    assert lines[6].endswith("\"Why is the sky blue?\" --url 'http://[fd00::5]:52415'")
+    assert "covey models --url 'http://[fd00::5]:52415' (" in lines[7]
 
 
 def test_a_node_at_one_address_is_reached_there_from_everywhere() -> None:

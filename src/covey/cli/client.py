@@ -1,6 +1,5 @@
 """A node's HTTP API as the commands need it. Everything that goes wrong becomes a `CliError` with one sentence."""
 
-import json
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from urllib.parse import quote
 
 import httpx2
 import msgspec
+from msgspec import Struct
 
 from covey.api.cluster_changes import ClusterChange, applied
 from covey.schema.cluster import ClusterState
@@ -32,6 +32,63 @@ class NodeAwayError(CliError):
     """Nobody answers at the address."""
 
 
+# What the commands read of an answer.
+
+
+class _Model(Struct):
+    id: str
+    storage_size_megabytes: int
+    quantization: str
+    context_length: int
+    downloaded: bool
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
+class _Event(Struct):
+    at: str
+    text: str
+
+
+class _Happened(Struct):
+    events: list[_Event]
+
+
+class _Key(Struct):
+    key_id: str
+    name: str
+    created_s: int
+
+
+class _Keys(Struct):
+    keys: list[_Key]
+
+
+class _MadeKey(Struct):
+    key: str
+
+
+class _RevokedKey(Struct):
+    key_id: str
+
+
+class _Placed(Struct):
+    """Also of an instance that was deleted."""
+
+    instance_id: str
+    on_one_node_only: bool
+
+
+class _Message(Struct):
+    message: str
+
+
+class _Failed(Struct):
+    error: _Message
+
+
 class NodeClient:
     """The node at `url`. Use it as a context manager."""
 
@@ -50,63 +107,66 @@ class NodeClient:
     def cluster(self) -> ClusterState:
         """The cluster as the node sees it."""
         with self._explained():
-            return msgspec.json.decode(_checked(self._http.get("/cluster")).content, type=ClusterState)
+            return msgspec.json.decode(self._checked(self._http.get("/cluster")).content, type=ClusterState)
 
     def changes(self) -> Iterator[ClusterState]:
         """The cluster now, and again after each change; ends when the node does."""
         state: ClusterState | None = None
-        for name, data in self._stream("GET", "/cluster/stream", None):
-            if state is None or name == "state":
-                state = msgspec.json.decode(data, type=ClusterState)
-            else:
-                state = applied(state, msgspec.json.decode(data, type=ClusterChange))
-            yield state
+        with self._explained():
+            for name, data in self._stream("GET", "/cluster/stream", None):
+                if state is None or name == "state":
+                    state = msgspec.json.decode(data, type=ClusterState)
+                else:
+                    state = applied(state, msgspec.json.decode(data, type=ClusterChange))
+                yield state
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """What happened lately, oldest first, at most `limit`."""
-        with self._explained():
-            return list(_checked(self._http.get("/events", params={"limit": EVENTS_MAX})).json()["events"])[-limit:]
+        return list(self._ask("GET", "/events", _Happened, params={"limit": EVENTS_MAX})["events"])[-limit:]
 
     def keys(self) -> list[dict[str, Any]]:
         """The valid API keys: `key_id`, `name`, `created_s`."""
-        with self._explained():
-            return list(_checked(self._http.get("/keys")).json()["keys"])
+        return list(self._ask("GET", "/keys", _Keys)["keys"])
 
     def add_key(self, name: str) -> dict[str, Any]:
         """A new API key, with `key`, which is never shown again."""
-        with self._explained():
-            return dict(_checked(self._http.post("/keys", json={"name": name})).json())
+        return dict(self._ask("POST", "/keys", _MadeKey, json={"name": name}))
 
     def revoke_key(self, name_or_id: str) -> str:
         """The id of the key that is not valid any more."""
-        with self._explained():
-            return str(_checked(self._http.delete(f"/keys/{quote(name_or_id, safe='')}")).json()["key_id"])
+        return str(self._ask("DELETE", f"/keys/{quote(name_or_id, safe='')}", _RevokedKey)["key_id"])
 
     def models(self) -> list[dict[str, Any]]:
         """The listed models, in OpenAI's shape."""
-        with self._explained():
-            return list(_checked(self._http.get("/v1/models")).json()["data"])
+        return list(self._ask("GET", "/v1/models", _Models)["data"])
 
     def place(self, model: str, **options: Any) -> dict[str, Any]:
         """Asks for an instance; the answer has `instance_id`, `model_card` and `on_one_node_only`."""
-        with self._explained():
-            return dict(_checked(self._http.post("/place_instance", json={"model_id": model, **options})).json())
+        return dict(self._ask("POST", "/place_instance", _Placed, json={"model_id": model, **options}))
 
     def delete(self, instance_id: str) -> dict[str, Any]:
         """The answer has `on_one_node_only`."""
-        with self._explained():
-            return dict(_checked(self._http.delete(f"/instance/{instance_id}")).json())
+        return dict(self._ask("DELETE", f"/instance/{instance_id}", _Placed))
 
     def rotate_code(self, proof: str, without: list[NodeId]) -> RotationOutcome:
         """Asks for a new join code, which the nodes tell one another."""
         with self._explained():
-            answer = _checked(self._http.post("/join_code/rotate", json={"proof": proof, "without": without}))
+            body = {"proof": proof, "without": without}
+            answer = self._checked(self._http.post("/join_code/rotate", json=body))
             return msgspec.json.decode(answer.content, type=RotationOutcome)
 
     def generate(self, body: dict[str, Any]) -> Iterator[GenerationEvent]:
         """The answer, event by event. Closing the iterator cancels it."""
-        for _, data in self._stream("POST", "/generate", body):
-            yield msgspec.json.decode(data, type=GenerationEvent)
+        with self._explained():
+            for _, data in self._stream("POST", "/generate", body):
+                yield msgspec.json.decode(data, type=GenerationEvent)
+
+    def _ask(self, method: str, path: str, shape: type[Struct], **options: Any) -> Any:
+        """The answer as it came, which has at least the fields of `shape`. Raises `CliError`."""
+        with self._explained():
+            answer = msgspec.json.decode(self._checked(self._http.request(method, path, **options)).content)
+            msgspec.convert(answer, shape)
+            return answer
 
     def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[tuple[str, bytes]]:
         """Name and data of each server-sent event."""
@@ -114,7 +174,7 @@ class NodeClient:
         with self._explained(), self._http.stream(method, path, json=body, timeout=timeout) as response:
             if response.is_error:
                 response.read()
-            _checked(response)
+            self._checked(response)
             name = ""
             for line in response.iter_lines():
                 if line.startswith("event:"):
@@ -135,8 +195,25 @@ class NodeClient:
             raise CliError(f"{self.url!r} is not an address of a node: write it as http://HOST:PORT.") from error
         except httpx2.HTTPError as error:
             raise CliError(f"The node at {self.url} broke off: {error or type(error).__name__}.") from error
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise CliError(f"{self.url} does not answer like a Covey node of this version: {error}.") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self._stranger(str(error)) from error
+
+    def _checked(self, response: httpx2.Response) -> httpx2.Response:
+        """The answer, if it is one. Raises `CliError` with the node's own sentence."""
+        if response.is_success:
+            return response
+        try:
+            message = msgspec.json.decode(response.content, type=_Failed).error.message
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise self._stranger(f"status {response.status_code}") from None
+        raise CliError(message)
+
+    def _stranger(self, sign: str) -> CliError:
+        """`sign`: by what it is known for one."""
+        return CliError(
+            f"No Covey node of this version answers at {self.url}, but something else does ({sign.rstrip('.')}). Start"
+            " one with `covey up`, or name another with --url."
+        )
 
 
 def _credentials() -> dict[str, str]:
@@ -145,14 +222,3 @@ def _credentials() -> dict[str, str]:
     if not key.isascii() or not key.isprintable():
         raise CliError("COVEY_API_KEY is not an API key: it holds characters that none has.")
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _checked(response: httpx2.Response) -> httpx2.Response:
-    """The answer, if it is one. Raises `CliError` with the node's own sentence."""
-    if response.is_success:
-        return response
-    try:
-        message = str(response.json()["error"]["message"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        message = f"The node answered with status {response.status_code}."
-    raise CliError(message)

@@ -1,5 +1,7 @@
 """What `covey up` says once the node is up: where the API is, what to do next, and where data lies."""
 
+import shlex
+
 from rich.markup import escape
 
 from covey.checkpoints import catalogue
@@ -11,8 +13,8 @@ def welcome(ready: NodeReady, how_to_join: str) -> str:
     """For a terminal, with markup."""
     elsewhere = [url for url in ready.network_urls if url != ready.url]
     rows = [
-        ("API", f"[bold]{ready.url}/v1[/]{' (from this machine)' if elsewhere else ''}"),
-        *(("", f"[bold]{url}/v1[/] (from others)") for url in elsewhere),
+        ("API", f"[bold]{escape(ready.url)}/v1[/]{' (from this machine)' if elsewhere else ''}"),
+        *(("", f"[bold]{escape(url)}/v1[/] (from others)") for url in elsewhere),
         ("data", escape(str(ready.data_folder))),
         ("models", escape(str(ready.models_folder))),
         ("try", f'covey run {catalogue.listed()[0].model_id} "Why is the sky blue?"{_naming(ready.url)}'),
@@ -24,5 +26,7 @@ def welcome(ready: NodeReady, how_to_join: str) -> str:
 
 
 def _naming(url: str) -> str:
-    """How a command names the node; not at all where it would ask there anyway."""
-    return "" if url == DEFAULT_URL else f" --url {url}"
+    """How a command names the node, for a shell, to which brackets are a pattern; not at all where it would ask there
+    anyway.
+    """
+    return "" if url == DEFAULT_URL else escape(f" --url {shlex.quote(url)}")
