@@ -159,6 +159,24 @@ def test_the_leaders_refusal_reaches_whoever_asked(client: TestClient, backend: 
     assert (answer.status_code, answer.json()["error"]["message"]) == (409, "No node has 9 GB free.")
 
 
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("there is no instance x: `covey ps` lists them.", "There is no instance x: `covey ps` lists them."),
+        ("this node is shutting down; ask another", "This node is shutting down; ask another."),
+        ("qwen2.5-0.5b-q4 needs 9 GB.", "qwen2.5-0.5b-q4 needs 9 GB."),
+        ("/models/a.gguf needs 9 GB: is it right?", "/models/a.gguf needs 9 GB: is it right?"),
+        ("hf:a/b/c.gguf has gone", "hf:a/b/c.gguf has gone."),
+    ],
+)
+def test_a_reason_is_a_sentence_to_clients_and_leaves_names_alone(
+    reason: str, message: str, client: TestClient, backend: FakeBackend
+) -> None:
+    backend.outcome = Refused(reason, 404)
+    for answer in (client.delete("/instance/inst-1"), client.post("/place_instance", json={"model_id": "Tiny-Chat"})):
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
+
+
 def test_no_leader_is_a_timeout_that_says_what_is_not_known(client: TestClient, backend: FakeBackend) -> None:
     backend.outcome = TimedOut(10_000)
     answer = client.delete("/instance/inst-1")

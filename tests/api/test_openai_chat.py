@@ -58,6 +58,17 @@ def test_defaults_are_neutral_and_the_seed_is_fresh() -> None:
     assert request.stop == ()
 
 
+@pytest.mark.parametrize(("field", "value"), [("n", 1), ("n", 1.0), ("top_logprobs", 0.0), ("logprobs", False)])
+def test_a_number_that_asks_for_nothing_may_be_written_in_any_way(field: str, value: object) -> None:
+    assert parse(**{field: value}).request == parse().request
+
+
+@pytest.mark.parametrize(("field", "value"), [("n", True), ("top_logprobs", False), ("logprobs", 0), ("n", 1.5)])
+def test_a_number_is_no_boolean(field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"The field '{field}' is not supported yet"):
+        parse(**{field: value})
+
+
 def test_one_stop_string_and_the_newer_name_of_the_limit() -> None:
     request = parse(stop="END", max_completion_tokens=9).request
     assert request.stop == ("END",)
@@ -103,7 +114,6 @@ def test_what_asks_for_nothing_is_tolerated(fields: dict[str, Any]) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
         ({"n": True}, "n"),
-        ({"n": 1.0}, "n"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": False}, "top_logprobs"),

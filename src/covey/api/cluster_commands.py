@@ -9,7 +9,7 @@ from pydantic import Field
 from covey.api import cluster_objects as objects
 from covey.api.body import DialectBody, fields, json_object
 from covey.api.case import camel_case, snake_case
-from covey.api.errors import RequestError
+from covey.api.errors import RequestError, sentence
 from covey.schema.cluster import (
     Accepted,
     ClusterState,
@@ -87,7 +87,7 @@ def accepted(outcome: CommandOutcome) -> Accepted:
         case Accepted():
             return outcome
         case Refused():
-            raise RequestError(outcome.reason, status=outcome.status)
+            raise RequestError(sentence(outcome.reason), status=outcome.status)
         case TimedOut():
             raise RequestError(
                 f"No leader answered within {outcome.waited_ms / 1000:.0f} s; it is not known whether the command was"

@@ -32,3 +32,14 @@ class RequestError(Exception):
 def render_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The envelope of every error that this API answers with."""
     return {"error": {"message": message, "type": HTTPStatus(status).phrase, "param": param, "code": status}}
+
+
+def sentence(reason: str) -> str:
+    """`reason` with a capital at its beginning and a stop at its end.
+
+    Inside of the cluster a reason is what may follow "was refused:". A name at the beginning stays as it is: words are
+    lower-case letters only, and names of models and files have more to them.
+    """
+    opening = reason.partition(" ")[0]
+    whole = reason[:1].upper() + reason[1:] if opening.isalpha() and opening.islower() else reason
+    return whole if whole.endswith((".", "!", "?")) else f"{whole}."

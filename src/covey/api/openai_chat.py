@@ -119,8 +119,8 @@ def refuse_unsupported(value: dict[str, Any]) -> None:
 
 
 def is_same(given: Any, neutral: Any) -> bool:
-    """Equal as JSON: true is not 1 there."""
-    return type(given) is type(neutral) and given == neutral
+    """Equal as JSON, where 1.0 is 1, and true is not."""
+    return isinstance(given, bool) is isinstance(neutral, bool) and given == neutral
 
 
 def token_count_max(chat: ChatBody) -> int | None:
