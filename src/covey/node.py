@@ -21,7 +21,7 @@ from anyio.abc import TaskGroup
 from msgspec import Struct
 
 from covey.api.backend import ListedModel
-from covey.api.errors import RequestError
+from covey.api.errors import RequestError, sentence
 from covey.api.guard import Access
 from covey.api.server import create_guarded_app
 from covey.checkpoints.gguf_file import GgufHeader
@@ -243,7 +243,7 @@ class Node:
         self._probe = Probe(paths.models_folder())
         self._host, self._port = options.host, port_of(listener)
         hardware = self._probe.hardware()
-        self._network_hosts = addresses.network_hosts(self._host, hardware)
+        self._network_hosts = addresses.network_hosts(self._host, hardware, addresses.routed_hosts())
         self._public_key = mine.key.public_key().public_bytes_raw()
         settings = self._settings(options, hardware)
         self._anyone_joins = options.anyone_joins
@@ -313,9 +313,11 @@ class Node:
     async def _leave_on_signal(self, life: anyio.CancelScope) -> None:
         """The first signal asks, within a bound; a second one ends everything now, though still in order."""
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            was_asked = False  # by a signal: the end of the input asks, too, and a signal may well come with it
             async for _ in signals:
-                if life.deadline < math.inf:
+                if was_asked:
                     life.cancel()
+                was_asked = True
                 await self._leave(life)
 
     async def _leave_with_input(self, life: anyio.CancelScope) -> None:
@@ -324,7 +326,7 @@ class Node:
 
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
-        life.deadline = anyio.current_time() + LEAVE_S_MAX
+        life.deadline = min(life.deadline, anyio.current_time() + LEAVE_S_MAX)
         await self._driver.leave()
 
     async def _leave_for_new_code(self, life: anyio.CancelScope) -> None:
@@ -357,7 +359,7 @@ class Node:
         try:
             return await self._files.resolve(name)
         except ModelNotFoundError as error:
-            raise RequestError(str(error), status=error.status) from None
+            raise RequestError(sentence(str(error)), status=error.status) from None
 
     def models(self) -> Sequence[ListedModel]:
         return [ListedModel(card, self._models.is_on_disk(card)) for card in self._models.cards()]
