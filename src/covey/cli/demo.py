@@ -2,21 +2,21 @@
 
 import json
 import signal
-import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from covey.cli import chat
-from covey.cli.client import NodeClient
+from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.local_nodes import LocalNode, end_nodes, start_nodes, wait_together
 from covey.cli.placing import ensure_ready
 from covey.cli.tables import layers_table, node_names, stage_rows
+from covey.effects import paths, scratch
 from covey.schema.cluster import Instance
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -39,13 +39,28 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
 def run_demo(options: DemoOptions) -> None:
     """Until the answer (`once`) or until Ctrl-C. Raises `CliError`; leaves no process behind in any case."""
     nodes: list[LocalNode] = []
-    with tempfile.TemporaryDirectory(prefix="covey-demo-") as folder, _ends_by_signal():
+    with _ends_by_signal(), _folder() as folder:
         try:
-            start_nodes(Path(folder), options.nodes, options.port, nodes)
+            start_nodes(folder, options.nodes, options.port, nodes)
             with NodeClient(nodes[0].url) as client:
                 _play(options, nodes, client)
         finally:
             end_nodes(nodes)
+
+
+@contextmanager
+def _folder() -> Generator[Path]:
+    """For identities and logs of the nodes. Raises `CliError`."""
+    place = paths.home() / "demos"
+    with ExitStack() as held:
+        try:
+            made = held.enter_context(scratch.folder(place))
+        except OSError as error:
+            raise CliError(
+                f"The folder {place} can't be used ({error.strerror or error}): check its permissions and the free "
+                "space, or choose another place with COVEY_HOME."
+            ) from None
+        yield made
 
 
 @contextmanager
