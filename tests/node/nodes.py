@@ -19,9 +19,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from covey.node import NodeOptions, run_node
-folder, cluster, port, *peers = sys.argv[1:]
+folder, cluster, port, ends_with_input, *peers = sys.argv[1:]
 options = NodeOptions(
     port=int(port), data_dir=Path(folder), name=Path(folder).name, cluster=cluster, peers=tuple(peers),
+    until_stdin_closes=bool(ends_with_input),
     engine="fake", engine_options={"vocabulary_size": "259", "step_delay_ms": "5"},
 )
 sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
@@ -31,12 +32,22 @@ sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=T
 class NodeProcess:
     """One node. `url` and `node_id` are known once `wait_listening` has returned."""
 
-    def __init__(self, home: Path, name: str, cluster: str, port: int = 0, peers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        cluster: str,
+        port: int = 0,
+        peers: tuple[str, ...] = (),
+        *,
+        ends_with_input: bool = False,
+    ) -> None:
         self.name = name
         self._log = home / f"{name}.stderr"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(home / name), cluster, str(port), *peers],
+                [sys.executable, "-c", SCRIPT, str(home / name), cluster, str(port), "x" * ends_with_input, *peers],
+                stdin=subprocess.PIPE if ends_with_input else None,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -89,8 +100,9 @@ class NodeProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(20)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def until(condition: Callable[[], bool], timeout_s: float = START_S_MAX) -> float:
@@ -107,10 +119,12 @@ def cluster_name() -> str:
 
 
 @contextmanager
-def running(home: Path, *names: str, cluster: str | None = None) -> Generator[list[NodeProcess]]:
+def running(
+    home: Path, *names: str, cluster: str | None = None, ends_with_input: bool = False
+) -> Generator[list[NodeProcess]]:
     """Nodes that have been started together and listen; ended by force if the test did not end them."""
     cluster = cluster or cluster_name()
-    nodes = [NodeProcess(home, name, cluster) for name in names]
+    nodes = [NodeProcess(home, name, cluster, ends_with_input=ends_with_input) for name in names]
     try:
         for node in nodes:
             node.wait_listening()

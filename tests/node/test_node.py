@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -186,7 +187,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with running(tmp_path, "a") as (a,):
         answer = httpx.post(f"{a.url}/place_instance", json={"model_id": str(tmp_path / "missing.gguf")}, timeout=30)
         assert answer.status_code == 404
-        assert "there is no file" in answer.json()["error"]["message"]
+        assert "There is no file" in answer.json()["error"]["message"]
 
 
 def test_an_idle_node_writes_nothing_and_hardly_works(tmp_path: Path) -> None:
@@ -229,6 +230,28 @@ def test_a_node_may_end_with_its_input(tmp_path: Path, *, is_pipe: bool) -> None
     finally:
         process.kill()
     assert (process.returncode, errors) == (0, "")
+
+
+def test_a_signal_beside_the_end_of_the_input_still_leaves_in_order(tmp_path: Path) -> None:
+    """A program that ends its nodes closes their input and sends SIGTERM; only a second signal is impatience."""
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    with running(tmp_path, "a", ends_with_input=True) as (a,):
+        place(a, model, 1)
+        (runner,) = a.children()
+        runner.suspend()  # so that leaving takes as long as it may
+        try:
+            assert a.process.stdin is not None
+            a.process.stdin.close()
+            time.sleep(0.5)
+            a.process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            assert a.process.poll() is None
+            start = time.monotonic()
+            assert a.leave() == 0
+            assert time.monotonic() - start < 1
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                runner.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
