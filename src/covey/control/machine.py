@@ -37,7 +37,7 @@ from covey.schema.cluster import (
     PlaceModel,
     Refused,
 )
-from covey.schema.ids import InstanceId, ModelId, NodeId
+from covey.schema.ids import InstanceId, NodeId
 from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
@@ -61,7 +61,6 @@ from covey.schema.machine import (
     Started,
     StateChanged,
 )
-from covey.schema.model import ModelCard
 
 LEAVING: Final = "this node is ending: ask another one."
 MARK_CHARACTERS: Final = 8  # of a node's id, in the ids of instances; boot and counter do the rest within a node
@@ -99,7 +98,7 @@ class Machine:
         self._leaving_reason = ""
         self._has_left = False
         self._content_made: tuple[tuple[object, ...], Content] | None = None
-        self._shown: tuple[int, ...] = ()
+        self._shown: tuple[object, ...] = ()
         self._revision = 0
         self._inputs: dict[type, Callable[[int, Any], list[Effect]]] = {
             Started: self._on_started,
@@ -144,6 +143,7 @@ class Machine:
             return None
         times = [
             self._heartbeat_due_ms,
+            self._listened_ms,
             self.membership.deadline(),
             self.leadership.deadline(),
             self.asking.deadline(),
@@ -283,8 +283,9 @@ class Machine:
         self._lead(now_ms)
         effects = [*self._ask(now_ms), *self._decide_next(now_ms), *self._tidy(now_ms), *self._work(now_ms)]
         effects += [*self._answer(now_ms), *self.keeping.advance(now_ms), *self._beat(now_ms), *self._report(now_ms)]
-        if self._shown != self._seen():
-            self._shown = self._seen()
+        seen = self._seen(now_ms)
+        if self._shown != seen:
+            self._shown = seen
             self._revision += 1
             effects.append(StateChanged())
         if self._is_leaving and not self.runners.runners and self.keeping.is_free:
@@ -355,7 +356,7 @@ class Machine:
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
         free_bytes = self.memory.free_bytes(self.runners.resident_bytes())
-        world = World(mine, self._reports(), self._paths(needed), free_bytes, self.memory.is_fresh)
+        world = World(mine, self._reports(), self.downloads.paths(), free_bytes, self.memory.is_fresh)
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:
@@ -429,9 +430,14 @@ class Machine:
         waited += [(peer.first_heard_ms, peer.report) for peer in self.membership.visible(now_ms)]
         return any(now_ms - since < limit and not (report and report.hardware) for since, report in waited)
 
+    @property
+    def _listened_ms(self) -> int:
+        """When we have listened for so long that who was not heard is gone."""
+        return self._listening_since_ms + self.settings.forgotten_ms
+
     def _gone(self, now_ms: int) -> list[NodeId]:
         """Nodes with assignments that are forgotten, or were never heard though we have listened long enough."""
-        listened = now_ms - self._listening_since_ms >= self.settings.forgotten_ms
+        listened = now_ms >= self._listened_ms
         known = {self.node_id: True, **dict.fromkeys(self.membership.peers, True)}
         return [
             node_id
@@ -448,10 +454,6 @@ class Machine:
             for instance in self._active(now_ms).values()
             if any(stage.node_id == self.node_id for stage in instance.stages)
         ]
-
-    def _paths(self, needed: dict[ModelId, ModelCard]) -> dict[str, str]:
-        found = {model_id: self.downloads.path(model_id) for model_id in needed}
-        return {model_id: path for model_id, path in found.items() if path is not None}
 
     def _reports(self) -> dict[NodeId, NodeReport]:
         others = {peer.node_id: peer.report for peer in self.membership.peers.values() if peer.report}
@@ -494,6 +496,7 @@ class Machine:
             self._content_made = (parts, content)
         return self._content_made[1]
 
-    def _seen(self) -> tuple[int, ...]:
+    def _seen(self, now_ms: int) -> tuple[object, ...]:
+        """Differs when the snapshot does. Which instances count changes with time, too."""
         parts = (self.membership, self.leadership, self.cluster, self.reporter)
-        return tuple(part.revision for part in parts)
+        return (*(part.revision for part in parts), *self._active(now_ms))
