@@ -30,7 +30,7 @@ def test_from_need_to_file() -> None:
     assert (report.state, report.bytes_done, report.bytes_total) == (DownloadState.ONGOING, 40, 80)
     assert report.bytes_per_second == 20.0
     downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
-    assert downloads.path(MODEL) == "/small.gguf"
+    assert downloads.paths() == {MODEL: "/small.gguf"}
     assert downloads.reports()[0].state is DownloadState.COMPLETED
     assert downloads.models_on_disk() == (MODEL,)
 
@@ -56,7 +56,7 @@ def test_what_is_not_needed_any_more_is_cancelled_once() -> None:
     assert downloads.advance(3, NEEDED) == [StartFetch(SMALL, 2)]
     downloads.fail(4, FetchFailed(MODEL, 1, "stale"))
     downloads.finish(FetchFinished(MODEL, 1, "/stale", 1))
-    assert downloads.path(MODEL) is None
+    assert downloads.paths() == {}
     assert downloads.reports()[0].state is DownloadState.ONGOING
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_was_deleted_by_hand_is_fetched_again() -> None:
     downloads.list_models(1_000, (MODEL,))
     assert downloads.advance(1_000, {MODEL: card}) == []
     downloads.list_models(5_000, ())
-    assert downloads.path(MODEL) is None
+    assert downloads.paths() == {}
     assert downloads.models_on_disk() == ()
     assert downloads.advance(5_000, {MODEL: card}) == [StartFetch(card, 2)]
 
@@ -78,4 +78,4 @@ def test_a_file_that_a_person_named_is_in_no_list() -> None:
     downloads.advance(0, NEEDED)
     downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
     downloads.list_models(1_000, ())
-    assert downloads.path(MODEL) == "/small.gguf"
+    assert downloads.paths() == {MODEL: "/small.gguf"}

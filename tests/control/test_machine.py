@@ -408,6 +408,27 @@ def test_a_client_hears_of_changes_only() -> None:
     assert lone.machine.state(lone.now_ms).revision == before + 1
 
 
+def test_a_client_hears_when_an_instance_counts_no_more_because_its_node_stayed_silent() -> None:
+    lone = Lone()
+    lone.feed(CommandSubmitted("c", PlaceModel(card=SMALL)))
+    lone.until(2_000)
+    leader, beats = NodeId("0" * 32), iter(range(1, 100))
+    [instance] = lone.machine.state(lone.now_ms).instances
+    stages = tuple(replace(stage, node_id=NodeId("b" * 32)) for stage in instance.stages)
+    silent = replace(instance, instance_id=InstanceId("c.silent-1-1"), stages=stages)
+    lone.machine.cluster.apply((Written(f"instance/{silent.instance_id}", silent),))
+    listened_ms = MachineSettings().forgotten_ms
+    for now_ms in (*range(2_000, listened_ms, 1_000), listened_ms - 1):
+        lone.until(now_ms)
+        lone.feed(MessageReceived(Heartbeat(leader, 1, next(beats), (ADA,), Claim(9, leader), "")), now_ms)
+    before = lone.machine.state(lone.now_ms)
+    effects = lone.until(listened_ms)
+    after = lone.machine.state(lone.now_ms)
+    assert (len(before.instances), len(after.instances)) == (2, 1)
+    assert after.revision > before.revision
+    assert StateChanged() in effects
+
+
 def test_reports_that_say_the_same_again_are_no_change_to_a_client() -> None:
     world, hosts = cluster_of(2)
     world.run_until(5_000)

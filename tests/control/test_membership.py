@@ -4,7 +4,7 @@ from msgspec.structs import replace
 
 from covey.control.leadership import Leadership
 from covey.control.membership import Membership
-from covey.control.settings import MachineSettings
+from covey.control.settings import NODES_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Claim, Heartbeat, NodeReport, Visibility
 from covey.schema.ids import NodeId
 
@@ -110,6 +110,18 @@ def test_who_says_goodbye_is_gone_at_once_and_only_a_new_life_comes_back() -> No
     assert members.hear_heartbeat(200, beat(ADA, 1, boot=2))
     members.hear_heartbeat(210, replace(beat(ADA, 11), is_leaving=True))  # of the life before, late
     assert shown(members) is Visibility.VISIBLE
+
+
+def test_any_number_of_living_nodes_is_heard_and_of_the_forgotten_the_latest_are_remembered() -> None:
+    members = Membership(ME, SETTINGS)
+    everybody = [NodeId(f"{number:04}") for number in range(NODES_REMEMBERED_MAX + 2)]
+    for node_id in everybody:
+        members.hear_heartbeat(0, beat(node_id, 1))
+    assert len(members.peers) == len(members.seen) == NODES_REMEMBERED_MAX + 2
+    members.hear_heartbeat(29_000, beat(everybody[0], 2))
+    members.advance(30_000)
+    members.hear_heartbeat(30_000, beat(everybody[0], 3))
+    assert list(members.seen) == [*everybody[3:], everybody[0]]
 
 
 def test_reports_may_overtake_one_another() -> None:

@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, stage_count: int = 1) -> None:
         self.runners = Runners(ME, 1, MachineSettings())
         self.instances = [instance(stage_count)]
-        self.paths: dict[str, str] = {ModelId("small"): "/small.gguf"}
+        self.paths = {ModelId("small"): "/small.gguf"}
         self.other: NodeReport | None = None
         self.free_bytes: int | None = 1_000
         self.is_memory_fresh = True
@@ -143,7 +143,7 @@ def test_nothing_starts_before_the_file_is_there() -> None:
     bench = Bench()
     bench.paths = {}
     assert bench.advance() == []
-    bench.paths = {"small": "/small.gguf"}
+    bench.paths = {ModelId("small"): "/small.gguf"}
     assert len(bench.advance()) == 1
 
 

@@ -99,7 +99,7 @@ def give_a_write_up(self: Keeping, _: int, __: int) -> None:
 
 
 def start_with_nothing(self: Machine, now_ms: int, _: Any) -> list[object]:
-    self._listening_since_ms = self._heartbeat_due_ms = now_ms
+    self.view.listening_since_ms = self._heartbeat_due_ms = now_ms
     return []
 
 

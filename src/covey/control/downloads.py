@@ -63,10 +63,9 @@ class Downloads:
                 effects.append(self._start(now_ms, download))
         return effects
 
-    def path(self, model_id: ModelId) -> str | None:
-        """Where the file lies, once it is known to be there."""
-        download = self.downloads.get(model_id)
-        return download.path if download and download.phase is Phase.PRESENT else None
+    def paths(self) -> dict[ModelId, str]:
+        """Where the files lie that are known to be there."""
+        return {model_id: each.path for model_id, each in self.downloads.items() if each.phase is Phase.PRESENT}
 
     def deadline(self) -> int | None:
         """When the next back-off ends."""

@@ -11,18 +11,17 @@ from typing import Any, Final
 from covey.control.cluster import FORGOTTEN, Cluster, Context, Written
 from covey.control.commands import Asking
 from covey.control.deciding import Deciding
-from covey.control.dormancy import active, assigned_nodes
 from covey.control.downloads import Downloads
 from covey.control.keeping import Keeping
 from covey.control.leadership import Leadership
 from covey.control.membership import Membership
 from covey.control.replication import Replication
 from covey.control.reports import Content, MemoryFigures, Reporter
-from covey.control.routing import candidates
 from covey.control.runners import Runners, World
 from covey.control.settings import MachineSettings
 from covey.control.tending import Tending
 from covey.control.twins import COPIED, Twins
+from covey.control.view import View
 from covey.schema.cluster import (
     ApiKey,
     ClusterState,
@@ -37,7 +36,7 @@ from covey.schema.cluster import (
     PlaceModel,
     Refused,
 )
-from covey.schema.ids import InstanceId, ModelId, NodeId
+from covey.schema.ids import NodeId
 from covey.schema.machine import (
     CommandSubmitted,
     DeadlinePassed,
@@ -62,7 +61,6 @@ from covey.schema.machine import (
     Started,
     StateChanged,
 )
-from covey.schema.model import ModelCard
 
 LEAVING: Final = "this node is ending: ask another one."
 MARK_CHARACTERS: Final = 8  # of a node's id, in the ids of instances; boot and counter do the rest within a node
@@ -88,9 +86,9 @@ class Machine:
         self.runners = Runners(node_id, boot, settings)
         self.memory = MemoryFigures(settings)
         self.reporter = Reporter(node_id, boot, name, version, settings)
+        self.view = View(settings, self.membership, self.cluster, self.reporter)
         self._now_ms: int | None = None  # of the last input
         self._started_ms = 0
-        self._listening_since_ms = 0
         self._sequence = 0
         self._instance_counter = 0
         self._heartbeat_due_ms = 0
@@ -100,7 +98,7 @@ class Machine:
         self._leaving_reason = ""
         self._has_left = False
         self._content_made: tuple[tuple[object, ...], Content] | None = None
-        self._shown: tuple[int, ...] = ()
+        self._shown: tuple[object, ...] = ()
         self._revision = 0
         self._notices: tuple[str, ...] = ()
         self._notices_count = 0  # how often they changed
@@ -148,6 +146,7 @@ class Machine:
             return None
         times = [
             self._heartbeat_due_ms,
+            self.view.listened_ms,
             self.membership.deadline(),
             self.leadership.deadline(),
             self.asking.deadline(),
@@ -168,7 +167,7 @@ class Machine:
             revision=self._revision,
             members=self.membership.members(now_ms, self.reporter.last),
             wishes=tuple(self.cluster.wishes.values()),
-            instances=tuple(self._active(now_ms).values()),
+            instances=tuple(self.view.active(now_ms).values()),
             notices=self._notices,
         )
 
@@ -179,7 +178,7 @@ class Machine:
     # ---- inputs ----
 
     def _on_started(self, now_ms: int, news: Started) -> list[Effect]:
-        self._started_ms = self._listening_since_ms = self._heartbeat_due_ms = now_ms
+        self._started_ms = self.view.listening_since_ms = self._heartbeat_due_ms = now_ms
         self.cluster.restore(news.entries)
         self.keeping.change({key: None for key in news.entries if key not in self.cluster.entries})
         self._forget_until = news.forget_until
@@ -293,8 +292,9 @@ class Machine:
         self._lead(now_ms)
         effects = [*self._ask(now_ms), *self._decide_next(now_ms), *self._tidy(now_ms), *self._work(now_ms)]
         effects += [*self._answer(now_ms), *self.keeping.advance(now_ms), *self._beat(now_ms), *self._report(now_ms)]
-        if self._shown != self._seen():
-            self._shown = self._seen()
+        seen = self._seen(now_ms)
+        if self._shown != seen:
+            self._shown = seen
             self._revision += 1
             effects.append(StateChanged())
         if self._is_leaving and not self.runners.runners and self.keeping.is_free:
@@ -347,25 +347,25 @@ class Machine:
         """The leader's mending, once it has heard the others' maps."""
         led_ms = now_ms - self.leadership.led_since_ms
         settled = self.leadership.leads and led_ms >= self.settings.tidy_after_ms
-        if not settled or now_ms < self._tidy_due_ms or self._is_learning(now_ms) or self.deciding.is_writing:
+        if not settled or now_ms < self._tidy_due_ms or self.view.is_learning(now_ms) or self.deciding.is_writing:
             return []
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
         effects = self._write(now_ms, self._forgetting()) + self._write(now_ms, self.tending.leftovers())
-        gone = self._gone(now_ms)
+        gone = self.view.gone(now_ms)
         self.tending.look_around(now_ms, gone)
         for wish in list(self.cluster.wishes.values()):
             look = partial(self._context, now_ms, wish.wish_id, None)
-            events = self.tending.mend(wish, look, self._reports(), gone)
+            events = self.tending.mend(wish, look, self.view.reports(), gone)
             effects += self._write(now_ms, events)
         return effects
 
     def _work(self, now_ms: int) -> list[Effect]:
         """Downloads and runners, as assigned; a node that leaves has nothing assigned."""
-        mine: list[Instance] = [] if self._is_leaving else self._assigned(now_ms)
+        mine: list[Instance] = [] if self._is_leaving else self.view.assigned(now_ms)
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
         free_bytes = self.memory.free_bytes(self.runners.resident_bytes())
-        world = World(mine, self._reports(), self._paths(needed), free_bytes, self.memory.is_fresh)
+        world = World(mine, self.view.reports(), self.downloads.paths(), free_bytes, self.memory.is_fresh)
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:
@@ -388,11 +388,11 @@ class Machine:
         if self._now_ms is not None and now_ms - self._now_ms > self.settings.sleep_ms:
             self.membership.wake(now_ms)
             self.leadership.resign(now_ms)
-            self._listening_since_ms = now_ms
+            self.view.listening_since_ms = now_ms
 
     def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:
         """As leader. While nodes are still to tell their memory nothing is placed; the asker repeats."""
-        if isinstance(request.command, PlaceModel) and self._is_learning(now_ms):
+        if isinstance(request.command, PlaceModel) and self.view.is_learning(now_ms):
             return []
         context = self._context(now_ms, request.command_id, request.origin, ())
         decision = self.cluster.decide(request.command, context)
@@ -419,53 +419,13 @@ class Machine:
 
     def _context(self, now_ms: int, command_id: str, asked_at: NodeId | None, leaving: tuple[Instance, ...]) -> Context:
         """`leaving`: instances that end if this decision is taken."""
-        staying = [each for each in self._active(now_ms).values() if each not in leaving]
-        company = [self.node_id, *(peer.node_id for peer in self.membership.company(now_ms))]
-        reports = self._reports()
-        here = [report for node_id, report in reports.items() if node_id in company]
-        away = [report for node_id, report in reports.items() if node_id not in company]
         return Context(
             command_id=command_id,
             asked_at=asked_at,
             instance_mark=f"{self.node_id[:MARK_CHARACTERS]}-{self.boot}-{self._instance_counter}",
             engine=self.settings.engine,
-            nodes=candidates(here, away, staying, leaving),
+            nodes=self.view.candidates(now_ms, leaving),
         )
-
-    def _is_learning(self, now_ms: int) -> bool:
-        """Whether a node that came lately, or this one, has still to tell its memory."""
-        limit = self.settings.hardware_wait_ms
-        waited = [(self._listening_since_ms, self.reporter.last)]
-        waited += [(peer.first_heard_ms, peer.report) for peer in self.membership.visible(now_ms)]
-        return any(now_ms - since < limit and not (report and report.hardware) for since, report in waited)
-
-    def _gone(self, now_ms: int) -> list[NodeId]:
-        """Nodes with assignments that are forgotten, or were never heard though we have listened long enough."""
-        listened = now_ms - self._listening_since_ms >= self.settings.forgotten_ms
-        known = {self.node_id: True, **dict.fromkeys(self.membership.peers, True)}
-        return [
-            node_id
-            for node_id in assigned_nodes(self.cluster.instances.values())
-            if node_id not in known and (listened or node_id in self.membership.seen)
-        ]
-
-    def _active(self, now_ms: int) -> dict[InstanceId, Instance]:
-        return active(self.cluster.instances, self._gone(now_ms), self._reports())
-
-    def _assigned(self, now_ms: int) -> list[Instance]:
-        return [
-            instance
-            for instance in self._active(now_ms).values()
-            if any(stage.node_id == self.node_id for stage in instance.stages)
-        ]
-
-    def _paths(self, needed: dict[ModelId, ModelCard]) -> dict[str, str]:
-        found = {model_id: self.downloads.path(model_id) for model_id in needed}
-        return {model_id: path for model_id, path in found.items() if path is not None}
-
-    def _reports(self) -> dict[NodeId, NodeReport]:
-        others = {peer.node_id: peer.report for peer in self.membership.peers.values() if peer.report}
-        return {**others, self.node_id: self.reporter.last} if self.reporter.last else others
 
     def _heartbeat(self, now_ms: int) -> Heartbeat:
         self._sequence += 1
@@ -504,6 +464,7 @@ class Machine:
             self._content_made = (parts, content)
         return self._content_made[1]
 
-    def _seen(self) -> tuple[int, ...]:
+    def _seen(self, now_ms: int) -> tuple[object, ...]:
+        """Differs when the snapshot does. Which instances count changes with time, too."""
         parts = (self.membership, self.leadership, self.cluster, self.reporter)
-        return (*(part.revision for part in parts), self._notices_count)
+        return (*(part.revision for part in parts), self._notices_count, *self.view.active(now_ms))

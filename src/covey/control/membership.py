@@ -109,8 +109,10 @@ class Membership:
     def _remember(self, node_id: NodeId, moment: Moment) -> None:
         latest = max(moment, self.seen.pop(node_id, NEVER))
         self.seen[node_id] = latest
-        if len(self.seen) > NODES_REMEMBERED_MAX:
-            self.seen.pop(next(known for known in self.seen if known not in self.peers))
+        excess = len(self.seen) - NODES_REMEMBERED_MAX
+        if excess > 0:  # of peers nothing is forgotten, however many they are
+            for known in [known for known in self.seen if known not in self.peers][:excess]:
+                del self.seen[known]
 
     # ---- time ----
 

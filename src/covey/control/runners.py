@@ -12,7 +12,7 @@ Attempts only grow, so all runners end in one generation; a runner whose budget 
 first rule the others stay stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
@@ -34,7 +34,7 @@ from covey.control.runner_table import (
 )
 from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
-from covey.schema.ids import NodeId, RunnerId
+from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
 from covey.schema.runner import PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
@@ -51,7 +51,7 @@ class World(Struct, frozen=True):
 
     instances: Sequence[Instance]
     reports: dict[NodeId, NodeReport]
-    paths: dict[str, str]
+    paths: Mapping[ModelId, str]
     memory_bytes_free: int | None  # on this node now; None: not known yet, so nothing starts
     is_memory_fresh: bool  # else a runner that has ended since may have freed more
 
