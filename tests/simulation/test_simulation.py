@@ -22,6 +22,7 @@ from covey.control.membership import Membership
 from covey.control.placement.place import Options
 from covey.control.replication import Replication
 from covey.control.runners import Runners
+from covey.control.view import View
 from covey.schema.machine import SendTo
 from simulation.run import run
 
@@ -125,7 +126,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
         (Answering, "remember", lambda *_: None),
     ),
     "a command waits for ever": ((Asking, "expire", nothing),),
-    "instances of forgotten nodes stay": ((Machine, "_gone", nothing),),
+    "instances of forgotten nodes stay": ((View, "gone", nothing),),
     "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
