@@ -74,7 +74,7 @@ def test_a_demo_that_is_killed_takes_its_nodes_and_runners_along(home: Path) -> 
     try:
         assert json.loads(process.stdout.readline())["nodes"]  # all is running
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 4  # two nodes, two runners
+        assert len(family) == 6  # two nodes, each with its mesh and a runner
     finally:
         process.kill()
         process.wait()
