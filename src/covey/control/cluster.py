@@ -174,15 +174,14 @@ class Cluster:
         """
         if FORGOTTEN not in newer and all(entry.value is not None for entry in newer.values()):
             return []  # as it was
-        tombstones = {key: entry for key, entry in self._tombstones.items() if key not in newer}
-        tombstones.update((key, entry) for key, entry in newer.items() if entry.value is None)
         mark = newer.get(FORGOTTEN) or self.entries.get(FORGOTTEN)
         value = value_of(mark) if mark else None
         until = value.counter if isinstance(value, Forgotten) else 0
-        forgotten = [key for key, entry in tombstones.items() if entry.version.counter <= until]
-        rest = [(entry.version, key) for key, entry in tombstones.items() if entry.version.counter > until]
-        excess = heapq.nsmallest(len(rest) - self.tombstones_max, rest)
-        return forgotten + [key for _, key in excess]
+        known = [(entry.version, key) for key, entry in self._tombstones.items() if key not in newer]
+        tombstones = known + [(entry.version, key) for key, entry in newer.items() if entry.value is None]
+        forgotten = [key for version, key in tombstones if version.counter <= until]
+        excess = heapq.nsmallest(max(len(tombstones) - self.tombstones_max, len(forgotten)), tombstones)
+        return [key for _, key in excess]
 
     def _decide_placement(self, command: PlaceModel, context: Context) -> Decision | Refused:
         wish_id = context.command_id
@@ -246,7 +245,7 @@ class Cluster:
 
     def without_wish(self, wish_id: str) -> tuple[Written, ...]:
         """Deletes a wish and all that was assigned for it, understood or not."""
-        living = [key for key in self.entries if self.has(key) and key.startswith(INSTANCE)]
+        living = [key for key in sorted(self._values) if key.startswith(INSTANCE)]
         mine = [key for key in living if wish_of(InstanceId(key.removeprefix(INSTANCE))) == wish_id]
         wish = [WISH + wish_id] if self.has(WISH + wish_id) else []
         return tuple(Written(key, None) for key in [*wish, *mine])
