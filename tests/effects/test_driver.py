@@ -299,25 +299,6 @@ async def test_a_full_mailbox_says_so_and_keeps_what_may_wait(caplog: pytest.Log
     mailbox.close()
 
 
-async def test_foreign_threads_reach_the_mailbox_in_their_order() -> None:
-    mailbox = Mailbox(1000)
-    names = [ModelsListed((ModelId(str(number)),)) for number in range(500)]
-    thread = threading.Thread(target=lambda: [mailbox.offer_from_thread(name) for name in names])
-    thread.start()
-    assert [await mailbox.take(5) for _ in names] == names
-    thread.join()
-    mailbox.close()
-
-
-async def test_a_flood_from_threads_is_bounded() -> None:
-    mailbox = Mailbox(10)
-    for _ in range(100):  # the loop has no chance to look between
-        mailbox.offer_from_thread(ModelsListed(()))
-    await anyio.sleep(0.01)
-    assert mailbox.dropped_count == 90
-    mailbox.close()
-
-
 # ---- intent ----
 
 

@@ -211,7 +211,7 @@ def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT00
     else:
         out.print(tables.nodes_table(rows))
         for sentence in state.notices:
-            out.print(f"\nNote: {escape(sentence)}.", soft_wrap=True)
+            out.print(f"\nNote: {sentence}.", soft_wrap=True, markup=False)
 
 
 @app.command()

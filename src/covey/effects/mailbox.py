@@ -1,12 +1,10 @@
-"""What waits for the control machine: one bounded queue, filled by tasks and by foreign threads.
+"""What waits for the control machine: one bounded queue.
 
 Nothing is lost silently. Whoever may wait puts an input in and waits for room. What may be lost anyway (messages of
 other nodes, progress) is offered: when the queue is full it is dropped, and the log says so once per flood.
 """
 
-import asyncio
 import logging
-from collections import deque
 from typing import Final
 
 import anyio
@@ -19,13 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """Belongs to the event loop that runs when it is made; only `offer_from_thread` may be called from elsewhere."""
+    """Belongs to the event loop, and to no other thread."""
 
     def __init__(self, inputs_max: int = INPUTS_MAX) -> None:
         self._sender, self._receiver = anyio.create_memory_object_stream[Input](inputs_max)
-        self._inputs_max = inputs_max
-        self._loop = asyncio.get_running_loop()
-        self._from_threads: deque[Input] = deque()
         self._is_flooded = False
         self.dropped_count = 0
 
@@ -43,14 +38,6 @@ class Mailbox:
         self._is_flooded = False
         return True
 
-    def offer_from_thread(self, item: Input) -> None:
-        if len(self._from_threads) >= self._inputs_max:
-            self._drop()
-            return
-        self._from_threads.append(item)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._take_from_threads)
-
     async def take(self, wait_s: float | None) -> Input | None:
         """The oldest input; None if there is none within `wait_s`."""
         with anyio.move_on_after(wait_s):
@@ -60,10 +47,6 @@ class Mailbox:
     def close(self) -> None:
         self._sender.close()
         self._receiver.close()
-
-    def _take_from_threads(self) -> None:
-        while self._from_threads:
-            self.offer(self._from_threads.popleft())
 
     def _drop(self) -> None:
         self.dropped_count += 1
