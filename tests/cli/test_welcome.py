@@ -45,7 +45,7 @@ def test_an_address_in_brackets_is_printed_as_it_is() -> None:
     """Rich takes what stands in brackets for markup, and a shell for a pattern."""
     ready = msgspec.structs.replace(READY, url="http://[fd00::5]:52415", network_urls=("http://[fe00::5]:52415",))
     with Console(width=200) as console, console.capture() as printed:
-        console.print(welcome(ready), soft_wrap=True)
+        console.print(welcome(ready, ""), soft_wrap=True)
     lines = printed.get().splitlines()
     assert lines[2:4] == [
         "  API     http://[fd00::5]:52415/v1 (from this machine)",

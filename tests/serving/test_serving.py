@@ -384,7 +384,8 @@ def test_a_file_that_breaks_its_reader_is_logged_and_the_node_goes_on(caplog: py
             node.loads += 1
             raise KeyError("what nobody thought of")
 
-        async with Serving(lambda: node.state, node.wait_changed, ModelTexts(node.file_of, load)) as serving:
+        texts = ModelTexts(node.file_of, load)
+        async with Serving(lambda: node.state, node.wait_changed, texts, credentials(1)) as serving:
             reading = asyncio.create_task(serving.read_ahead())
             await until(lambda: node.loads)
             await asyncio.sleep(0.05)
