@@ -85,9 +85,14 @@ def figures(answer: Answer) -> str:
     )
 
 
-def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any]) -> None:
+def opening(system: str | None) -> list[dict[str, str]]:
+    """The messages before a person's first; none leaves the word to the model's template."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any], system: str | None = None) -> None:
     """One question, one answer; the figures go to standard error, where they disturb no pipe."""
-    messages = [{"role": "user", "content": prompt}]
+    messages = [*opening(system), {"role": "user", "content": prompt}]
     try:
         answer = ask(node, {"model": model, "messages": messages, **options}, write)
     finally:
@@ -96,10 +101,10 @@ def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any]) -
         err.print(figures(answer), style="dim")
 
 
-def conversation(node: NodeClient, model: str, options: dict[str, Any]) -> None:
+def conversation(node: NodeClient, model: str, options: dict[str, Any], system: str | None = None) -> None:
     """Asks and answers until the person leaves; the whole conversation goes with each question."""
     err.print(f"{model}. {HELP}", style="dim")
-    messages: list[dict[str, str]] = []
+    messages = opening(system)
     while True:
         try:
             prompt = out.input("[bold]> [/]").strip()

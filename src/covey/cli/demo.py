@@ -1,7 +1,10 @@
 """The main job on one machine: nodes that find each other, one model over all of them, one answer."""
 
 import json
+import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -86,7 +89,8 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")
         out.print(layers_table(rows))
-        out.print(f"\n> {options.prompt}", style="bold", markup=False)
+        out.print(f"\nsystem: {SYSTEM}", style="dim", markup=False)
+        out.print(f"> {options.prompt}", style="bold", markup=False)
     answer = _ask(options, client, instance)
     if options.as_json:
         chat.write(json.dumps(_report(answer, rows)) + "\n")
@@ -123,11 +127,16 @@ def _report(answer: chat.Answer, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _command() -> str:
+    """How a person calls this program: where the shell would not find it, by its path."""
+    return "covey" if shutil.which("covey") else os.path.relpath(sys.argv[0])
+
+
 def _serve(options: DemoOptions, nodes: list[LocalNode]) -> None:
     """Until Ctrl-C, or until a node ends by itself."""
     if not options.as_json:
         out.print(f"The API is at [bold]{nodes[0].url}/v1[/] (OpenAI's chat completions). Try in another terminal:\n")
-        out.print(f"  covey run {MODEL} --url {nodes[0].url}\n")
+        out.print(f'  {_command()} run {MODEL} --system "{SYSTEM}" --url {nodes[0].url}\n', soft_wrap=True)
         out.print("Ctrl-C ends all nodes.", style="dim")
     pause = threading.Event()
     while not pause.wait(1.0):

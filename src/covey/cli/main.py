@@ -5,6 +5,7 @@ What only some commands need is imported where they run, so that the others star
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +102,17 @@ def up(
     raise typer.Exit(run_node(options, announce))
 
 
+@app.callback(invoke_without_command=True)
+def about(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002 (Typer's way to a flag)
+) -> None:
+    if version:
+        chat.write(f"covey {metadata.version('covey')}\n")
+    elif context.invoked_subcommand is None:
+        out.print(context.get_help())
+
+
 identity_app = typer.Typer(help="Who this node is to the others.", no_args_is_help=True)
 app.add_typer(identity_app, name="identity")
 
@@ -127,12 +139,14 @@ def run(
     prompt: Annotated[list[str] | None, typer.Argument(help="Without one: a conversation.")] = None,
     url: Url = DEFAULT_URL,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the best that hold this share.")] = 0.9,
+    system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
     from covey.cli.placing import ensure_ready  # noqa: PLC0415
 
-    given = {"max_tokens": max_tokens, "temperature": temperature}
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
     question = " ".join(prompt or ())
     if not question and not sys.stdin.isatty():
@@ -142,9 +156,9 @@ def run(
     with NodeClient(url) as node:
         model_id = ensure_ready(node, local_path(model)).card.model_id
         if question:
-            chat.single(node, model_id, question, options)
+            chat.single(node, model_id, question, options, system)
         else:
-            chat.conversation(node, model_id, options)
+            chat.conversation(node, model_id, options, system)
 
 
 @app.command()

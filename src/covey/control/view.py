@@ -54,11 +54,17 @@ class View:
         return [each for each in self.active(now_ms).values() if node_id in {stage.node_id for stage in each.stages}]
 
     def is_learning(self, now_ms: int) -> bool:
-        """Whether a node that came lately, or this one, has still to tell its memory."""
+        """Whether a node that came lately, or this one, has still to tell its memory, or to hear the others."""
         limit = self.settings.hardware_wait_ms
         waited = [(self.listening_since_ms, self.reporter.last)]
         waited += [(peer.first_heard_ms, peer.report) for peer in self.membership.visible(now_ms)]
-        return any(now_ms - since < limit and not (report and report.hardware) for since, report in waited)
+        if any(now_ms - since < limit and not (report and report.hardware) for since, report in waited):
+            return True
+        company = {peer.node_id for peer in self.membership.company(now_ms)}
+        return any(
+            now_ms - peer.first_heard_ms < limit and peer.node_id not in company
+            for peer in self.membership.peers.values()
+        )
 
     def candidates(self, now_ms: int, leaving: Sequence[Instance]) -> tuple[Candidate, ...]:
         """The nodes that a placement may use now. `leaving`: instances that end if it is made."""

@@ -188,9 +188,11 @@ def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: In
     """As many as were asked for, and as the context holds. Raises `RefusedError` if it holds none."""
     room = instance.context_length - prompt_tokens
     if room <= 0:
+        can_grow = instance.context_length < instance.card.context_length_max
+        way_out = "Shorten the prompt, or place the model with more context." if can_grow else "Shorten the prompt."
         raise RefusedError(
             f"The prompt has {prompt_tokens} tokens, and the context of {request.model_id} holds"
-            f" {instance.context_length} with the answer. Shorten the prompt, or place the model with more context.",
+            f" {instance.context_length} with the answer. {way_out}",
             400,
         )
     return room if request.token_count_max is None else min(room, request.token_count_max)

@@ -86,7 +86,7 @@ def _are_here(count: int) -> str:
 
 
 def _more(count: int) -> str:
-    return "one more machine" if count == 1 else f"{count} more machines"
+    return "one more node" if count == 1 else f"{count} more nodes"
 
 
 def _nodes(count: int) -> str:
