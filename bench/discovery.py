@@ -33,6 +33,7 @@ def free_port() -> int:
 def start(folder: Path, port: int, cluster: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "COVEY_CLUSTER": cluster}
     command = [sys.executable, "-m", "covey.cli", "up", "--port", str(port), "--data-dir", str(folder)]
+    command += ["--interface", "127.0.0.1"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -25,7 +25,7 @@ from covey.effects.endpoints import mesh_port
 from covey.effects.mesh import Mesh
 from covey.effects.mesh_setup import MeshError, MeshSettings, mesh_setup
 from covey.effects.trust import make_credentials
-from covey.schema.cluster import CommandAnswer, Heartbeat, IntentUpdate, MeshMessage, TimedOut
+from covey.schema.cluster import CommandAnswer, Heartbeat, IntentUpdate, MeshMessage, NodeReport, TimedOut
 from covey.schema.ids import NodeId
 from covey.schema.machine import MessageReceived
 from covey.schema.mesh import MeshSetup, Put, Urgency
@@ -230,6 +230,32 @@ async def test_a_killed_mesh_process_is_replaced_and_what_may_wait_arrives(clust
         assert child_of(a) != first
     assert beat(A, 2) not in inbox_b.messages
     assert took_s < 8
+
+
+def report(node_id: NodeId, sequence: int) -> NodeReport:
+    return NodeReport(
+        node_id=node_id,
+        boot=1,
+        sequence=sequence,
+        name="",
+        version="",
+        api_address=None,
+        hardware=None,
+        downloads=(),
+        runners=(),
+    )
+
+
+async def test_the_last_report_from_before_the_first_link_arrives(cluster: str) -> None:
+    """An idle node reports every 10 s; until a lost report is said again, the others would not know its name."""
+    inbox = Inbox()
+    async with joined(A, Inbox(), settings_of(cluster)) as a:
+        for sequence in (1, 2, 3):
+            a.publish(report(A, sequence))
+        a.send_to(B, report(A, 4))
+        async with joined(B, inbox, settings_of(cluster)):
+            await send_until(lambda: None, lambda: len(inbox.messages) == 2)
+    assert inbox.messages == [report(A, 3), report(A, 4)]
 
 
 async def test_a_hung_mesh_process_is_replaced(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:

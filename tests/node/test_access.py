@@ -83,6 +83,7 @@ def test_a_node_that_listens_everywhere_starts_without_keys_and_says_how_to_make
     port = free_port()
     everywhere = "0.0.0.0"  # noqa: S104 - what is tested
     up = [*COVEY, "up", "--host", everywhere, "--port", str(port), "--data-dir", str(tmp_path / "n"), "--log-requests"]
+    up += ["--interface", "127.0.0.1"]
     environment["COVEY_URL"] = f"http://127.0.0.1:{port}"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(up, env=environment, stdout=log, stderr=log)

@@ -210,6 +210,7 @@ def test_an_idle_node_writes_nothing_and_hardly_works(tmp_path: Path) -> None:
 def test_a_node_may_end_with_its_input(tmp_path: Path, *, is_pipe: bool) -> None:
     """Whoever started it may be killed, and then can't say goodbye; a null device has ended before it began."""
     command = [sys.executable, "-m", "covey.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    command += ["--interface", "127.0.0.1"]
     process = subprocess.Popen(
         [*command, "--until-stdin-closes"],
         stdin=subprocess.PIPE if is_pipe else subprocess.DEVNULL,

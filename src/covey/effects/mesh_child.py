@@ -24,6 +24,7 @@ PINGS_UNANSWERED_MAX: Final = 3
 OPEN_S_MAX: Final = 15.0  # small boards import slowly
 SLEPT_MS: Final = 10_000  # a longer gap between two pings: the other side of every connection has given it up
 LINK_WAIT_S: Final = 2.0  # what may wait waits so long for the first peer
+SETTLE_S: Final = 0.2  # after the first connection: Zenoh drops what nobody subscribed to, as far as it has heard
 WAITING_MAX: Final = 1024
 UNWRITTEN_BYTES_MAX: Final = 32 * 1024 * 1024
 END_S_MAX: Final = 1.5
@@ -38,9 +39,11 @@ class Waiting:
         self.puts: deque[Put] = deque()
 
     def add(self, put: Put) -> bool:
-        """False when there was no room. What is stale at once is not kept."""
-        if put.urgency is not Urgency.PATIENT:
+        """False when there was no room. Of what ages only the last is kept, of heartbeats none."""
+        if put.urgency is Urgency.BEAT:
             return True
+        if put.urgency is Urgency.FRESH:
+            self.puts = deque(each for each in self.puts if (each.key, each.urgency) != (put.key, Urgency.FRESH))
         if len(self.puts) >= WAITING_MAX:
             return False
         self.puts.append(put)
@@ -66,7 +69,7 @@ class MeshChild:
 
     def put(self, put: Put) -> bool:
         """False when it is dropped for want of room."""
-        if self._is_open and (self._is_flowing or put.urgency is not Urgency.PATIENT):
+        if self._is_open and (self._is_flowing or put.urgency is Urgency.BEAT):
             return self._write(put)
         return self._waiting.add(put)
 
@@ -127,16 +130,19 @@ class MeshChild:
                 return
             case Opened():
                 self._is_open = True
-                asyncio.get_running_loop().call_later(LINK_WAIT_S, self._flow)
+                self._flow_in(SETTLE_S if self.linked else LINK_WAIT_S)
             case OpenFailed(reason):
                 self._fail(reason)
             case Linked(count):
                 self.linked = count
                 if count:
-                    self._flow()
+                    self._flow_in(SETTLE_S)
             case _:
                 pass
         self._hear(message)
+
+    def _flow_in(self, wait_s: float) -> None:
+        asyncio.get_running_loop().call_later(wait_s, self._flow)
 
     def _flow(self) -> None:
         """From here on nothing waits."""

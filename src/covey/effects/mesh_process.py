@@ -44,6 +44,7 @@ MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024  # a whole intent of thousands of in
 PATIENT_MAX: Final = 1024  # messages that wait for slow peers
 ZENOH_ID_BYTES: Final = 16
 CLOSE_S_MAX: Final = 1.0
+BEAT_WAIT_US: Final = 20_000  # for a place in the queue; Zenoh's 1 ms is short where other programs compute
 OPEN_TIMEOUT_MS: Final = 3000  # for one address of a peer; it may have several that are not reached from here
 
 _decoder = msgspec.msgpack.Decoder(ToMesh)
@@ -94,7 +95,7 @@ class Session:
         self._start_beacons(setup)
 
     def put(self, put: Put) -> None:
-        if put.urgency is not Urgency.PATIENT:
+        if put.urgency is Urgency.BEAT:
             self._put(put, zenoh.CongestionControl.DROP)
             return
         try:
@@ -194,6 +195,7 @@ def config(setup: MeshSetup, port: int, *, has_scouting: bool) -> zenoh.Config:
         "scouting/multicast/enabled": has_scouting,
         "scouting/multicast/address": f"{setup.scouting_group}:{setup.scouting_port}",
         "transport/link/rx/max_message_size": MESSAGE_BYTES_MAX * 2,
+        "transport/link/tx/queue/congestion_control/drop/wait_before_drop": BEAT_WAIT_US,
         "transport/link/protocols": ["tls"],
         "transport/unicast/open_timeout": OPEN_TIMEOUT_MS,
         **_tls_values(setup.tls),

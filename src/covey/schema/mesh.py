@@ -57,7 +57,7 @@ class MeshSetup(Struct, frozen=True, kw_only=True, tag=True):
 
 class Urgency(StrEnum):
     BEAT = "beat"  # at once or not at all, before all others
-    FRESH = "fresh"  # at once or not at all: the next one says more
+    FRESH = "fresh"  # may wait, and replaces what waits with the same key
     PATIENT = "patient"  # may wait for a slow peer
 
 
