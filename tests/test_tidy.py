@@ -157,6 +157,6 @@ def test_nothing_is_left_over() -> None:
 
 
 def test_no_two_test_files_share_a_name() -> None:
-    """pytest imports them by their bare names, and would stop before the first test."""
+    """Pytest imports them by their bare names, and would stop before the first test."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
