@@ -23,6 +23,7 @@ folder, cluster, port, ends_with_input, *peers = sys.argv[1:]
 options = NodeOptions(
     port=int(port), data_dir=Path(folder), name=Path(folder).name, cluster=cluster, peers=tuple(peers),
     until_stdin_closes=bool(ends_with_input),
+    interfaces=("127.0.0.1",),  # others who run these tests on this network are not to be heard
     engine="fake", engine_options={"vocabulary_size": "259", "step_delay_ms": "5"},
 )
 sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
