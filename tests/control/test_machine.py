@@ -429,6 +429,24 @@ def test_a_client_hears_when_an_instance_counts_no_more_because_its_node_stayed_
     assert StateChanged() in effects
 
 
+def test_a_newcomer_is_greeted_once_whether_its_report_or_its_heartbeat_comes_first() -> None:
+    """It started beside us; without a greeting it would wait 10 s for our next report, and not know our name."""
+    for order in (1, -1):
+        lone, newcomer = Lone(), Lone()
+        newcomer.machine = Machine(NodeId("f" * 32), 1, "newcomer", "1", MachineSettings())
+        newcomer.feed(Started(), 0)
+        newcomer.feed(HardwareProbed(World(Random(1)).add("f", 8 * GIGABYTE).hardware()), 0)
+        said = [each.message for each in newcomer.until(500) if isinstance(each, Publish)]
+        first = {type(message): message for message in reversed(said)}
+        lone.until(1_000)
+        effects = [
+            each for kind in (Heartbeat, NodeReport)[::order] for each in lone.feed(MessageReceived(first[kind]))
+        ]
+        greeting = [type(each.message) for each in effects if isinstance(each, SendTo)]
+        assert greeting[:2] == [Heartbeat, NodeReport]
+        assert greeting.count(NodeReport) == 1
+
+
 def test_reports_that_say_the_same_again_are_no_change_to_a_client() -> None:
     world, hosts = cluster_of(2)
     world.run_until(5_000)

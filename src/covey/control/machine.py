@@ -263,9 +263,8 @@ class Machine:
         return self._on_leave(now_ms, LeaveRequested())
 
     def _on_report(self, now_ms: int, report: NodeReport) -> list[Effect]:
-        if report.node_id != self.node_id:
-            self.membership.hear_report(now_ms, report)
-        return []
+        is_new = report.node_id != self.node_id and self.membership.hear_report(now_ms, report)
+        return self._greet(now_ms, report.node_id) if is_new else []
 
     def _on_intent_update(self, now_ms: int, update: IntentUpdate) -> list[Effect]:
         return self.replication.hear_update(now_ms, update)

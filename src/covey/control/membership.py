@@ -69,19 +69,20 @@ class Membership:
         self._show(now_ms, peer)
         return arrived
 
-    def hear_report(self, now_ms: int, report: NodeReport) -> None:
-        """Takes it in, unless it is stale."""
+    def hear_report(self, now_ms: int, report: NodeReport) -> bool:
+        """Takes it in, unless it is stale. True as of a heartbeat: whichever comes first brings the sender back."""
         moment = (report.boot, report.sequence)
         peer = self.peers.get(report.node_id)
         if peer is None:
             if moment <= self.seen.get(report.node_id, NEVER):
-                return
+                return False
         elif report.boot < peer.boot or moment <= peer.report_moment:
-            return
-        peer, _ = self._hear(now_ms, report.node_id, moment)
+            return False
+        peer, arrived = self._hear(now_ms, report.node_id, moment)
         says_more = peer.report is None or replace(report, sequence=peer.report.sequence) != peer.report
         peer.report, peer.report_moment = report, moment
         self.revision += says_more
+        return arrived
 
     def _hear(self, now_ms: int, node_id: NodeId, moment: Moment) -> tuple[Peer, bool]:
         """The sender's record; True if it was not among those that we hear."""
