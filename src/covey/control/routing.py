@@ -87,7 +87,7 @@ def _progress(state: ClusterState, instance: Instance) -> Progress:
     if is_ready(instance, reports):
         return InstancePhase.READY, "ready"
     failure, download = _failure(instance, reports), _download(instance, reports)
-    return failure or download or _retry(instance, reports) or _loading(instance, reports)
+    return failure or download or _retry(instance, reports) or _lack(instance, reports) or _loading(instance, reports)
 
 
 def wish_status(state: ClusterState, wish: Wish) -> str:
@@ -146,6 +146,15 @@ def _retry(instance: Instance, reports: Reports) -> Progress | None:
     return None
 
 
+def _lack(instance: Instance, reports: Reports) -> Progress | None:
+    """A runner that waits for memory which others use now."""
+    for stage in instance.stages:
+        report = runner_report(stage, reports)
+        if report and report.waiting:
+            return InstancePhase.WAITING, f"{reports[stage.node_id].name} {report.waiting}"
+    return None
+
+
 def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
     loaded = sum(each.layers_loaded for each in runners if each)
@@ -180,6 +189,12 @@ def is_ready(instance: Instance, reports: Reports) -> bool:
     found = [runner_report(stage, reports) for stage in instance.stages]
     serving = [each.attempt for each in found if each and each.state in SERVING_STATES]
     return len(serving) == len(found) and min(serving) == max(serving)
+
+
+def waits_for_memory(instance: Instance, reports: Reports) -> bool:
+    """Whether a runner of it does not start for lack of memory."""
+    found = [runner_report(stage, reports) for stage in instance.stages]
+    return any(each.waiting for each in found if each)
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
