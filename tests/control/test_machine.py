@@ -30,6 +30,7 @@ from covey.schema.machine import (
     DeadlinePassed,
     Effect,
     EntriesKept,
+    FetchFailed,
     HardwareProbed,
     KeepEntries,
     LeaveRequested,
@@ -179,6 +180,26 @@ def test_a_runner_that_is_tried_again_is_loading_and_one_that_is_not_has_failed(
     refused = pick(state(ada), SMALL.model_id)
     assert isinstance(refused, Refused)
     assert refused.reason.endswith(f"\n`covey stop {instance.instance_id}` gives up on it.")
+
+
+def test_a_download_that_is_tried_again_is_going_on_and_one_that_no_other_try_cures_has_failed() -> None:
+    world, [ada] = cluster_of(1)
+    world.people.place(ada, SMALL)
+    world.run_until(world.now_ms + 100)
+    assert ada.machine is not None
+    statuses: list[tuple[InstancePhase, str]] = []
+    for attempt, is_final in ((1, False), (2, True)):
+        ada.fetches.clear()  # of the world's own there is none
+        ada.tell_machine(FetchFailed(SMALL.model_id, attempt, "the hub can't be reached", is_final), ada.boot)
+        world.run_until(world.now_ms + 400)
+        [instance] = state(ada).instances
+        status = instance_status(state(ada), instance)
+        statuses.append((status.phase, status.text))
+        world.run_until(world.now_ms + MachineSettings().fetch_back_off_ms[0])
+    assert statuses == [
+        (InstancePhase.DOWNLOADING, "downloading 0 %; node0 tries again after a failure (the hub can't be reached)"),
+        (InstancePhase.FAILED, "failed: the hub can't be reached"),
+    ]
 
 
 def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:

@@ -114,7 +114,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
 
 
 def _failure(instance: Instance, reports: Reports) -> Progress | None:
-    """What nobody tries again; and a download that failed, though that is: what it lacks is a person's to give."""
+    """What nobody tries again, and a download that no other try cures: what it lacks is a person's to give."""
     for stage in instance.stages:
         report = runner_report(stage, reports)
         if report and report.state is RunnerState.FAILED and not report.retries_left:
@@ -126,14 +126,16 @@ def _failure(instance: Instance, reports: Reports) -> Progress | None:
 
 
 def _download(instance: Instance, reports: Reports) -> Progress | None:
-    """The download that is furthest behind."""
-    found = [_download_report(instance, reports[stage.node_id]) for stage in instance.stages]
-    percents = [
-        each.bytes_done * 100 // max(each.bytes_total, 1)
-        for each in found
-        if each and each.state is DownloadState.ONGOING
+    """The download that is furthest behind, and why one waits to be tried again."""
+    found = [
+        (reports[stage.node_id].name, _download_report(instance, reports[stage.node_id])) for stage in instance.stages
     ]
-    return (InstancePhase.DOWNLOADING, f"downloading {min(99, *percents)} %") if percents else None
+    ongoing = [(name, each) for name, each in found if each and each.state is DownloadState.ONGOING]
+    if not ongoing:
+        return None
+    percent = min(99, *(each.bytes_done * 100 // max(each.bytes_total, 1) for _, each in ongoing))
+    again = "".join(f"; {name} tries again after a failure ({each.reason})" for name, each in ongoing if each.reason)
+    return InstancePhase.DOWNLOADING, f"downloading {percent} %{again}"
 
 
 def _retry(instance: Instance, reports: Reports) -> Progress | None:
