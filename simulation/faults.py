@@ -32,7 +32,9 @@ class Faults(Struct, frozen=True, kw_only=True):
     lost_disks: bool = False
     power_cuts: bool = False
     tombstones_max: int = TOMBSTONES_MAX
+    load_ms_max: int = 400  # for a quarter of a runner's layers
     scarce_memory: bool = False
+    greedy_programs: bool = False  # others than ours take memory for a while
     shared_machines: bool = False
 
 
@@ -73,4 +75,6 @@ def draw(random: Random) -> Faults:
         tombstones_max=amount(3, 8, NONE.tombstones_max),
         scarce_memory=exists(),
         shared_machines=exists(),
+        greedy_programs=exists(),
+        load_ms_max=amount(1_000, 4_000, NONE.load_ms_max),
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from covey.control.machine import Machine
-from covey.schema.cluster import Command, Hardware
+from covey.schema.cluster import Command, Hardware, Stage
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.machine import (
     AnswerCommand,
@@ -54,6 +55,7 @@ class Host:
         self.asleep_until_ms = 0
         self.deadline_ms: int | None = None
         self.processes: list[Process] = []
+        self.greed_bytes = 0  # what other programs take beside their tenth of the memory
         self.files: dict[ModelId, int] = {}
         self.fetches: dict[ModelId, int] = {}  # the attempt that is under way
         self.disk = Disk(self)
@@ -127,8 +129,17 @@ class Host:
         )
 
     def free_bytes(self) -> int:
-        """A tenth is other programs', and the machine may be shared."""
-        return max(0, self.memory_bytes * 9 // 10 - self.world.resident_bytes(self.machine_id))
+        """A tenth is other programs', sometimes more, and the machine may be shared."""
+        return max(0, self.memory_bytes * 9 // 10 - self.greed_bytes - self.world.resident_bytes(self.machine_id))
+
+    def fits(self, stage: Stage, effects: Sequence[Effect] = ()) -> bool:
+        """Whether a runner fits into what its processes, and those that start now, leave free, now and when probed."""
+        assert self.machine is not None
+        records = self.machine.runners.runners
+        taken = sum(process.memory_bytes - process.resident_bytes for process in self.processes)
+        taken += sum(records[each.runner_id].stage.memory_bytes for each in effects if isinstance(each, StartRunner))
+        probed_bytes = self.machine.memory.probed.memory_bytes_available if self.machine.memory.probed else 0
+        return taken + stage.memory_bytes <= min(self.free_bytes(), probed_bytes)
 
     # ---- its machine ----
 

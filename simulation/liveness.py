@@ -132,6 +132,10 @@ def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[st
             if status.phase is InstancePhase.FAILED and _used_up(world, instance):
                 yield from _stopped(world, instance)
                 continue
+            if _lacks_memory(world, instance):
+                yield from _stopped(world, instance)
+                yield from _must_not_fit(wish, state)
+                continue
             if status.phase is not InstancePhase.READY:
                 yield f"{instance.instance_id} is not ready but {status.text.splitlines()[0]}"
         yield from _linked(world, instance)
@@ -144,21 +148,25 @@ def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
 
 
 def _used_up(world: World, instance: Instance) -> bool:
-    """Whether one of its runners has failed as often as it may, or did not fit."""
+    """Whether one of its runners has failed as often as it may."""
     budget = len(world.settings.runner_back_off_ms)
-    for stage in instance.stages:
-        safety = world.host(stage.node_id).safety
-        if len(safety.failures.get(stage.runner_id, [])) > budget or stage.runner_id in safety.refusals:
-            return True
-    return False
+    return any(
+        len(world.host(stage.node_id).safety.failures.get(stage.runner_id, [])) > budget for stage in instance.stages
+    )
+
+
+def _lacks_memory(world: World, instance: Instance) -> bool:
+    """Whether one of its runners waits for memory that is not there."""
+    hosts = [(world.host(stage.node_id), stage) for stage in instance.stages]
+    return any(stage.runner_id in host.safety.lacking and not host.fits(stage) for host, stage in hosts)
 
 
 def _stopped(world: World, instance: Instance) -> Iterator[str]:
-    """What has failed for good takes no memory."""
+    """What has failed for good, or waits for memory, takes none."""
     for host in world.up():
         for process in host.processes:
             if process.spec.instance_id == instance.instance_id:
-                yield f"{instance.instance_id} has failed, and yet {process.spec.runner_id} runs"
+                yield f"{instance.instance_id} can't run, and yet {process.spec.runner_id} runs"
 
 
 def _linked(world: World, instance: Instance) -> Iterator[str]:

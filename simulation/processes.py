@@ -33,7 +33,7 @@ PORTS = 12  # so few that they are soon used again
 
 
 class Process:
-    """One runner process. `memory_bytes` is what it takes once it has loaded."""
+    """One runner process. `memory_bytes` is what it takes once it has loaded, and a part of that while it loads."""
 
     def __init__(self, host: Host, spec: RunnerSpec, attempt: int, memory_bytes: int) -> None:
         self.host, self.world, self.boot = host, host.world, host.boot
@@ -114,11 +114,11 @@ class Process:
 
     def _load(self, part: int) -> None:
         layers = self.spec.shard.layer_end - self.spec.shard.layer_start
+        self.resident_bytes = self.memory_bytes * part // 4
         if part <= 3:
             self.say(LoadProgressed(layers * part // 4, layers, part, 4))
-            self.after(400, self._load, part + 1)
+            self.after(self.world.faults.load_ms_max, self._load, part + 1)
         else:
-            self.resident_bytes = self.memory_bytes
             self._phase("load", Loaded(self.memory_bytes))
 
     def _phase(self, phase: str, message: RunnerMessage) -> None:

@@ -122,6 +122,7 @@ def _strike(world: World, faults: Faults) -> None:
         ("sleep", faults.sleeps and host.is_up and not host.is_asleep),
         ("partition", faults.partitions),
         ("one way", faults.one_way_cuts),
+        ("greed", faults.greedy_programs),
         ("power cut", faults.power_cuts),
         ("full disk", faults.full_disks and host.is_up),
         ("lost disk", faults.lost_disks and host.is_up),
@@ -146,6 +147,11 @@ def _strike(world: World, faults: Faults) -> None:
         host.crash()
         host.disk.replace()
         world.after(random.choice((2_000, 20_000)), _restart, host)
+    elif kind == "greed":
+        _take_memory(host, random.randint(1, 8) * host.memory_bytes // 10)
+        until_ms = random.choice((5_000, 30_000, None))
+        if until_ms:
+            world.after(until_ms, _take_memory, host, 0)
     elif kind:
         _cut(world, host, one_way=kind == "one way")
 
@@ -160,6 +166,13 @@ def _cut_power(world: World) -> None:
 
 def _free(host: Host) -> None:
     host.disk.is_full = False
+
+
+def _take_memory(host: Host, count_bytes: int) -> None:
+    host.world.note(f"other programs take {count_bytes} bytes on {host.name}'s machine")
+    for each in host.world.hosts:
+        if each.machine_id == host.machine_id:
+            each.greed_bytes = count_bytes
 
 
 def _restart(host: Host) -> None:

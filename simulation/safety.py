@@ -36,7 +36,6 @@ from covey.schema.machine import (
     StartFetch,
     StartRunner,
 )
-from covey.schema.runner import RunnerState
 from simulation.failure import Failure
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Safety:
         self.waiting: dict[str, int] = {}  # commands: when they were submitted
         self.attempts: dict[RunnerId, tuple[int, int]] = {}  # (attempt, when it was started)
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
-        self.refusals: set[RunnerId] = set()  # runners that did not fit
+        self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
         self.map_sent_ms: dict[NodeId, int] = {}
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
@@ -119,7 +118,7 @@ class Safety:
             self._check_intent(machine)
         self._check_members(machine)
         self._check_seen(machine)
-        self._check_refusals(machine, effects)
+        self._check_lacks(machine, effects)
         for effect in effects:
             self._check_effect(machine, effect)
         if not isinstance(news, MessageReceived):
@@ -235,23 +234,14 @@ class Safety:
                 self._fail(f"a stale heartbeat of {node_id} was taken for a fresh one")
             self.heard_ms[node_id] = peer.heard_ms
 
-    def _check_refusals(self, machine: Machine, effects: Sequence[Effect]) -> None:
-        """What a node has no room for does not fit, unless what other nodes of its machine freed is not probed yet.
-
-        What a process took before it failed to load its node does not know of, and counts as still to be taken.
-        """
-        loaded = machine.runners.resident_bytes()
-        starting = [machine.runners.runners[each.runner_id] for each in effects if isinstance(each, StartRunner)]
-        taken = sum(each.memory_bytes - loaded.get(each.spec.runner_id, 0) for each in self.host.processes)
-        taken += sum(runner.stage.memory_bytes for runner in starting)
+    def _check_lacks(self, machine: Machine, effects: Sequence[Effect]) -> None:
+        """What waits for memory does not fit, unless what other nodes of its machine freed is not probed yet."""
         is_alone = [host.machine_id for host in self.world.hosts].count(self.host.machine_id) == 1
-        for runner_id, runner in machine.runners.runners.items():
-            if runner.state is not RunnerState.FAILED or not runner.reason.startswith("memory: "):
-                continue
-            fits = taken + runner.stage.memory_bytes <= self.host.free_bytes()
-            if fits and is_alone and runner_id not in self.refusals:
-                self._fail(f"it refuses {runner_id}, which would fit")
-            self.refusals.add(runner_id)
+        lacking = {runner_id for runner_id, runner in machine.runners.runners.items() if runner.waiting}
+        for runner_id in lacking - self.lacking if is_alone else ():
+            if self.host.fits(machine.runners.runners[runner_id].stage, effects):
+                self._fail(f"{runner_id} waits for memory, and yet it would fit")
+        self.lacking = lacking
 
     def _check_waiting(self, machine: Machine) -> None:
         limit_ms = machine.settings.command_timeout_ms

@@ -24,7 +24,10 @@ from simulation.processes import Process
 
 # The real ones but for shorter back-off, so that budgets are used up within a run.
 SETTINGS = MachineSettings(
-    engine="fake", runner_back_off_ms=(1_000, 2_000, 4_000), fetch_back_off_ms=(1_000, 2_000, 4_000, 8_000)
+    engine="fake",
+    memory_wait_ms=15_000,
+    runner_back_off_ms=(1_000, 2_000, 4_000),
+    fetch_back_off_ms=(1_000, 2_000, 4_000, 8_000),
 )
 
 Moment = tuple[int, int, Callable[..., None], tuple[Any, ...]]

@@ -99,6 +99,11 @@ def test_a_download_begins_fails_and_ends() -> None:
         "anna could not download Tiny-Chat: the disk is full.",
         "anna has downloaded Tiny-Chat.",
     ]
+    again = downloading(DownloadState.ONGOING, 5, "no network")
+    assert told(more, again, again, more, done) == [
+        "anna could not download Tiny-Chat: no network.",
+        "anna has downloaded Tiny-Chat.",
+    ]
 
 
 def test_a_file_that_was_there_already_is_no_download() -> None:

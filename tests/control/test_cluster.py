@@ -142,12 +142,14 @@ def test_an_instance_that_only_a_newer_version_understands_is_left_alone_but_can
     made = carry_out(cluster, PlaceModel(card=SMALL))
     wish = cluster.wishes[wish_of(made)]
     cluster.merge(newer(f"instance/{made}", 9))
-    assert not Tending(cluster).mend(wish, lambda _: context(), {}, ())  # else it would be assigned a second time
+    assert not Tending(cluster, 60_000).mend(
+        wish, lambda _: context(), {}, ()
+    )  # else it would be assigned a second time
     cluster.merge(newer("wish/other", 10))
     other = replace(wish, wish_id="other")
     instance = assignment(other, place_small(), context(mark="b-1-1"))
     cluster.apply((Written(f"instance/{instance.instance_id}", instance),))
-    assert not Tending(cluster).leftovers()  # its wish is there, though unread
+    assert not Tending(cluster, 60_000).leftovers()  # its wish is there, though unread
     carry_out(cluster, DeleteInstance(made))
     assert all(entry.value is None for key, entry in cluster.entries.items() if wish_of(made) in key)
 

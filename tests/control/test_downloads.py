@@ -41,11 +41,30 @@ def test_a_failure_backs_off_longer_and_longer_but_never_for_good() -> None:
     for attempt, pause_ms in enumerate((1_000, 4_000, 16_000, 60_000, 60_000), start=1):
         assert downloads.advance(now_ms, NEEDED) == [StartFetch(SMALL, attempt)]
         downloads.fail(now_ms, FetchFailed(MODEL, attempt, "no network"))
-        assert downloads.reports()[0].state is DownloadState.FAILED
+        assert downloads.reports()[0].state is DownloadState.ONGOING
         assert downloads.reports()[0].reason == "no network"
         assert downloads.deadline() == now_ms + pause_ms
         assert downloads.advance(now_ms + pause_ms - 1, NEEDED) == []
         now_ms += pause_ms
+
+
+def test_what_no_other_try_cures_has_failed_until_bytes_come() -> None:
+    downloads = Downloads(MachineSettings())
+    downloads.advance(0, NEEDED)
+    downloads.fail(0, FetchFailed(MODEL, 1, "the disk is full", is_final=True))
+    [failed] = downloads.reports()
+    assert (failed.state, failed.reason) == (DownloadState.FAILED, "the disk is full")
+    assert downloads.deadline() == 60_000
+    assert downloads.advance(60_000, NEEDED) == [StartFetch(SMALL, 2)]  # a person may have made room
+    downloads.progress(60_000, FetchProgressed(MODEL, 2, 0, 80))
+    assert downloads.reports() == (replace(failed, bytes_total=80),)
+    downloads.progress(60_000, FetchProgressed(MODEL, 2, 1, 80))
+    assert (downloads.reports()[0].state, downloads.reports()[0].reason) == (DownloadState.ONGOING, "")
+    downloads.fail(61_000, FetchFailed(MODEL, 2, "the disk is full", is_final=True))
+    downloads.fail(61_000, FetchFailed(MODEL, 2, "stale"))
+    downloads.advance(121_000, NEEDED)
+    downloads.finish(FetchFinished(MODEL, 3, "/small.gguf", 80))
+    assert (downloads.reports()[0].state, downloads.reports()[0].reason) == (DownloadState.COMPLETED, "")
 
 
 def test_what_is_not_needed_any_more_is_cancelled_once() -> None:

@@ -30,6 +30,7 @@ from covey.schema.machine import (
     DeadlinePassed,
     Effect,
     EntriesKept,
+    FetchFailed,
     HardwareProbed,
     KeepEntries,
     LeaveRequested,
@@ -181,6 +182,26 @@ def test_a_runner_that_is_tried_again_is_loading_and_one_that_is_not_has_failed(
     assert refused.reason.endswith(f"\n`covey stop {instance.instance_id}` gives up on it.")
 
 
+def test_a_download_that_is_tried_again_is_going_on_and_one_that_no_other_try_cures_has_failed() -> None:
+    world, [ada] = cluster_of(1)
+    world.people.place(ada, SMALL)
+    world.run_until(world.now_ms + 100)
+    assert ada.machine is not None
+    statuses: list[tuple[InstancePhase, str]] = []
+    for attempt, is_final in ((1, False), (2, True)):
+        ada.fetches.clear()  # of the world's own there is none
+        ada.tell_machine(FetchFailed(SMALL.model_id, attempt, "the hub can't be reached", is_final), ada.boot)
+        world.run_until(world.now_ms + 400)
+        [instance] = state(ada).instances
+        status = instance_status(state(ada), instance)
+        statuses.append((status.phase, status.text))
+        world.run_until(world.now_ms + MachineSettings().fetch_back_off_ms[0])
+    assert statuses == [
+        (InstancePhase.DOWNLOADING, "downloading 0 %; node0 tries again after a failure (the hub can't be reached)"),
+        (InstancePhase.FAILED, "failed: the hub can't be reached"),
+    ]
+
+
 def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:
     world, hosts = cluster_of(2)
     world.people.place(hosts[0], SMALL, 2)
@@ -228,8 +249,8 @@ def test_a_node_does_not_start_what_two_leaders_assigned_to_the_same_memory() ->
     world.run_until(30_000)
     assert instance_status(state(ada), instance).phase is InstancePhase.READY
     status = instance_status(state(ada), other)
-    assert status.phase is InstancePhase.FAILED
-    assert status.text.startswith("failed: memory: the runner needs ")
+    assert status.phase is InstancePhase.WAITING
+    assert status.text == "node0 has too little memory now: 3.0 GB free, 3.2 GB needed"
     assert len(ada.processes) == 1
 
 

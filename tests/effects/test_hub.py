@@ -131,8 +131,9 @@ async def test_a_tired_hub_is_asked_again_then_left_alone(hub: Hub, files: Model
     (work / "model").unlink()
     hub.requests.clear()
     hub.statuses = [500] * 20
-    with pytest.raises(FetchError, match="HTTP status 500"):
+    with pytest.raises(FetchError, match="HTTP status 500") as caught:
         await hub_module.fetch_from_hub(file, work)
+    assert not caught.value.is_final
     assert len(hub.requests) == hub_module.TRIES_MAX
 
 
@@ -159,8 +160,9 @@ async def test_a_server_without_ranges_is_read_from_the_start(hub: Hub, files: M
 async def test_damage_on_the_way_is_seen_and_thrown_away(hub: Hub, files: ModelFiles) -> None:
     card = await files.resolve(NAME)
     hub.etag = "0" * 64
-    with pytest.raises(FetchError, match="its SHA-256 differs"):
+    with pytest.raises(FetchError, match="its SHA-256 differs") as caught:
         await files.ensure(card, ignore)
+    assert caught.value.is_final
     assert not files.is_on_disk(card)
     hub.etag = None
     assert (await files.ensure(card, ignore)).exists()
@@ -168,16 +170,18 @@ async def test_damage_on_the_way_is_seen_and_thrown_away(hub: Hub, files: ModelF
 
 async def test_a_file_that_changed_since_it_was_placed(hub: Hub, files: ModelFiles) -> None:
     card = await files.resolve(NAME)
-    with pytest.raises(FetchError, match="has changed on the hub"):
+    with pytest.raises(FetchError, match="has changed on the hub") as caught:
         await files.ensure(msgspec.structs.replace(card, file_bytes=card.file_bytes + 1), ignore)
+    assert caught.value.is_final
 
 
 async def test_a_file_that_changes_while_it_is_fetched(hub: Hub, files: ModelFiles) -> None:
     card = await files.resolve(NAME)
     file = await hub_module.locate(card.source)
     hub.files["owner/repo/sub/model.gguf"] += b"more"
-    with pytest.raises(FetchError, match=r"not the \d+ that the hub told before"):
+    with pytest.raises(FetchError, match=r"not the \d+ that the hub told before") as caught:
         await hub_module.fetch_from_hub(file, files.path_of(card.source).parent)
+    assert caught.value.is_final
 
 
 async def test_a_header_larger_than_the_first_read(hub: Hub, files: ModelFiles, monkeypatch) -> None:

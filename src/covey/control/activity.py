@@ -182,7 +182,7 @@ def _downloads(before: Seen, after: Seen) -> Iterator[Note]:
     old = {(node_id, each.model_id): each for node_id, each in _download_reports(before.state)}
     for node_id, report in _download_reports(after.state):
         known, name = old.get((node_id, report.model_id)), _name(after.state, node_id)
-        tell = _TOLD_DOWNLOADS.get(report.state)
+        tell = _failed if report.reason else _TOLD_DOWNLOADS.get(report.state)
         note = tell(known, report, name) if tell and known != report else None
         if note:
             yield note
@@ -200,7 +200,7 @@ def _is_fetching(report: DownloadReport | None) -> bool:
 
 
 def _begun(known: DownloadReport | None, report: DownloadReport, name: str) -> Note | None:
-    retried = known is not None and known.state is DownloadState.FAILED
+    retried = known is not None and known.reason != ""
     if retried or _is_fetching(known) or not _is_fetching(report):
         return None
     return EventKind.DOWNLOAD_BEGUN, report.model_id, f"{name} began to download {report.model_id}."
@@ -213,7 +213,7 @@ def _completed(known: DownloadReport | None, report: DownloadReport, name: str) 
 
 
 def _failed(known: DownloadReport | None, report: DownloadReport, name: str) -> Note | None:
-    if known is not None and known.state is DownloadState.FAILED:
+    if known is not None and known.reason:
         return None
     text = f"{name} could not download {report.model_id}: {_sentence(report.reason)}"
     return EventKind.DOWNLOAD_FAILED, report.model_id, text
@@ -222,7 +222,6 @@ def _failed(known: DownloadReport | None, report: DownloadReport, name: str) -> 
 _TOLD_DOWNLOADS: Final[dict[DownloadState, Callable[[DownloadReport | None, DownloadReport, str], Note | None]]] = {
     DownloadState.ONGOING: _begun,
     DownloadState.COMPLETED: _completed,
-    DownloadState.FAILED: _failed,
 }
 
 

@@ -1,7 +1,8 @@
 """Model files on this node: a fetch starts only because an assignment needs the file.
 
 One attempt at a time per model. A failure backs off; the last step of the back-off repeats for as long as the file is
-needed, since a hub or a disk may come back. What nobody needs any more is cancelled.
+needed, since a hub or a disk may come back. One that another try can't cure is reported as such, and waits for that
+last step at once, since a person may have cured it. What nobody needs any more is cancelled.
 """
 
 from enum import Enum
@@ -32,6 +33,7 @@ class Download(Struct):
     due_ms: int
     attempt: int = 0
     failures: int = 0
+    is_final: bool = False  # the last failure was, and no byte has come since
     path: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
@@ -94,6 +96,7 @@ class Downloads:
     def progress(self, now_ms: int, news: FetchProgressed) -> None:
         download = self._current(news.model_id, news.attempt)
         if download:
+            download.is_final = download.is_final and news.bytes_done <= download.bytes_done
             download.bytes_done, download.bytes_total = news.bytes_done, news.bytes_total
             self._measure(now_ms, download)
             self.revision += 1
@@ -102,6 +105,7 @@ class Downloads:
         download = self._current(news.model_id, news.attempt)
         if download:
             download.phase, download.path, download.failures, download.reason = Phase.PRESENT, news.path, 0, ""
+            download.is_final = False
             download.bytes_done = download.bytes_total = news.bytes_total
             self.revision += 1
 
@@ -109,8 +113,8 @@ class Downloads:
         download = self._current(news.model_id, news.attempt)
         if download:
             steps = self.settings.fetch_back_off_ms
-            download.phase, download.reason = Phase.WAITING, news.reason
-            download.due_ms = now_ms + steps[min(download.failures, len(steps) - 1)]
+            download.phase, download.reason, download.is_final = Phase.WAITING, news.reason, news.is_final
+            download.due_ms = now_ms + steps[-1 if news.is_final else min(download.failures, len(steps) - 1)]
             download.failures += 1
             self.revision += 1
 
@@ -150,14 +154,13 @@ def _is_listed(card: ModelCard) -> bool:
 
 
 def _report(download: Download) -> DownloadReport:
-    state = DownloadState.COMPLETED if download.phase is Phase.PRESENT else DownloadState.ONGOING
-    if download.phase is Phase.WAITING and download.failures:
-        state = DownloadState.FAILED
+    state = DownloadState.FAILED if download.is_final else DownloadState.ONGOING
+    tells_why = download.is_final or download.phase is Phase.WAITING
     return DownloadReport(
         model_id=download.card.model_id,
-        state=state,
+        state=DownloadState.COMPLETED if download.phase is Phase.PRESENT else state,
         bytes_done=download.bytes_done,
         bytes_total=download.bytes_total,
         bytes_per_second=download.bytes_per_second,
-        reason=download.reason if state is DownloadState.FAILED else "",
+        reason=download.reason if tells_why else "",
     )

@@ -78,7 +78,7 @@ class Machine:
         self.cluster = Cluster(node_id, settings.tombstones_max)
         self.keeping = Keeping(settings)
         self.replication = Replication(node_id, settings, self.cluster, self.keeping)
-        self.tending = Tending(self.cluster)
+        self.tending = Tending(self.cluster, settings.memory_wait_ms)
         self.asking = Asking(node_id, settings)
         self.deciding = Deciding(node_id, boot, settings, self.membership, self.replication, self.keeping)
         self.twins = Twins(settings.life)
@@ -193,7 +193,7 @@ class Machine:
         return self._messages[type(news.message)](now_ms, news.message)
 
     def _on_hardware(self, _: int, news: HardwareProbed) -> list[Effect]:
-        self.memory.probe(news.hardware, self.runners.resident_bytes())
+        self.memory.probe(news.hardware, self.runners.held_bytes(), is_settled=not self.runners.is_memory_moving)
         return []
 
     def _on_models(self, now_ms: int, news: ModelsListed) -> list[Effect]:
@@ -230,7 +230,6 @@ class Machine:
         return []
 
     def _on_runner(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
-        self.memory.is_fresh = self.memory.is_fresh and not isinstance(news, RunnerExited)
         return self.runners.hear(now_ms, news)
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
@@ -351,7 +350,7 @@ class Machine:
         self._tidy_due_ms = now_ms + self.settings.tidy_ms
         effects = self._write(now_ms, self._forgetting()) + self._write(now_ms, self.tending.leftovers())
         gone = self.view.gone(now_ms)
-        self.tending.look_around(now_ms, gone)
+        self.tending.look_around(now_ms, gone, self.view.reports())
         for wish in list(self.cluster.wishes.values()):
             look = partial(self._context, now_ms, wish.wish_id, None)
             events = self.tending.mend(wish, look, self.view.reports(), gone)
@@ -363,8 +362,9 @@ class Machine:
         mine: list[Instance] = [] if self._is_leaving else self.view.assigned(now_ms)
         needed = {instance.card.model_id: instance.card for instance in mine}
         effects = self.downloads.advance(now_ms, needed)
-        free_bytes = self.memory.free_bytes(self.runners.resident_bytes())
-        world = World(mine, self.view.reports(), self.downloads.paths(), free_bytes, self.memory.is_fresh)
+        held = self.runners.held_bytes()
+        free_bytes, is_fresh = self.memory.free_bytes(held), self.memory.is_fresh(held)
+        world = World(mine, self.view.reports(), self.downloads.paths(), free_bytes, is_fresh)
         return effects + self.runners.advance(now_ms, world)
 
     def _beat(self, now_ms: int) -> list[Effect]:
@@ -455,7 +455,7 @@ class Machine:
         if self._content_made is None or self._content_made[0] != parts:
             content = Content(
                 api_address=self.settings.api_address,
-                hardware=self.memory.show(self.runners.resident_bytes()),
+                hardware=self.memory.show(self.runners.held_bytes()),
                 downloads=self.downloads.reports(),
                 runners=self.runners.reports(),
                 models_on_disk=self.downloads.models_on_disk(),

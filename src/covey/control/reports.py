@@ -23,37 +23,50 @@ class Content(Struct, frozen=True, kw_only=True):
     models_on_disk: tuple[ModelId, ...]
 
 
+Held = dict[tuple[RunnerId, int], int]  # bytes of each process, by runner and attempt; 0 until it has loaded
+
+
 class MemoryFigures:
-    """The hardware as probed, less what runners have loaded since then, steadied."""
+    """The hardware as probed, steadied.
+
+    What a runner will take is promised in full until it has loaded. So a probe while it loads would count a part of
+    that twice: then the last settled figure goes on to count, less what runners have loaded since.
+    """
 
     def __init__(self, settings: MachineSettings) -> None:
         self.settings = settings
         self.probed: Hardware | None = None
-        self.loaded_at_probe: dict[RunnerId, int] = {}
-        self.is_fresh = False  # no runner has ended since the probe
+        self.held_at_probe: Held = {}
+        self.settled_bytes = 0  # free at the last probe during which no runner took memory or gave it back
+        self.held_settled: Held = {}
         self.shown: Hardware | None = None
         self.revision = 0
 
-    def probe(self, hardware: Hardware, loaded: dict[RunnerId, int]) -> None:
+    def probe(self, hardware: Hardware, held: Held, *, is_settled: bool) -> None:
+        if is_settled or self.probed is None:
+            self.settled_bytes, self.held_settled = hardware.memory_bytes_available, held
         self.revision += 1
-        self.probed, self.loaded_at_probe, self.is_fresh = hardware, loaded, True
+        self.probed, self.held_at_probe = hardware, held
 
-    def show(self, loaded: dict[RunnerId, int]) -> Hardware | None:
+    def show(self, held: Held) -> Hardware | None:
         """What to report now: the last figures shown, unless they are wrong by a step."""
         if self.probed is None:
             return None
-        current = replace(self.probed, memory_bytes_available=self._available(self.probed, loaded))
+        current = replace(self.probed, memory_bytes_available=self._available(held))
         if self.shown is None or self._differs(self.shown, current):
             self.shown = current
         return self.shown
 
-    def free_bytes(self, loaded: dict[RunnerId, int]) -> int | None:
-        """What is free now, not steadied; None before the first probe."""
-        return None if self.probed is None else self._available(self.probed, loaded)
+    def free_bytes(self, held: Held) -> int | None:
+        """What is surely free now, not steadied; None before the first probe."""
+        return None if self.probed is None else min(self._available(held), self.probed.memory_bytes_available)
 
-    def _available(self, probed: Hardware, loaded: dict[RunnerId, int]) -> int:
-        since = sum(count for runner_id, count in loaded.items() if runner_id not in self.loaded_at_probe)
-        return max(0, probed.memory_bytes_available - since)
+    def is_fresh(self, held: Held) -> bool:
+        """Whether no runner has started, loaded or ended since the last probe."""
+        return held == self.held_at_probe
+
+    def _available(self, held: Held) -> int:
+        return max(0, self.settled_bytes - sum(count for key, count in held.items() if not self.held_settled.get(key)))
 
     def _differs(self, shown: Hardware, current: Hardware) -> bool:
         step = max(self.settings.memory_step_bytes, current.memory_bytes_total // self.settings.memory_step_fraction)

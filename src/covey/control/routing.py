@@ -87,7 +87,7 @@ def _progress(state: ClusterState, instance: Instance) -> Progress:
     if is_ready(instance, reports):
         return InstancePhase.READY, "ready"
     failure, download = _failure(instance, reports), _download(instance, reports)
-    return failure or download or _retry(instance, reports) or _loading(instance, reports)
+    return failure or download or _retry(instance, reports) or _lack(instance, reports) or _loading(instance, reports)
 
 
 def wish_status(state: ClusterState, wish: Wish) -> str:
@@ -114,7 +114,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
 
 
 def _failure(instance: Instance, reports: Reports) -> Progress | None:
-    """What nobody tries again; and a download that failed, though that is: what it lacks is a person's to give."""
+    """What nobody tries again, and a download that no other try cures: what it lacks is a person's to give."""
     for stage in instance.stages:
         report = runner_report(stage, reports)
         if report and report.state is RunnerState.FAILED and not report.retries_left:
@@ -126,14 +126,16 @@ def _failure(instance: Instance, reports: Reports) -> Progress | None:
 
 
 def _download(instance: Instance, reports: Reports) -> Progress | None:
-    """The download that is furthest behind."""
-    found = [_download_report(instance, reports[stage.node_id]) for stage in instance.stages]
-    percents = [
-        each.bytes_done * 100 // max(each.bytes_total, 1)
-        for each in found
-        if each and each.state is DownloadState.ONGOING
+    """The download that is furthest behind, and why one waits to be tried again."""
+    found = [
+        (reports[stage.node_id].name, _download_report(instance, reports[stage.node_id])) for stage in instance.stages
     ]
-    return (InstancePhase.DOWNLOADING, f"downloading {min(99, *percents)} %") if percents else None
+    ongoing = [(name, each) for name, each in found if each and each.state is DownloadState.ONGOING]
+    if not ongoing:
+        return None
+    percent = min(99, *(each.bytes_done * 100 // max(each.bytes_total, 1) for _, each in ongoing))
+    again = "".join(f"; {name} tries again after a failure ({each.reason})" for name, each in ongoing if each.reason)
+    return InstancePhase.DOWNLOADING, f"downloading {percent} %{again}"
 
 
 def _retry(instance: Instance, reports: Reports) -> Progress | None:
@@ -143,6 +145,15 @@ def _retry(instance: Instance, reports: Reports) -> Progress | None:
         if report and report.state is RunnerState.FAILED:
             reason = report.reason.partition("\n")[0]
             return InstancePhase.LOADING, f"{reports[stage.node_id].name} tries again after a failure ({reason})"
+    return None
+
+
+def _lack(instance: Instance, reports: Reports) -> Progress | None:
+    """A runner that waits for memory which others use now."""
+    for stage in instance.stages:
+        report = runner_report(stage, reports)
+        if report and report.waiting:
+            return InstancePhase.WAITING, f"{reports[stage.node_id].name} {report.waiting}"
     return None
 
 
@@ -180,6 +191,12 @@ def is_ready(instance: Instance, reports: Reports) -> bool:
     found = [runner_report(stage, reports) for stage in instance.stages]
     serving = [each.attempt for each in found if each and each.state in SERVING_STATES]
     return len(serving) == len(found) and min(serving) == max(serving)
+
+
+def waits_for_memory(instance: Instance, reports: Reports) -> bool:
+    """Whether a runner of it does not start for lack of memory."""
+    found = [runner_report(stage, reports) for stage in instance.stages]
+    return any(each.waiting for each in found if each)
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:

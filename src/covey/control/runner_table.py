@@ -37,6 +37,7 @@ READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
 SHUTTING_DOWN, FAILED, SHUTDOWN = RunnerState.SHUTTING_DOWN, RunnerState.FAILED, RunnerState.SHUTDOWN
 
 STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+MOVING_STATES: Final = (LOADING, SHUTTING_DOWN, FAILED)  # its process, if it has one, takes or gives back memory
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
 SERVING_STATES: Final = (READY, RUNNING)
 LOG_TAIL_CHARACTERS_MAX: Final = 2_000
@@ -65,6 +66,7 @@ class Runner(Struct):
     requests_running: int = 0
     requests_queued: int = 0
     reason: str = ""
+    waiting: str = ""  # while it lacks memory to start: what its node says of that
 
     def report(self) -> RunnerReport:
         shard = self.stage.shard
@@ -81,6 +83,7 @@ class Runner(Struct):
             requests_running=self.requests_running,
             requests_queued=self.requests_queued,
             reason=self.reason,
+            waiting=self.waiting,
         )
 
 
@@ -93,13 +96,6 @@ class Begin(Struct, frozen=True):
     attempt: int
     spec: RunnerSpec
     now_ms: int
-
-
-class Refuse(Struct, frozen=True):
-    """What placement counted for it is not free here: it fails before it has a process."""
-
-    attempt: int
-    reason: str
 
 
 class Link(Struct, frozen=True):
@@ -163,16 +159,9 @@ def _begin(runner: Runner, news: Begin) -> Outcome:
     if runner.has_process or news.attempt <= runner.last_attempt:
         raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
-    runner.has_process, runner.started_ms = True, news.now_ms
+    runner.has_process, runner.started_ms, runner.waiting = True, news.now_ms, ""
     runner.listen_host = news.spec.listen_host
     return IDLE, [StartRunner(runner.stage.runner_id, runner.attempt, news.spec)]
-
-
-def _refuse(runner: Runner, news: Refuse) -> Outcome:
-    if runner.has_process:
-        raise UnexpectedInputError(f"{runner.stage.runner_id} has a process, it can't be refused one")
-    runner.attempt, runner.reason = news.attempt, news.reason
-    return FAILED, []
 
 
 def _stay(runner: Runner, _: Any) -> Outcome:
@@ -283,7 +272,6 @@ PROCESS_WORDS: Final = (Listening, Connected, LoadProgressed, Loaded, Ready, Act
 
 TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (IDLE, Begin): Transition(_begin, (IDLE,)),
-    (IDLE, Refuse): Transition(_refuse, (FAILED,)),
     (IDLE, Listening): Transition(_listening, (CONNECTING,)),
     (CONNECTING, Link): Transition(_link, (CONNECTING,)),
     (CONNECTING, Connected): Transition(_connected, (CONNECTED,)),

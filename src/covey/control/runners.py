@@ -3,13 +3,18 @@
 An instance runs as one generation, which the runners' attempt numbers count; each node decides for its own runners
 from the others' reports, with these rules:
 
-1. While any runner of an instance is reported as failed, the others stop and wait.
+1. While any runner of an instance is reported as failed, or as waiting for memory, the others stop and wait: they
+   would hold what another instance could run with, and each of the two would wait for the other.
 2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen.
 3. Everybody else follows the highest attempt seen.
 4. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
 
 Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
 first rule the others stay stopped.
+
+A runner starts when its node has the memory for it. Where it has not, that is no failure: others may give back what
+they use, so it is looked at again with every probe. Nothing is said of memory while another runner takes or gives
+back some, nor before the first probe after that: the figures would count it twice, or not at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +25,12 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
+    MOVING_STATES,
     SERVING_STATES,
     STARTED_STATES,
     Begin,
     Link,
     Proceed,
-    Refuse,
     Retry,
     Runner,
     Stop,
@@ -53,7 +58,7 @@ class World(Struct, frozen=True):
     reports: dict[NodeId, NodeReport]
     paths: Mapping[ModelId, str]
     memory_bytes_free: int | None  # on this node now; None: not known yet, so nothing starts
-    is_memory_fresh: bool  # else a runner that has ended since may have freed more
+    is_memory_fresh: bool  # no runner has started, loaded or ended since
 
 
 class Runners:
@@ -124,9 +129,15 @@ class Runners:
         """What this node says of its runners, by id."""
         return tuple(self.runners[runner_id].report() for runner_id in sorted(self.runners))
 
-    def resident_bytes(self) -> dict[RunnerId, int]:
-        """Memory of the processes that have loaded and are not reaped yet, as they measured it."""
-        return {runner_id: runner.resident_bytes for runner_id, runner in self.runners.items() if runner.resident_bytes}
+    def held_bytes(self) -> dict[tuple[RunnerId, int], int]:
+        """Memory of each process, by runner and attempt, as it measured it when it had loaded; 0 before."""
+        running = [runner for runner in self.runners.values() if runner.has_process]
+        return {(runner.stage.runner_id, runner.attempt): runner.resident_bytes for runner in running}
+
+    @property
+    def is_memory_moving(self) -> bool:
+        """Whether one of them is taking memory or giving it back, so that a probe sees a part of that."""
+        return any(runner.has_process and runner.state in MOVING_STATES for runner in self.runners.values())
 
     def _assign(self, instances: Sequence[Instance]) -> None:
         """Makes a record for what is newly assigned, and marks what no longer is."""
@@ -181,8 +192,7 @@ class Runners:
             return True
         if not runner.has_process or runner.state not in STARTED_STATES:
             return False
-        someone_failed = any(other.report.state is RunnerState.FAILED for other in others.values())
-        return someone_failed or generation > runner.attempt or self._lost_neighbour(runner, others)
+        return _is_held_up(others) or generation > runner.attempt or self._lost_neighbour(runner, others)
 
     @staticmethod
     def _lost_neighbour(runner: Runner, others: dict[int, Neighbour]) -> bool:
@@ -194,20 +204,25 @@ class Runners:
         path = world.paths.get(runner.instance.card.model_id)
         last = runner.started_ms
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
-        someone_failed = any(other.report.state is RunnerState.FAILED for other in others.values())
-        if path is None or too_soon or someone_failed or world.memory_bytes_free is None:
+        if path is None or too_soon or not self._has_room(runner, others, world) or _is_held_up(others):
             return []
-        attempt, lack = _open_generation(runner, others), self._lack(runner, world.memory_bytes_free)
-        if lack is None:
-            return self._step(runner, Begin(attempt, self._spec(runner, path), now_ms))
-        if not world.is_memory_fresh:
-            return []  # the next probe tells
-        effects = self._step(runner, Refuse(attempt, lack))
-        self._note(now_ms, runner)
-        return effects
+        return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
 
-    def _lack(self, runner: Runner, free_bytes: int) -> str | None:
-        """Why `runner` does not fit into what is free and not promised to others here; None if it does.
+    def _has_room(self, runner: Runner, others: dict[int, Neighbour], world: World) -> bool:
+        """Whether what is free and not promised to others here is enough; if it surely is not, `runner` waits."""
+        if world.memory_bytes_free is None:
+            return False
+        lack = self._lack(runner, world.memory_bytes_free)
+        if lack and (self.is_memory_moving or not world.is_memory_fresh):
+            return False  # a later probe tells
+        if lack and not runner.waiting:
+            runner.attempt = _open_generation(runner, others) + 1  # the others stop, and begin in this one with it
+        self.revision += lack != runner.waiting
+        runner.waiting = lack
+        return not lack
+
+    def _lack(self, runner: Runner, free_bytes: int) -> str:
+        """What is missing for `runner`; nothing if it fits into what is free and not promised to others here.
 
         Placement leaves a margin of what is free to the machine's owner. What has shrunk since then may use it up.
         """
@@ -216,13 +231,10 @@ class Runners:
             for each in self.runners.values()
             if each.has_process
         )
-        missing = runner.stage.memory_bytes + promised - free_bytes
-        if missing <= 0:
-            return None
-        return (
-            f"memory: the runner needs {amount(runner.stage.memory_bytes)}; its node has {amount(free_bytes)} free, "
-            f"{amount(promised)} of that promised to other runners, so {amount(missing)} are missing"
-        )
+        if runner.stage.memory_bytes + promised <= free_bytes:
+            return ""
+        taken = f", {amount(promised)} of that promised to others," if promised else ","
+        return f"has too little memory now: {amount(free_bytes)} free{taken} {amount(runner.stage.memory_bytes)} needed"
 
     def _link(self, runner: Runner, others: dict[int, Neighbour], reports: dict[NodeId, NodeReport]) -> list[Effect]:
         """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""
@@ -280,6 +292,11 @@ def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, 
             if each.runner_id == stage.runner_id:
                 found[index] = Neighbour(report.boot, each)
     return found
+
+
+def _is_held_up(others: dict[int, Neighbour]) -> bool:
+    """Whether another runner of the instance can't go on, so that none of them can."""
+    return any(other.report.state is RunnerState.FAILED or other.report.waiting for other in others.values())
 
 
 def _open_generation(runner: Runner, others: dict[int, Neighbour]) -> int:

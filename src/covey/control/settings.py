@@ -53,6 +53,7 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
 
     fetch_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000, 60_000)  # the last one for ever: a hub may come back
     runner_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000)  # then the instance has failed
+    memory_wait_ms: int = 60_000  # a runner may wait for so long for others' memory before its wish is placed elsewhere
     runner_spacing_ms: int = 1_000  # between two starts of one runner, for whatever reason
     runner_healthy_ms: int = 60_000  # a runner that was ready for so long has its budget of failures back
     stop_grace_ms: int = 3_000

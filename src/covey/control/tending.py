@@ -1,24 +1,27 @@
 """What the leader mends without being asked: each wish has one instance, on nodes that are there.
 
 Where an instance has a stage on a node that is gone, the wish is placed again on what is left, and the old assignment
-stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. Of several
-instances whose nodes are all here (two leaders, apart for a while, each assigned the wish) one stays: a ready one if
-there is one, then one that serves requests, then the one that this leader has seen whole for longest.
+stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. A stage whose
+node has had too little memory for a while is mended alike, but until there is another place its instance goes on
+waiting. Of several instances whose nodes are all here (two leaders, apart for a while, each assigned the wish) one
+stays: a ready one if there is one, then one that serves requests, then the one that this leader has seen whole for
+longest.
 """
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written, assignment, wish_of
 from covey.control.dormancy import lacks
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import place
-from covey.control.routing import Reports, is_ready, options_of, request_count
-from covey.schema.cluster import Instance, Refused, Wish
+from covey.control.routing import Reports, is_ready, options_of, request_count, waits_for_memory
+from covey.schema.cluster import Instance, Refused, Version, Wish
 from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import Shard
 
-DORMANT_MAX: Final = 2  # of one wish: the sides of a cut; of more the lower ids go
+DORMANT_MAX: Final = 2  # of one wish: the sides of a cut; of more those go that were assigned first
 
 Look = Callable[[tuple[Instance, ...]], Context]  # at the nodes as they would be without these instances
 
@@ -26,15 +29,25 @@ Look = Callable[[tuple[Instance, ...]], Context]  # at the nodes as they would b
 class Tending:
     """Decides, one wish at a time, so that each placement sees what the one before it has promised."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, memory_wait_ms: int) -> None:
         self.cluster = cluster
+        self.memory_wait_ms = memory_wait_ms
         self.whole_since_ms: dict[InstanceId, int] = {}
+        self.waiting_since_ms: dict[InstanceId, int] = {}  # for memory
+        self.stuck: frozenset[InstanceId] = frozenset()  # that have waited for it for too long
         self.refused_with: dict[str, tuple[Candidate, ...]] = {}  # by wish: the nodes that could not hold it
 
-    def look_around(self, now_ms: int, gone: Collection[NodeId]) -> None:
-        """Notes which instances have all their nodes here, once before `mend` is asked about each wish."""
-        whole = [each.instance_id for each in self.cluster.instances.values() if not lacks(each, gone)]
+    def look_around(self, now_ms: int, gone: Collection[NodeId], reports: Reports) -> None:
+        """Notes how the instances are, once before `mend` is asked about each wish."""
+        instances = self.cluster.instances.values()
+        whole = [each.instance_id for each in instances if not lacks(each, gone)]
+        waiting = [each.instance_id for each in instances if waits_for_memory(each, reports)]
         self.whole_since_ms = {each: self.whole_since_ms.get(each, now_ms) for each in whole}
+        self.waiting_since_ms = {each: self.waiting_since_ms.get(each, now_ms) for each in waiting}
+        self.stuck = frozenset(
+            each for each, since_ms in self.waiting_since_ms.items() if now_ms - since_ms >= self.memory_wait_ms
+        )
+        self.refused_with = {key: nodes for key, nodes in self.refused_with.items() if key in self.cluster.wishes}
 
     def mend(self, wish: Wish, look: Look, reports: Reports, gone: Collection[NodeId]) -> tuple[Written, ...]:
         """What to write for this wish; usually nothing. What only a newer version understands is left to its leader."""
@@ -42,12 +55,13 @@ class Tending:
             return ()
         mine = [each for each in self.cluster.instances.values() if each.wish_id == wish.wish_id]
         whole = sorted((each for each in mine if not lacks(each, gone)), key=lambda each: self._rank(each, reports))
-        dormant = sorted((each for each in mine if lacks(each, gone)), key=lambda each: each.instance_id, reverse=True)
+        dormant = sorted((each for each in mine if lacks(each, gone)), key=self._version, reverse=True)
         dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in [*whole[1:], *dormant[DORMANT_MAX:]])
-        if whole:
+        if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
             return dropped
-        return dropped + self._replace(wish, look(tuple(mine)))
+        replaced = self._replace(wish, look(tuple(mine)), whole[:1])
+        return (*dropped, *replaced, *(Written(INSTANCE + each.instance_id, None) for each in whole[:1] if replaced))
 
     def leftovers(self) -> tuple[Written, ...]:
         """Instances whose wish was deleted, where another leader assigned it again meanwhile."""
@@ -63,12 +77,21 @@ class Tending:
         since_ms = self.whole_since_ms.get(instance.instance_id, sys.maxsize)
         return not is_ready(instance, reports), is_idle, since_ms, instance.instance_id
 
-    def _replace(self, wish: Wish, context: Context) -> tuple[Written, ...]:
+    def _version(self, instance: Instance) -> Version:
+        """The later it was assigned, the higher."""
+        return self.cluster.entries[INSTANCE + instance.instance_id].version
+
+    def _replace(self, wish: Wish, context: Context, stuck: Sequence[Instance]) -> tuple[Written, ...]:
+        """Another assignment than those that are stuck, if there is one."""
         if self.refused_with.get(wish.wish_id) == context.nodes:
             return ()
         placement = place(wish.card, context.nodes, options_of(wish, context.nodes))
-        if isinstance(placement, Refused):
+        instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
+        if instance is None or any(_shards(each) == _shards(instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
             return ()
-        instance = assignment(wish, placement, context)
         return (Written(INSTANCE + instance.instance_id, instance),)
+
+
+def _shards(instance: Instance) -> list[tuple[NodeId, Shard]]:
+    return [(stage.node_id, stage.shard) for stage in instance.stages]

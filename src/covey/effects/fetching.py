@@ -4,10 +4,12 @@ Beside the file lies a lock, and a work folder that holds what a source needs un
 into place. Whoever finds the lock taken waits, and sees the other's progress by what grows in the work folder.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +19,8 @@ import anyio.to_thread
 from covey.effects.durable import LockedError, locked, sync_folder
 
 POLL_MS: Final = 200  # of the lock, and of what has grown
+# Of a disk: full, not ours, or not to be written to.
+NEEDS_A_PERSON: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
 FREE_BYTES_MIN: Final = 64 * 1024 * 1024  # a disk that is full to the brim breaks more than the download
 
 Progress = Callable[[int, int], None]  # bytes done, of bytes in all
@@ -24,14 +28,21 @@ Fetch = Callable[[Path], Awaitable[Path]]
 
 
 class FetchError(Exception):
-    """A model's file can't be made present; the message is one sentence for a person."""
+    """A model's file can't be made present; the message is one sentence for a person.
+
+    `is_final`: another try would end alike, until a person does something about it.
+    """
+
+    def __init__(self, message: str, *, is_final: bool = False) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
 class HubError(FetchError):
     """The hub has not what was asked for, or can't be asked. `status` is the HTTP status that fits."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, status: int, *, is_final: bool = False) -> None:
+        super().__init__(message, is_final=is_final or status < HTTPStatus.INTERNAL_SERVER_ERROR)
         self.status = status
 
 
@@ -58,7 +69,8 @@ async def make_present(path: Path, file_bytes: int, progress: Progress, fetch: F
         except FetchError as error:
             failures.append(error)
         except OSError as error:
-            failures.append(FetchError(f"the model can't be stored in {path.parent}: {error.strerror or error}"))
+            message = f"the model can't be stored in {path.parent}: {error.strerror or error}"
+            failures.append(FetchError(message, is_final=error.errno in NEEDS_A_PERSON))
         tasks.cancel_scope.cancel()
     for failure in failures:
         raise failure
@@ -71,7 +83,8 @@ def expect_space(folder: Path, needed_bytes: int) -> None:
     if missing_bytes > 0:
         raise FetchError(
             f"the disk of {folder} has {free_bytes} bytes free, {missing_bytes} too few for this model; "
-            "free some space, or move all data with COVEY_HOME"
+            "free some space, or move all data with COVEY_HOME",
+            is_final=True,
         )
 
 
@@ -89,7 +102,8 @@ async def _fetch_alone(path: Path, file_bytes: int, fetch: Fetch) -> None:
         work.mkdir(exist_ok=True)
         whole = await fetch(work)
         if not is_present(whole, file_bytes):
-            raise FetchError(f"the file fetched for {path.name} does not have the {file_bytes} bytes that it should")
+            message = f"the file fetched for {path.name} does not have the {file_bytes} bytes that it should"
+            raise FetchError(message, is_final=True)
         await anyio.to_thread.run_sync(_settle, whole, path, work)
 
 

@@ -168,14 +168,15 @@ def _expect_hash(path: Path, file: HubFile) -> None:
             digest.update(chunk)
     if digest.hexdigest() != file.sha256:
         path.unlink()
-        raise HubError(f"what came for {_name(file.source)} is damaged: its SHA-256 differs; fetch it again", 502)
+        raise HubError(f"what came for {_name(file.source)} is damaged: its SHA-256 differs", 502, is_final=True)
 
 
 # ---- what went wrong ----
 
 
 def _resized(file: HubFile, size: int) -> HubError:
-    return HubError(f"{_name(file.source)} has {size} bytes, not the {file.file_bytes} that the hub told before", 502)
+    message = f"{_name(file.source)} has {size} bytes, not the {file.file_bytes} that the hub told before"
+    return HubError(message, 502, is_final=True)
 
 
 def _status(error: Exception) -> int:
@@ -200,7 +201,7 @@ def _pause_s(error: httpx2.HTTPError, tries: int) -> float:
 def _explained(source: HubSource, error: Exception) -> HubError:
     name, status = _name(source), _status(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError(f"{name} can't be looked up because HF_HUB_OFFLINE is set; unset it", 503)
+        return HubError(f"{name} can't be looked up because HF_HUB_OFFLINE is set; unset it", 503, is_final=True)
     if isinstance(error, HFValidationError):
         return HubError(f"{name} can't be a file on a hub: {error}", 400)
     if isinstance(error, RevisionNotFoundError):

@@ -167,7 +167,8 @@ async def _located(card: ModelCard, source: HubSource) -> "HubFile":
     if file.file_bytes != card.file_bytes:
         raise FetchError(
             f"{card.model_id} has changed on the hub: it has {file.file_bytes} bytes, not {card.file_bytes}; "
-            "place it anew"
+            "place it anew",
+            is_final=True,
         )
     return file
 
@@ -203,19 +204,21 @@ def _card_of_file(name: str) -> ModelCard:
 def _expect_file(path: Path, card: ModelCard) -> None:
     """A file that a person named is never fetched: it must lie at its path on each node that holds a part of it."""
     if path.exists() and not path.is_file():
-        raise FetchError(f"{path} is not a regular file on this node")
+        raise FetchError(f"{path} is not a regular file on this node", is_final=True)
     try:
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)
     except OSError as error:
         raise FetchError(
             f"{path} can't be read on this node ({error.strerror or error}); a model named by its path must lie "
-            "there on every node that runs a part of it"
+            "there on every node that runs a part of it",
+            is_final=True,
         ) from None
     if file_bytes != card.file_bytes:
         raise FetchError(
             f"{path} has {file_bytes} bytes on this node, not the {card.file_bytes} of the file that was placed; "
-            "copy the same file to every node"
+            "copy the same file to every node",
+            is_final=True,
         )
 
 

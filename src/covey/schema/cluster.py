@@ -112,7 +112,7 @@ class Hardware(Struct, frozen=True, kw_only=True):
 class DownloadState(StrEnum):
     ONGOING = "Ongoing"
     COMPLETED = "Completed"
-    FAILED = "Failed"
+    FAILED = "Failed"  # until a person does something about it
 
 
 class DownloadReport(Struct, frozen=True, kw_only=True):
@@ -121,7 +121,7 @@ class DownloadReport(Struct, frozen=True, kw_only=True):
     bytes_done: int
     bytes_total: int
     bytes_per_second: float = 0.0
-    reason: str = ""  # when failed: one sentence
+    reason: str = ""  # when failed, or while it waits to be tried again: one sentence
 
 
 class RunnerReport(Struct, frozen=True, kw_only=True):
@@ -137,6 +137,7 @@ class RunnerReport(Struct, frozen=True, kw_only=True):
     requests_running: int = 0
     requests_queued: int = 0
     reason: str = ""  # when failed: one sentence, then the last lines of its log
+    waiting: str = ""  # while it lacks memory to start: "has too little memory now: ...", said of its node
 
 
 class NodeReport(Struct, frozen=True, tag=True, kw_only=True):

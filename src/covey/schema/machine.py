@@ -83,6 +83,7 @@ class FetchFailed(Struct, frozen=True, tag=True):
     model_id: ModelId
     attempt: int
     reason: str
+    is_final: bool = False  # another try ends alike until a person does something about it
 
 
 class RunnerStarted(Struct, frozen=True, tag=True):

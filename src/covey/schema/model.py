@@ -51,9 +51,10 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     vocabulary_size: int
     context_length_max: int  # tokens, as trained
     file_bytes: int
-    layer_bytes: tuple[int, ...]  # bytes of the tensors of each layer, in the file
-    embedding_bytes: int  # what the first stage needs beside its layers
-    output_bytes: int  # what the last stage needs beside its layers (counts a tied embedding again)
+    # In a runner's memory, which is more than in the file: a runner holds the weights as its kernels take them.
+    layer_bytes: tuple[int, ...]  # of the tensors of each layer
+    embedding_bytes: int  # of what the first stage needs beside its layers
+    output_bytes: int  # of what the last stage needs beside its layers (counts a tied embedding again)
 
 
 class Shard(Struct, frozen=True):

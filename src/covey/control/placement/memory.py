@@ -7,7 +7,6 @@ from msgspec import Struct
 from covey.schema.model import ModelCard, Shard
 
 MEBIBYTE: Final = 1024 * 1024
-WEIGHTS_PERCENT: Final = 125  # of the file's bytes: repacked blocks, side products and scales beside the 4-bit data
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
 RUNNER_OVERHEAD_BYTES: Final = 150 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
@@ -30,17 +29,17 @@ def kv_bytes_of_layer(load: Load) -> int:
 
 def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
-    return _in_memory(load.card.layer_bytes[layer]) + kv_bytes_of_layer(load)
+    return load.card.layer_bytes[layer] + kv_bytes_of_layer(load)
 
 
 def first_bytes(load: Load) -> int:
     """What the first stage holds beside its layers."""
-    return _in_memory(load.card.embedding_bytes)
+    return load.card.embedding_bytes
 
 
 def last_bytes(load: Load) -> int:
     """What the last stage holds beside its layers."""
-    return _in_memory(load.card.output_bytes)
+    return load.card.output_bytes
 
 
 def shard_bytes(load: Load, shard: Shard) -> int:
@@ -62,7 +61,3 @@ def still_to_take_bytes(counted_bytes: int, resident_bytes: int | None) -> int:
     A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill.
     """
     return counted_bytes if resident_bytes is None else max(counted_bytes - resident_bytes, 0)
-
-
-def _in_memory(file_bytes: int) -> int:
-    return file_bytes * WEIGHTS_PERCENT // 100

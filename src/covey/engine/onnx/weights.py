@@ -7,7 +7,15 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_tensor
-from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, is_known, known_types, pack
+from covey.checkpoints.quantization import (
+    PackedBlocks,
+    dequantize,
+    is_blocked,
+    is_known,
+    known_types,
+    pack,
+    stays_in_table,
+)
 from covey.engine.contract import EngineError
 from covey.engine.onnx.settings import LlamaSettings
 from covey.schema.model import Shard
@@ -143,7 +151,7 @@ class StageFile:
 
     def _table(self) -> Table:
         entry = self._header.tensors[EMBEDDING]
-        if entry.type == "F16":
+        if stays_in_table(entry.type):
             return self._read(EMBEDDING).view("<f2").reshape(entry.shape)
         return self._matrix(EMBEDDING)
 

@@ -1,0 +1,50 @@
+"""Which figure of its memory a node goes by."""
+
+from random import Random
+
+from msgspec.structs import replace
+
+from covey.control.reports import Held, MemoryFigures
+from covey.control.settings import MachineSettings
+from covey.schema.cluster import Hardware
+from covey.schema.ids import RunnerId
+from simulation.world import World
+
+FIRST, SECOND = (RunnerId("i.0"), 1), (RunnerId("j.0"), 1)
+GIGABYTE = 10**9
+
+
+def hardware(free_bytes: int) -> Hardware:
+    probed = World(Random(1)).add("ada", 8 * GIGABYTE).hardware()
+    return replace(probed, memory_bytes_available=free_bytes)
+
+
+def shown(figures: MemoryFigures, held: Held) -> int:
+    found = figures.show(held)
+    assert found is not None
+    return found.memory_bytes_available
+
+
+def test_what_a_runner_takes_while_it_loads_is_counted_once() -> None:
+    """Where its memory is promised in full, a probe that sees a part of it missing already would count that twice."""
+    figures = MemoryFigures(MachineSettings())
+    figures.probe(hardware(1000 * GIGABYTE), {}, is_settled=True)
+    loading, loaded = {FIRST: 0}, {FIRST: 450 * GIGABYTE}
+    assert not figures.is_fresh(loading)
+    figures.probe(hardware(700 * GIGABYTE), loading, is_settled=False)
+    assert shown(figures, loading) == 1000 * GIGABYTE
+    assert figures.free_bytes(loading) == 700 * GIGABYTE  # what is surely free
+    assert figures.is_fresh(loading)
+    assert shown(figures, loaded) == figures.free_bytes(loaded) == 550 * GIGABYTE
+    assert not figures.is_fresh(loaded)
+    figures.probe(hardware(540 * GIGABYTE), loaded, is_settled=True)
+    assert shown(figures, loaded) == figures.free_bytes(loaded) == 540 * GIGABYTE
+    again = {FIRST: 450 * GIGABYTE, SECOND: 50 * GIGABYTE}
+    assert figures.free_bytes(again) == 490 * GIGABYTE
+
+
+def test_figures_are_stale_once_a_runner_has_ended() -> None:
+    figures = MemoryFigures(MachineSettings())
+    assert figures.free_bytes({}) is None
+    figures.probe(hardware(99 * GIGABYTE), {FIRST: 0}, is_settled=True)
+    assert not figures.is_fresh({})

@@ -1,0 +1,155 @@
+"""What the leader mends, one wish at a time."""
+
+from msgspec.structs import replace
+
+from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written
+from covey.control.placement.memory import Load, shard_bytes
+from covey.control.placement.nodes import Candidate
+from covey.control.tending import Tending
+from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage, Wish
+from covey.schema.ids import InstanceId, NodeId, RunnerId
+from covey.schema.model import Shard
+from covey.schema.runner import RunnerState
+from simulation.people import SMALL
+
+ADA, BEA, LOST = NodeId("ada"), NodeId("bea"), NodeId("lost")
+WISHED = Wish(wish_id="w", card=SMALL, node_count_min=1, context_length=512, slot_count=1)
+NEEDED = shard_bytes(Load(SMALL, 512, 1), Shard(0, 6, 6))
+WAIT_MS = 60_000
+
+
+def instance(mark: str, node_id: NodeId) -> Instance:
+    stage = Stage(RunnerId(f"w.{mark}.0"), node_id, Shard(0, 6, 6), NEEDED)
+    return Instance(
+        instance_id=InstanceId(f"w.{mark}"),
+        wish_id="w",
+        card=SMALL,
+        context_length=512,
+        slot_count=1,
+        engine="fake",
+        stages=(stage,),
+    )
+
+
+def node(node_id: NodeId, free_bytes: int) -> Candidate:
+    return Candidate(
+        node_id=node_id,
+        name=node_id,
+        machine_id=node_id,
+        memory_bytes_total=10**10,
+        memory_bytes_free=free_bytes,
+    )
+
+
+def written(assigned: Instance) -> Written:
+    return Written(INSTANCE + assigned.instance_id, assigned)
+
+
+class Leader:
+    """The leader's tending, with what it sees written by hand."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(ADA)
+        self.cluster.apply((Written(WISH + "w", WISHED),))
+        self.tending = Tending(self.cluster, WAIT_MS)
+        self.nodes: tuple[Candidate, ...] = ()
+        self.reports: dict[NodeId, NodeReport] = {}
+
+    def report(self, assigned: Instance, waiting: str) -> None:
+        """What the node of its only stage says."""
+        [stage] = assigned.stages
+        runner = RunnerReport(
+            runner_id=stage.runner_id,
+            instance_id=assigned.instance_id,
+            state=RunnerState.IDLE,
+            attempt=1,
+            waiting=waiting,
+        )
+        self.reports[stage.node_id] = NodeReport(
+            node_id=stage.node_id,
+            boot=1,
+            sequence=1,
+            name=stage.node_id,
+            version="1",
+            api_address=None,
+            hardware=None,
+            downloads=(),
+            runners=(runner,),
+        )
+
+    def mend(self, now_ms: int = 0) -> dict[str, Instance | None]:
+        """What is written, as in one round of mending."""
+        self.tending.look_around(now_ms, [LOST], self.reports)
+        events = self.tending.mend(WISHED, lambda _: self.context(), self.reports, [LOST])
+        self.cluster.apply(events)
+        return {event.key.removeprefix(INSTANCE): event.value for event in events}  # type: ignore[misc]
+
+    def context(self) -> Context:
+        return Context(command_id="w", asked_at=None, instance_mark="a-1-99", engine="fake", nodes=self.nodes)
+
+
+def test_of_the_dormant_the_latest_assigned_are_kept_whatever_their_ids_and_whoever_assigned_them() -> None:
+    leader = Leader()
+    leader.cluster.apply((written(instance("a-1-9", LOST)),))
+    other = Cluster(BEA)
+    other.merge(leader.cluster.entries)
+    leader.cluster.merge(other.apply((written(instance("b-1-3", LOST)),)))
+    leader.cluster.apply((written(instance("a-1-10", LOST)),))
+    assert leader.mend() == {"w.a-1-9": None}
+
+
+def test_what_could_not_be_placed_is_not_remembered_for_longer_than_its_wish() -> None:
+    leader = Leader()
+    assert leader.mend() == {}
+    assert list(leader.tending.refused_with) == ["w"]
+    leader.cluster.apply((Written(WISH + "w", None),))
+    leader.tending.look_around(1, [], {})
+    assert leader.tending.refused_with == {}
+
+
+def waiting_on_bea() -> Leader:
+    leader = Leader()
+    assigned = instance("a-1-1", BEA)
+    leader.cluster.apply((written(assigned),))
+    leader.report(assigned, "has too little memory now")
+    leader.nodes = (node(ADA, 2 * NEEDED), node(BEA, NEEDED // 2))
+    return leader
+
+
+def test_what_has_waited_for_memory_for_a_while_is_placed_where_there_is_some() -> None:
+    leader = waiting_on_bea()
+    assert leader.mend(0) == {}
+    assert leader.mend(WAIT_MS - 1) == {}
+    events = leader.mend(WAIT_MS)
+    assert events.pop("w.a-1-1") is None
+    [placed] = events.values()
+    assert placed is not None
+    assert [stage.node_id for stage in placed.stages] == [ADA]
+
+
+def test_a_wait_for_memory_that_ends_is_forgotten() -> None:
+    leader = waiting_on_bea()
+    leader.mend(0)
+    leader.report(instance("a-1-1", BEA), "")
+    leader.mend(WAIT_MS - 1)
+    leader.report(instance("a-1-1", BEA), "has too little memory now")
+    assert leader.mend(WAIT_MS) == {}
+
+
+def test_what_fits_nowhere_else_goes_on_waiting_for_memory() -> None:
+    leader = waiting_on_bea()
+    leader.mend(0)
+    leader.nodes = (node(ADA, NEEDED // 2), node(BEA, NEEDED // 2))
+    assert leader.mend(WAIT_MS) == {}
+    leader.nodes = (node(ADA, NEEDED // 2), node(BEA, 2 * NEEDED))  # it is not placed anew where it is
+    assert leader.mend(WAIT_MS + 1) == {}
+    leader.nodes = (node(ADA, 2 * NEEDED), node(BEA, NEEDED // 2))
+    assert len(leader.mend(WAIT_MS + 2)) == 2
+
+
+def test_nodes_that_were_chosen_stay_the_only_ones() -> None:
+    leader = waiting_on_bea()
+    chosen = replace(WISHED, node_ids=(BEA,))
+    leader.tending.look_around(0, [], leader.reports)
+    leader.tending.look_around(WAIT_MS, [], leader.reports)
+    assert leader.tending.mend(chosen, lambda _: leader.context(), leader.reports, []) == ()
