@@ -255,7 +255,7 @@ async def test_the_last_report_from_before_the_first_link_arrives(cluster: str) 
         a.send_to(B, report(A, 4))
         async with joined(B, inbox, settings_of(cluster)):
             await send_until(lambda: None, lambda: len(inbox.messages) == 2)
-    assert inbox.messages == [report(A, 3), report(A, 4)]
+    assert set(inbox.messages) == {report(A, 3), report(A, 4)}  # two ways through the mesh: in either order
 
 
 async def test_a_hung_mesh_process_is_replaced(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def take_apart(entry: TensorEntry, content: Bytes) -> Blocks:
 
 
 def held_bytes(entry: TensorEntry) -> int:
-    """What `pack` or `dequantize` makes of it, which a runner holds; of a type that isn't known as much as of floats."""
+    """What `pack` or `dequantize` makes of it, which a runner holds; an unknown type counts as floats."""
     count = math.prod(entry.shape)
     if not is_blocked(entry.type):
         return FLOAT_BYTES * count
