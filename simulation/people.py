@@ -34,14 +34,14 @@ def card(name: str, layer_count: int, layer_bytes: int) -> ModelCard:
         context_length_max=4096,
         file_bytes=layer_count * layer_bytes + 20 * MEGABYTE,
         layer_bytes=(layer_bytes,) * layer_count,
-        embedding_bytes=10 * MEGABYTE,
-        output_bytes=10 * MEGABYTE,
+        embedding_bytes=12_500_000,
+        output_bytes=12_500_000,
     )
 
 
-SMALL = card("small", 6, 10 * MEGABYTE)
-LARGE = card("large", 24, 100 * MEGABYTE)
-HUGE = card("huge", 40, 2_000 * MEGABYTE)
+SMALL = card("small", 6, 12_500_000)
+LARGE = card("large", 24, 125 * MEGABYTE)
+HUGE = card("huge", 40, 2_500 * MEGABYTE)
 
 
 class People:

@@ -10,7 +10,7 @@ def tensor(name: str, byte_count: int, *, kind: str = "Q4_1", shape: tuple[int, 
 
 
 def llama_header(*, tied: bool = True, without: str = "", **changed: Any) -> GgufHeader:
-    """Three layers of 1000 bytes; `changed` metadata is written `llama__block_count`."""
+    """Three layers of 1000 bytes in the file; `changed` metadata is written `llama__block_count`."""
     metadata: dict[str, Any] = {
         "general.architecture": "llama",
         "llama.block_count": 3,

@@ -45,14 +45,14 @@ def test_a_card_says_what_the_header_says() -> None:
         vocabulary_size=100,
         context_length_max=2048,
         file_bytes=4557,
-        layer_bytes=(1000, 1000, 1000),
-        embedding_bytes=707,  # rope factors may be needed anywhere
-        output_bytes=757,  # the embedding again, as it is tied
+        layer_bytes=(304, 304, 304),  # two packed blocks of 24 bytes, and 64 floats
+        embedding_bytes=7456,  # 200 packed blocks of 36 bytes; rope factors may be needed anywhere
+        output_bytes=7712,  # the embedding again, as it is tied
     )
 
 
 def test_an_output_of_its_own_replaces_the_tied_embedding() -> None:
-    assert card_of(llama_header(tied=False)).output_bytes == 857
+    assert card_of(llama_header(tied=False)).output_bytes == 560
 
 
 def test_what_may_be_missing_has_a_default() -> None:

@@ -157,7 +157,7 @@ def test_one_node_is_enough_for_a_small_model() -> None:
 
 def test_a_large_model_finds_its_place_among_many_small_nodes() -> None:
     nodes = [node(f"n{number:02}", 6 * GB) for number in range(16)]
-    placed = place(card((500 * MB,) * 80), nodes, Options(context_length=1024))
+    placed = place(card((625 * MB,) * 80), nodes, Options(context_length=1024))
     assert len(layout(placed)) == 10
 
 
@@ -211,7 +211,7 @@ def test_promised_memory_is_not_given_twice() -> None:
 def test_a_refusal_says_how_much_is_missing_and_where() -> None:
     nodes = [node("kitchen-pi", 1_100 * MB), node("desk", 6 * GB)]
     options = Options(context_length=1024, slot_count=1)
-    assert reason(place(card((300 * MB,) * 32), nodes, options)) == (
+    assert reason(place(card((375 * MB,) * 32), nodes, options)) == (
         "model needs 12.2 GB on 1 node with a context of 1024 tokens in 1 slot; the cluster has 6.3 GB to give, so "
         "5.8 GB are missing: desk 5.4 GB of 12.0 GB; kitchen-pi 990 MB of 2.2 GB. "
         "Free memory, add a node, or choose a smaller model."
