@@ -31,7 +31,8 @@ def answer(admit: Admit, token_ids: Sequence[int], cached_tokens: int = 0) -> li
     """What a well-behaved head says: the prompt is read, the tokens, the end."""
     name, attempt, first = admit.request_id, admit.attempt, len(admit.token_ids)
     tokens = [TokenSampled(name, attempt, first + i, token_id) for i, token_id in enumerate(token_ids)]
-    end = Ended(name, attempt, FinishReason.STOP, len(token_ids) + 1, TIMINGS)
+    generated = first + len(token_ids) - admit.prompt_length
+    end = Ended(name, attempt, FinishReason.STOP, generated + 1, TIMINGS)
     return [Prefilled(name, attempt, first, first, cached_tokens), *tokens, end]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from covey.checkpoints.gguf_file import GgufHeader
-from covey.schema.cluster import ClusterState, Member
+from covey.schema.cluster import ClusterState, Member, Visibility
 from covey.schema.generation import (
     Admit,
     Broken,
@@ -32,6 +34,7 @@ from covey.schema.generation import (
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address, RunnerState
+from covey.serving import choosing as choosing_module
 from covey.serving import serving as serving_module
 from covey.serving.model_text import ModelTexts
 from covey.serving.refusal import RefusedError
@@ -100,8 +103,20 @@ def at(state: ClusterState, address: Address) -> ClusterState:
     return msgspec.structs.replace(state, members=tuple(moved(each) for each in state.members))
 
 
+def away(state: ClusterState) -> ClusterState:
+    """The same with its first node unseen."""
+    first, *others = state.members
+    unseen = msgspec.structs.replace(first, visibility=Visibility.AWAY)
+    return msgspec.structs.replace(state, members=(unseen, *others), revision=state.revision + 1)
+
+
 def says(text: str) -> Callable[[Admit], list[HeadEvent]]:
     return lambda admit: answer(admit, list(text.encode()))
+
+
+def rest_of(text: str) -> Callable[[Admit], list[HeadEvent]]:
+    """An honest head's, also where the answer was begun elsewhere."""
+    return lambda admit: answer(admit, list(text.encode())[len(admit.token_ids) - admit.prompt_length :])
 
 
 async def all_of(serving: Serving, asked: GenerationRequest) -> list[GenerationEvent]:
@@ -244,20 +259,103 @@ def test_a_cancelled_task_cancels_at_the_head() -> None:
 # ---- what can go wrong ----
 
 
-def test_a_lost_connection_is_a_failure_and_the_next_request_opens_another() -> None:
+def test_an_answer_goes_on_where_its_connection_was_lost() -> None:
+    """Four tokens of it had come, the last of them in the middle of a character."""
+
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
-        events = await all_of(serving, request())
-        assert isinstance(events[-1], GenerationFailed)
-        assert events[-1].status == 503
-        assert events[-1].message.endswith("ended. Send the request again.")
+        task = asyncio.create_task(all_of(serving, request(seed=9, token_count_max=50)))
+        await until(lambda: head.admits)
         head.hang_up_after = None
-        assert text_of(await all_of(serving, request())) == "Hello"
+        events = await task
+        first, second = head.admits
+        assert second == msgspec.structs.replace(first, attempt=2, token_ids=(*b"Hi", *"Grüße".encode()[:3]))
+        assert text_of(events) == "Grüße"
+        assert ids_of(events) == "Grüße".encode()
+        assert [type(event) for event in events].count(GenerationStarted) == 1
+        assert isinstance(events[-1], GenerationFinished)
+        assert events[-1].usage == Usage(2, 8)
         assert head.connections == 2
+
+    with_head(FakeHead(rest_of("Grüße"), hang_up_after=4), story)
+
+
+@given(st.lists(st.integers(0, 8), max_size=4), st.sampled_from(["", "END", "🐦"]))
+def test_however_often_it_breaks_the_answer_is_the_same(breaks: list[int], stop: str) -> None:
+    whole = "Der 🐦 sang. END Amen"
+
+    def say(admit: Admit) -> list[HeadEvent]:
+        events = rest_of(whole)(admit)
+        if len(head.admits) > len(breaks):
+            return events
+        broken = Broken(admit.request_id, admit.attempt, "A part of the model was lost.", 503)
+        return [*events[: 1 + breaks[len(head.admits) - 1]], broken]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        events = await all_of(serving, request(stop=(stop,) if stop else ()))
+        assert text_of(events) == (whole.partition(stop)[0] if stop else whole)
+        assert whole.encode().startswith(ids_of(events))
+        assert isinstance(events[-1], GenerationFinished)
+        assert [admit.attempt for admit in head.admits] == [*range(1, len(head.admits) + 1)]
+
+    head = FakeHead(say)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving_module, "SPACING_S", 0.0)
+        with_head(head, story)
+
+
+def test_a_head_that_fell_silent_is_left_when_its_machine_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stopped, or its cable was pulled: nothing closes the connection."""
+    monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
+
+    async def run() -> None:
+        silent, other = FakeHead(lambda admit: rest_of("Hello")(admit)[:3]), FakeHead(rest_of("Hello"))
+        async with silent.listening(), other.listening():
+            node = Node(silent.address, READY, READY)
+            async with node.serving() as serving:
+                task = asyncio.create_task(all_of(serving, request()))
+                await until(lambda: silent.admits)
+                await asyncio.sleep(0.2)
+                assert not task.done(), "as long as the cluster sees it, it may be computing"
+                node.state = away(node.state)
+                await until(lambda: silent.cancels)
+                assert not task.done()
+                node.state = at(cluster(READY, READY, revision=9), other.address)
+                assert text_of(await task) == "Hello"
+                assert other.admits[0].token_ids == (*b"Hi", *b"He")
+
+    told(run)
+
+
+def test_an_answer_is_not_gone_on_with_by_another_file_of_that_name() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        (instance,) = node.state.instances
+        other = msgspec.structs.replace(instance, card=msgspec.structs.replace(CARD, quantization="Q8_0"))
+        node.state = msgspec.structs.replace(node.state, instances=(other,))
+        failed = (await task)[-1]
+        assert isinstance(failed, GenerationFailed)
+        assert "Another file goes by the name" in failed.message
+        assert len(head.admits) == 1
 
     with_head(FakeHead(says("Hello"), hang_up_after=3), story)
 
 
-def test_a_head_that_is_not_there() -> None:
+def test_a_model_that_is_stopped_meanwhile_ends_the_answer_with_the_reason() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        node.state = msgspec.structs.replace(node.state, instances=(), wishes=())
+        failed = (await task)[-1]
+        assert isinstance(failed, GenerationFailed)
+        assert "ended. Tiny-Chat is not placed" in failed.message
+
+    with_head(FakeHead(says("Hello"), hang_up_after=3), story)
+
+
+def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "REACH_S_MAX", 0.5)
+
     async def run() -> None:
         async with FakeHead(says("")).listening() as head:
             gone = head.address
@@ -276,15 +374,19 @@ def test_a_head_that_refuses_before_anything_else() -> None:
     with_head(FakeHead(lambda admit: [Broken(admit.request_id, 1, "Busy.", 429)]), story)
 
 
-def test_a_head_that_breaks_after_it_queued_the_request() -> None:
+def test_a_request_that_breaks_every_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "SPACING_S", 0.0)
+
     def say(admit: Admit) -> list[HeadEvent]:
-        name = admit.request_id
-        return [Queued(name, 1, 3), Broken(name, 1, "The node berta is lost.", 503)]
+        name, attempt = admit.request_id, admit.attempt
+        return [Queued(name, attempt, 3), Broken(name, attempt, "The node berta is lost.", 503)]
 
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
-        events = await all_of(serving, request())
-        assert isinstance(events[0], GenerationStarted)
-        assert events[1:] == [GenerationFailed("The node berta is lost.", 503)]
+        started, failed = await all_of(serving, request())
+        assert isinstance(started, GenerationStarted)
+        assert isinstance(failed, GenerationFailed)
+        assert failed.message.startswith("The node berta is lost. This was attempt 5")
+        assert (failed.status, len(head.admits)) == (503, 5)
 
     with_head(FakeHead(say), story)
 
@@ -415,7 +517,7 @@ def test_a_model_that_loads_is_waited_for() -> None:
 
 
 def test_a_model_that_loads_for_too_long_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_module, "READY_S_MAX", 0.0)
+    monkeypatch.setattr(choosing_module, "READY_S_MAX", 0.0)
 
     async def run() -> None:
         async with Node(Address("127.0.0.1", 9), READY, RunnerState.LOADING).serving() as serving:

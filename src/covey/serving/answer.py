@@ -4,7 +4,7 @@ Every token that is accepted is told exactly once, with the text that it made po
 rest of a character, or because it could be the beginning of a stop string.
 """
 
-from covey.schema.generation import Admit, TextGenerated, TokenSampled
+from covey.schema.generation import TextGenerated, TokenSampled
 from covey.text.detokenize import IncrementalDecoder
 from covey.text.stop import StopStrings
 
@@ -14,25 +14,24 @@ class OutOfOrderError(Exception):
 
 
 class AnswerText:
-    """The text of one request."""
+    """The text of one request, whose prompt has `prompt_length` tokens."""
 
-    def __init__(self, decoder: IncrementalDecoder, stops: StopStrings, admit: Admit) -> None:
+    def __init__(self, decoder: IncrementalDecoder, stops: StopStrings, prompt_length: int) -> None:
         self._decoder = decoder
         self._stops = stops
-        self._attempt = admit.attempt
-        self._next_position = len(admit.token_ids)
+        self._prompt_length = prompt_length
         self._waiting: list[int] = []  # tokens that have not been told yet
-        self.token_count = 0
+        self.token_ids: list[int] = []  # all that were accepted
         self.stopped = False  # a stop string has come
 
     def push(self, sampled: TokenSampled) -> TextGenerated | None:
-        """Accepts the next token of the current attempt. Raises `OutOfOrderError`."""
-        if sampled.attempt != self._attempt or sampled.position < self._next_position:
-            return None  # late, from an attempt that was given up
-        if sampled.position > self._next_position:
+        """Accepts the next token. Raises `OutOfOrderError`."""
+        next_position = self._prompt_length + len(self.token_ids)
+        if sampled.position < next_position:
+            return None  # said twice
+        if sampled.position > next_position:
             raise OutOfOrderError
-        self._next_position += 1
-        self.token_count += 1
+        self.token_ids.append(sampled.token_id)
         self._waiting.append(sampled.token_id)
         found = self._stops.push(self._decoder.push(sampled.token_id))
         self.stopped = found.stopped

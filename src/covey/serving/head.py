@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from covey.engine.link import tune
 from covey.engine.tls import PeerError, client_context, explain, peer_of
 from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, ServeHello
 from covey.schema.ids import InstanceId, NodeId, RequestId
@@ -23,6 +24,7 @@ from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
 
 CONNECT_S_MAX: Final = 5.0  # for all addresses together
 REACH_S_MAX: Final = 2.0  # one address that swallows packets leaves time for the next
+SEND_S_MAX: Final = 10.0  # one prompt, over a slow link
 READ_BYTES: Final = 64 * 1024
 
 _decoder = msgspec.msgpack.Decoder(HeadEvent)
@@ -59,13 +61,22 @@ class HeadConnection:
         # It needs no bound: a head sends one event for each token of a request whose length is limited.
         inbox = self._inboxes[admit.request_id] = asyncio.Queue()
         stream = HeadStream(inbox)
-        self._writer.write(pack(admit))
         try:
+            await self._send(admit)
             yield stream
         finally:
             del self._inboxes[admit.request_id]
             if not stream.ended and not self.lost:
                 self._writer.write(pack(Cancel(admit.request_id, admit.attempt)))
+
+    async def _send(self, admit: Admit) -> None:
+        """Prompts must not pile up before a head that reads nothing. Raises `HeadLostError`."""
+        try:
+            self._writer.write(pack(admit))
+            async with asyncio.timeout(SEND_S_MAX):
+                await self._writer.drain()
+        except OSError as error:  # a TimeoutError is one
+            raise HeadLostError(f"{_capital(self._name)} takes no requests: {explain(error)}.") from None
 
     async def read(self) -> None:
         """Gives each request its events until the connection ends; then tells all that are left."""
@@ -158,6 +169,7 @@ async def _open_at(address: Address, place: HeadPlace, context: ssl.SSLContext) 
     except PeerError:
         writer.transport.abort()
         raise
+    tune(writer.get_extra_info("socket"))
     writer.write(pack(ServeHello(place.instance_id)))
     return HeadConnection(reader, writer, _name(address))
 

@@ -1,6 +1,9 @@
 """What a head says about a request, as the events that its client sees. No I/O."""
 
 from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
 
 from covey.schema.generation import (
     Admit,
@@ -21,35 +24,49 @@ from covey.schema.generation import (
 )
 from covey.serving.answer import AnswerText, OutOfOrderError
 
+FIRST_ATTEMPT: Final = 1
+
 
 class Progress:
-    """One attempt, from its admission to the last event. `clock` gives seconds."""
+    """One request, from its first admission to the last event. `clock` gives seconds.
+
+    `admit` is that of the current attempt; what is left over from an earlier one is not listened to.
+    """
 
     def __init__(self, admit: Admit, answer: AnswerText, clock: Callable[[], float]) -> None:
-        self._admit = admit
+        self.admit = admit
         self._answer = answer
         self._clock = clock
         self._admitted_s = clock()
         self._answered_s: float | None = None  # the first token came
         self._cached_tokens = 0
         self._started = False
+        self.loss = ""  # of the attempt before
         self.done = False
+
+    def begin_next_attempt(self, loss: str) -> None:
+        """To be admitted again where it broke off. `loss` says why, in a sentence."""
+        self.loss = loss
+        prompt = self.admit.token_ids[: self.admit.prompt_length]
+        token_ids = (*prompt, *self._answer.token_ids)
+        self.admit = msgspec.structs.replace(self.admit, attempt=self.admit.attempt + 1, token_ids=token_ids)
 
     def take(self, event: HeadEvent) -> Iterable[GenerationEvent]:
         """The events that follow from what the head said."""
-        if event.attempt != self._admit.attempt:
+        if event.attempt != self.admit.attempt:
             return
         if isinstance(event, Broken):
             yield self._fail(event.message, event.status)
             return
         if not self._started:  # only now is it known that the head does not refuse it
             self._started = True
-            yield GenerationStarted(self._admit.request_id, self._admit.prompt_length, self._admit.sampling.seed)
+            yield GenerationStarted(self.admit.request_id, self.admit.prompt_length, self.admit.sampling.seed)
         match event:
             case Queued():
                 pass  # the client hears keep-alives; its place in the queue is nobody else's business
             case Prefilled():
-                self._cached_tokens = min(event.cached_tokens, self._admit.prompt_length)
+                if self.admit.attempt == FIRST_ATTEMPT:
+                    self._cached_tokens = min(event.cached_tokens, self.admit.prompt_length)
                 yield PrefillProgressed(event.processed_tokens, event.total_tokens)
             case TokenSampled():
                 yield from self._take_token(event)
@@ -67,7 +84,7 @@ class Progress:
         if told:
             yield told
         if self._answer.stopped:
-            yield self._finish(FinishReason.STOP, self._answer.token_count, self._timings())
+            yield self._finish(FinishReason.STOP, len(self._answer.token_ids), self._timings())
 
     def _end(self, ended: Ended) -> Iterable[GenerationEvent]:
         if ended.reason is FinishReason.CANCELLED:  # not by us: we no longer listen after we cancel
@@ -77,11 +94,12 @@ class Progress:
         if told:
             yield told
         reason = FinishReason.STOP if self._answer.stopped else ended.reason
-        yield self._finish(reason, ended.completion_tokens, ended.timings)
+        is_whole = self.admit.attempt == FIRST_ATTEMPT  # the head has seen all of it
+        yield self._finish(reason, ended.completion_tokens, ended.timings if is_whole else self._timings())
 
     def _finish(self, reason: FinishReason, completion_tokens: int, timings: Timings) -> GenerationFinished:
         self.done = True
-        usage = Usage(self._admit.prompt_length, completion_tokens, self._cached_tokens)
+        usage = Usage(self.admit.prompt_length, completion_tokens, self._cached_tokens)
         return GenerationFinished(reason, usage, timings)
 
     def _fail(self, message: str, status: int) -> GenerationFailed:
@@ -89,7 +107,7 @@ class Progress:
         return GenerationFailed(message, status)
 
     def _timings(self) -> Timings:
-        """As measured here, where a stop string ends the answer and the head's own figures don't come."""
+        """As measured here: where a stop string ends the answer, or several heads gave it, no head has the figures."""
         now = self._clock()
         answered = now if self._answered_s is None else self._answered_s
         return Timings(0.0, 1000 * (answered - self._admitted_s), 1000 * (now - answered))

@@ -2,6 +2,10 @@
 
 Pick an instance, write the prompt, send it to the head, turn what comes back into text, and leave nothing running:
 the request is cancelled at the head whenever its iterator is closed before the end. Prompts are never logged.
+
+A head that is lost on the way does not end the answer. The next attempt goes to whatever instance of the model is
+ready by then, with the prompt and the tokens that came so far; the tokens after them are numbered on, so that none is
+told twice and none is missing.
 """
 
 import asyncio
@@ -10,6 +14,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from types import TracebackType
 from typing import Final, Self
 
@@ -18,37 +23,30 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from covey.control import routing
-from covey.control.runner_table import LOADED_STATES
-from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
-from covey.schema.generation import Admit, GenerationEvent, GenerationFailed, GenerationRequest
-from covey.schema.ids import InstanceId, ModelId, RequestId
+from covey.schema.cluster import ClusterState, Instance
+from covey.schema.generation import Admit, Broken, GenerationEvent, GenerationFailed, GenerationRequest, HeadEvent
+from covey.schema.ids import InstanceId, RequestId
 from covey.schema.model import ModelCard
-from covey.schema.runner import RunnerState
 from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText
-from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads
+from covey.serving.choosing import Choosing, held
+from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream
 from covey.serving.model_text import ModelTexts
-from covey.serving.progress import Progress
+from covey.serving.progress import FIRST_ATTEMPT, Progress
 from covey.serving.refusal import RefusedError
 from covey.text.detokenize import IncrementalDecoder
 from covey.text.stop import StopStrings
 
-READY_S_MAX: Final = 120.0  # how long a request waits for a model that is placed and still loading
 WATCH_S_MAX: Final = 60.0  # one wait for a change of the cluster; then we look again
 SEED_BITS: Final = 63
 GONE: Final = 503  # HTTP: try again, another instance may be up
-FIRST_ATTEMPT: Final = 1
-HAS_FILE: Final = (RunnerState.LOADING, *LOADED_STATES)  # of a runner: its model's file lies on this node
+ATTEMPTS_MAX: Final = 5  # of one request: what ends its runner each time must not go round for ever
+REACH_S_MAX: Final = 10.0  # for a head that is said to be ready, and the connection to it
+SPACING_S: Final = 0.25  # before the next attempt
+SILENCE_S: Final = 1.0  # of a head, then we look whether it can speak
+PASSING: Final = (503,)  # a head's refusals that say nothing about the request itself
 
 _log = logging.getLogger(__name__)
-
-
-class Prepared(msgspec.Struct, frozen=True):
-    """A request that can be sent to a head."""
-
-    instance: Instance
-    admit: Admit
-    answer: AnswerText
 
 
 class Serving:
@@ -64,8 +62,7 @@ class Serving:
         texts: ModelTexts,
         credentials: Credentials,
     ) -> None:
-        self._state = state
-        self._wait_changed = wait_changed
+        self._choosing = Choosing(state, wait_changed)
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
         self._heads = Heads(credentials, self._start_reader)
@@ -90,13 +87,13 @@ class Serving:
         begun: set[InstanceId] = set()
         async with anyio.create_task_group() as tasks:
             while True:
-                state = self._state()
+                state = self._choosing.state()
                 begun &= {instance.instance_id for instance in state.instances}
                 for instance in held(state):
                     if instance.instance_id not in begun:
                         begun.add(instance.instance_id)
                         tasks.start_soon(self._read, instance.card)
-                await self._wait_changed(state.revision, WATCH_S_MAX)
+                await self._choosing.wait_changed(state.revision, WATCH_S_MAX)
 
     async def _read(self, card: ModelCard) -> None:
         try:
@@ -111,23 +108,21 @@ class Serving:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
         try:
-            prepared = await self._prepare(request)
-            connection = await self._connect(prepared.instance)
-            progress = Progress(prepared.admit, prepared.answer, time.monotonic)
-            async with connection.admitted(prepared.admit) as stream:
-                while not progress.done:
-                    for event in progress.take(await stream.next()):
-                        yield event
+            instance = await self._choosing.ready(request.model_id)
+            progress = await self._begin(request, instance)
+            while not progress.done:
+                try:
+                    async with aclosing(self._attempt(instance.card, progress)) as events:
+                        async for event in events:
+                            yield event
+                except HeadLostError as lost:
+                    await self._go_on(progress, instance.card, lost)
         except RefusedError as refused:
             _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
             yield GenerationFailed(refused.message, refused.status)
-        except HeadLostError as lost:
-            _log.warning("a request for %s is lost: %s", request.model_id, lost)
-            yield GenerationFailed(f"{lost} Send the request again.", GONE)
 
-    async def _prepare(self, request: GenerationRequest) -> Prepared:
-        """Raises `RefusedError`."""
-        instance = await self._ready_instance(request.model_id)
+    async def _begin(self, request: GenerationRequest, instance: Instance) -> Progress:
+        """A request that can be sent to a head. Raises `RefusedError`."""
         text = await self._texts.of(instance.card)
         token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
         seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
@@ -140,48 +135,74 @@ class Serving:
             token_count_max=token_count_max(request, len(token_ids), instance),
             stop_token_ids=tuple(sorted(text.stop_token_ids)),
         )
-        answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), admit)
-        return Prepared(instance, admit, answer)
+        answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
+        return Progress(admit, answer, time.monotonic)
 
-    async def _ready_instance(self, model_id: ModelId) -> Instance:
-        """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
-        deadline = time.monotonic() + READY_S_MAX
+    async def _attempt(self, card: ModelCard, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
+        """What one head adds to the answer. Raises `HeadLostError` if it can't go on to the end, `RefusedError`."""
+        instance, connection = await self._reach(card, progress.loss)
+        async with connection.admitted(progress.admit) as stream:
+            while not progress.done:
+                event = await self._next(stream, instance)
+                if isinstance(event, Broken) and event.status in PASSING:
+                    raise HeadLostError(event.message)
+                for each in progress.take(event):
+                    yield each
+
+    async def _reach(self, card: ModelCard, loss: str) -> tuple[Instance, HeadConnection]:
+        """A ready instance, and the connection to its head. Raises `RefusedError`; `loss` is why another is sought.
+
+        The cluster notices only after seconds that a head is gone; until then it is tried again.
+        """
+        deadline = time.monotonic() + REACH_S_MAX
         while True:
-            state = self._state()
-            picked = routing.pick(state, model_id)
-            if isinstance(picked, Instance):
-                return picked
-            left = deadline - time.monotonic()
-            if left <= 0 or not is_coming(state, model_id):
-                raise refusal(picked)
-            await self._wait_changed(state.revision, left)
+            instance = await self._ready(card, loss)
+            try:
+                return instance, await self._connect(instance)
+            except HeadLostError as lost:
+                if time.monotonic() >= deadline:
+                    raise RefusedError(f"{lost} Send the request again.", GONE) from None
+                loss = str(lost)
+                await asyncio.sleep(SPACING_S)
+
+    async def _ready(self, card: ModelCard, loss: str) -> Instance:
+        """Raises `RefusedError`."""
+        try:
+            found = await self._choosing.ready(card.model_id)
+        except RefusedError as refused:
+            raise RefusedError(f"{loss} {refused.message}".strip(), refused.status) from None
+        if found.card != card:  # placed anew while the request was under way
+            raise RefusedError(f"{loss} Another file goes by the name of {card.model_id} now.".strip(), GONE)
+        return found
+
+    async def _next(self, stream: HeadStream, instance: Instance) -> HeadEvent:
+        """What the head says next. Raises `HeadLostError`.
+
+        A machine that is switched off or asleep says nothing, and closes nothing: a silent head is looked at.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    return await stream.next()
+            except TimeoutError:
+                if loss := self._choosing.loss(instance):
+                    raise HeadLostError(loss) from None
+
+    async def _go_on(self, progress: Progress, card: ModelCard, lost: HeadLostError) -> None:
+        """Raises `RefusedError` if it was tried often enough."""
+        if progress.admit.attempt >= ATTEMPTS_MAX:
+            message = f"{lost} This was attempt {ATTEMPTS_MAX}, so the request is given up; send it again."
+            raise RefusedError(message, GONE)
+        _log.warning("an answer of %s goes on elsewhere: %s", card.model_id, lost)
+        progress.begin_next_attempt(str(lost))
+        await asyncio.sleep(SPACING_S)
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
-        addresses = routing.head_addresses(self._state(), instance)
+        addresses = routing.head_addresses(self._choosing.state(), instance)
         if not addresses:
             raise HeadLostError(f"The head of {instance.card.model_id} has gone.")
         return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
-
-
-def held(state: ClusterState) -> list[Instance]:
-    """The instances of which this node has a part, and so the model's file."""
-    reports = [member.report for member in state.members if member.node_id == state.node_id and member.report]
-    runners = [runner for report in reports for runner in report.runners if runner.state in HAS_FILE]
-    ids = {runner.instance_id for runner in runners}
-    return [instance for instance in state.instances if instance.instance_id in ids]
-
-
-def is_coming(state: ClusterState, model_id: ModelId) -> bool:
-    """Whether an instance of the model may become ready by itself."""
-    placed = [instance for instance in state.instances if instance.card.model_id == model_id]
-    failed = InstancePhase.FAILED
-    return any(routing.instance_status(state, instance).phase is not failed for instance in placed)
-
-
-def refusal(refused: Refused) -> RefusedError:
-    hint = " POST /place_instance does the same." if refused.status == 404 else ""  # noqa: PLR2004 - HTTP
-    return RefusedError(refused.reason + hint, refused.status)
 
 
 def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:
