@@ -263,6 +263,9 @@ def demo(
     prompt: Annotated[str, typer.Option(help="The first question.")] = "What is the capital of France?",
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"The API's port; default: {DEFAULT_PORT}, or the next free.")
+    ] = None,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""
@@ -275,7 +278,7 @@ def demo(
         max_tokens=max_tokens,
         temperature=temperature,
         as_json=as_json,
-        port=DEFAULT_PORT,
+        port=port,
     )
     try:
         run_demo(options)
