@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from covey.api.errors import RequestError
 from covey.cli.client import CliError, NodeClient
 from covey.cli.main import app
+from covey.cli.naming import short_ids
 from covey.control.activity import Activity
 from covey.schema.cluster import Accepted, ApiKey, CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
 from covey.schema.generation import GenerationFailed
@@ -35,6 +36,14 @@ def away() -> Any:
     first, second = cluster(RunnerState.READY, RunnerState.READY).members
     gone = msgspec.structs.replace(second, visibility=Visibility.AWAY, heard_ms_ago=4200)
     return msgspec.structs.replace(LOADING, members=(first, gone))
+
+
+def two_instances() -> Any:
+    """Placed at one node one after the other: their ids, as long as real ones, begin alike."""
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    ids = [InstanceId(f"aaaaaaaa-1795259810-{number}.aaaaaaaa-1795259810-0") for number in (1, 2)]
+    instances = tuple(msgspec.structs.replace(state.instances[0], instance_id=each) for each in ids)
+    return msgspec.structs.replace(state, instances=instances)
 
 
 LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
@@ -75,7 +84,12 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
         [["place", "Tiny-Chat"], ["stop", "inst-1"]],
     ),
-    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "none-such"]]),
+    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
+    "stop_one_of_two": (
+        {"current": two_instances()},
+        [["ps"], ["stop", "Tiny-Chat"], ["stop", "inst"], ["stop", "--all"]],
+    ),
+    "stop_nothing": ({"current": EMPTY}, [["stop", "Tiny-Chat"], ["stop", "--all"]]),
 }
 
 
@@ -153,9 +167,16 @@ def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
 
 
-def test_stopping_by_the_beginning_of_an_id(node: ServedNode) -> None:
-    invoke(node, "stop", "ins")
+@pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])
+def test_stopping_by_a_name(node: ServedNode, name: str) -> None:
+    invoke(node, "stop", name)
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]
+
+
+def test_stopping_all(node: ServedNode) -> None:
+    node.backend.current = two_instances()
+    invoke(node, "stop", "--all")
+    assert node.backend.commands == [DeleteInstance(each.instance_id) for each in two_instances().instances]
 
 
 def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +199,8 @@ def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pyte
         ["up", "--no-auth", "--require-key"],
         ["keys"],
         ["keys", "revoke"],
+        ["stop"],
+        ["stop", "x", "--all"],
         ["events", "--limit", "0"],
     ],
 )
@@ -272,6 +295,13 @@ def test_a_stream_of_another_program_is_none_of_ours() -> None:
         for events in (client.changes(), client.generate({})):
             with pytest.raises(CliError, match="No Covey node of this version answers"):
                 list(events)
+
+
+def test_short_ids_stay_apart() -> None:
+    assert list(short_ids(["abc-1.x", "abc-10.x", "abc-2.x"]).values()) == ["abc-1.x", "abc-10.x", "abc-2.x"]
+    ids = [each.instance_id for each in two_instances().instances]
+    assert list(short_ids(ids).values()) == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
+    assert list(short_ids(ids[:1]).values()) == ["aaaaaaaa"]
 
 
 def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:

@@ -14,6 +14,7 @@ import typer
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
+from covey.cli.naming import named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
 
 app = typer.Typer(
@@ -187,15 +188,26 @@ def place(
 
 @app.command()
 @explained
-def stop(instance: str, url: Url = DEFAULT_URL) -> None:
-    """Remove an instance: its id, or the beginning of it that only one has; `covey ps` lists them."""
-    from covey.cli.placing import one_instance  # noqa: PLC0415
-
+def stop(
+    instance: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Its id, the beginning of it, or its model.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all instances.")] = False,  # noqa: FBT002
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Remove an instance; `covey ps` lists them."""
+    if everything == (instance is not None):
+        raise typer.BadParameter("Name one instance, or give --all.")
     with NodeClient(url) as node:
-        instance_id = one_instance(node.cluster(), instance)
-        deleted = node.delete(instance_id)
-    out.print(f"{instance_id} is stopped.", markup=False)
-    warn_of_one_copy(deleted)
+        placed = node.cluster().instances
+        chosen = placed if instance is None else [named_instance(placed, local_path(instance))]
+        short = short_ids([each.instance_id for each in placed])
+        for each in chosen:
+            deleted = node.delete(each.instance_id)
+            out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
+            warn_of_one_copy(deleted)
+    if not chosen:
+        out.print("No model is placed, so there is nothing to stop.")
 
 
 @app.command()

@@ -7,9 +7,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
+from covey.cli.naming import instances_of
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
-from covey.schema.ids import InstanceId
 
 APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
 
@@ -18,7 +18,7 @@ def ensure_ready(node: NodeClient, model: str, node_count: int | None = None) ->
     """An instance of the model that answers; placed if there is none. Raises `CliError`."""
     state = node.cluster()
     if node_count is None:
-        placed = [each for each in state.instances if each.card.model_id.casefold() == model.casefold()]
+        placed = instances_of(state.instances, model)
         ready = [each for each in placed if instance_status(state, each).phase is InstancePhase.READY]
         if ready:
             return ready[0]
@@ -26,16 +26,6 @@ def ensure_ready(node: NodeClient, model: str, node_count: int | None = None) ->
             return wait_ready(node, placed[0].instance_id)
     options = {} if node_count is None else {"min_nodes": node_count}
     return wait_ready(node, str(node.place(model, **options)["instance_id"]))
-
-
-def one_instance(state: ClusterState, beginning: str) -> InstanceId:
-    """The instance whose id is `beginning`, or begins with it. Raises `CliError` unless that is one."""
-    ids = [each.instance_id for each in state.instances]
-    found = [each for each in ids if each == beginning] or [each for each in ids if each.startswith(beginning)]
-    if len(found) == 1:
-        return found[0]
-    problem = "More than one instance begins" if found else "There is no instance that begins"
-    raise CliError(f"{problem} with '{beginning}'; there are: {', '.join(ids) or 'none'}.")
 
 
 def wait_ready(node: NodeClient, instance_id: str) -> Instance:

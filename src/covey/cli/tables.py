@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from covey.cli.console import harmless, size
+from covey.cli.naming import short_ids
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, Instance, Member
 
@@ -57,9 +58,10 @@ def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
 
 
 def instances_table(rows: Sequence[Row]) -> Table:
+    short = short_ids([row["instance_id"] for row in rows])
     drawn = [
         (
-            row["instance_id"],
+            short[row["instance_id"]],
             row["model_id"],
             row["status"],
             str(row["context_length"]),
