@@ -69,8 +69,23 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         [["run", "Tiny-Chat", "Hi"]],
     ),
     "unknown_model": ({"current": EMPTY}, [["run", "GPT-9", "Hi"], ["place", "GPT-9"]]),
-    "place": ({}, [["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--json"]]),
-    "place_refused": ({"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)}, [["place", "Tiny-Chat"]]),
+    "place": (
+        {},
+        [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--nodes", "2", "--json"]],
+    ),
+    "place_again": (
+        {},
+        [
+            ["place", "tiny-chat", "--nodes", "2", "--context", "1000", "--slots", "2"],
+            ["place", "Tiny-Chat", "--nodes", "3"],
+            ["place", "Tiny-Chat", "--context", "2048"],
+            ["place", "Tiny-Chat", "--slots", "3"],
+        ],
+    ),
+    "place_refused": (
+        {"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)},
+        [["place", "Tiny-Chat", "--another"]],
+    ),
     "keys": (
         {"outcome": Accepted(LAPTOP.key_id), "valid_keys": [LAPTOP]},
         [["keys", "add", "laptop"], ["keys", "list"], ["keys", "list", "--json"], ["keys", "revoke", "laptop"]],
@@ -82,7 +97,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
     "one_copy": (
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
-        [["place", "Tiny-Chat"], ["stop", "inst-1"]],
+        [["place", "Tiny-Chat", "--another"], ["stop", "inst-1"]],
     ),
     "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
     "stop_one_of_two": (
@@ -165,6 +180,13 @@ def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
     node.backend.wait_changed = wait_changed  # type: ignore[method-assign]
     done = invoke(node, "run", "Tiny-Chat", "Hi")
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
+
+
+def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode) -> None:
+    done = invoke(node, "place", "TINY-chat")
+    assert (done.exit_code, node.backend.commands) == (0, [])
+    invoke(node, "place", "Tiny-Chat", "--another", "--nodes", "2", "--context", "512", "--slots", "3")
+    assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
 
 
 @pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])

@@ -17,7 +17,7 @@ from covey.cli import chat
 from covey.cli.client import DEFAULT_PORT, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.local_nodes import LocalNode, end_nodes, first_port, start_nodes, wait_together
-from covey.cli.placing import ensure_ready
+from covey.cli.placing import Wanted, make_ready
 from covey.cli.tables import layers_table, node_names, stage_rows
 from covey.effects import paths, scratch
 from covey.schema.cluster import Instance
@@ -92,7 +92,7 @@ def _ends_by_signal() -> Generator[None]:
 def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> None:
     err.print(f"Starting {len(nodes)} node{'s' * (len(nodes) > 1)} on this machine …", style="dim")
     wait_together(nodes)
-    instance = ensure_ready(client, MODEL, len(nodes))
+    instance = make_ready(client, MODEL, Wanted(node_count=len(nodes))).instance
     rows = stage_rows(instance, node_names(client.cluster()))
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")

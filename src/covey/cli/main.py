@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -145,7 +145,7 @@ def run(
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
-    from covey.cli.placing import ensure_ready  # noqa: PLC0415
+    from covey.cli.placing import ensure_ready, shorter_context  # noqa: PLC0415
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
@@ -155,7 +155,10 @@ def run(
         if not question:
             raise CliError("There is no prompt: standard input is empty.")
     with NodeClient(url) as node:
-        model_id = ensure_ready(node, local_path(model)).card.model_id
+        ready = ensure_ready(node, local_path(model))
+        if ready.is_new and (note := shorter_context(ready.instance)):
+            err.print(note, style="dim", soft_wrap=True)
+        model_id = ready.instance.card.model_id
         if question:
             chat.single(node, model_id, question, options, system)
         else:
@@ -167,23 +170,31 @@ def run(
 def place(
     model: str,
     nodes: Annotated[int | None, typer.Option(min=1, help="Spread it over at least so many nodes.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="How many requests run at a time.")] = None,
+    another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
-    from covey.cli.placing import wait_ready  # noqa: PLC0415
+    from covey.cli import placing  # noqa: PLC0415
 
+    wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
     with NodeClient(url) as node:
-        options = {} if nodes is None else {"min_nodes": nodes}
-        placed = node.place(local_path(model), **options)
-        instance = wait_ready(node, str(placed["instance_id"]))
-        rows = tables.stage_rows(instance, tables.node_names(node.cluster()))
+        ready = (placing.make_ready if another else placing.ensure_ready)(node, local_path(model), wanted)
+        state = node.cluster()
+    rows = tables.stage_rows(ready.instance, tables.node_names(state))
     if as_json:
-        print_json({"instance_id": instance.instance_id, "model_id": instance.card.model_id, "nodes": rows})
-    else:
-        out.print(f"{instance.card.model_id} is ready as [bold]{instance.instance_id}[/]:\n")
-        out.print(tables.layers_table(rows))
-        warn_of_one_copy(placed)
+        print_json({"instance_id": ready.instance.instance_id, "model_id": ready.instance.card.model_id, "nodes": rows})
+        return
+    short = short_ids([each.instance_id for each in state.instances])
+    instance_id = ready.instance.instance_id
+    out.print(placing.summary(ready, short.get(instance_id, instance_id)), soft_wrap=True)
+    out.print(tables.layers_table(rows))
+    if note := placing.shorter_context(ready.instance):
+        out.print(f"\n{note}", soft_wrap=True)
+    if ready.on_one_node_only:
+        warn_of_one_copy()
 
 
 @app.command()
@@ -205,7 +216,8 @@ def stop(
         for each in chosen:
             deleted = node.delete(each.instance_id)
             out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
-            warn_of_one_copy(deleted)
+            if deleted["on_one_node_only"]:
+                warn_of_one_copy()
     if not chosen:
         out.print("No model is placed, so there is nothing to stop.")
 
@@ -322,10 +334,9 @@ def rotate(
     joining.rotate(url, without or [])
 
 
-def warn_of_one_copy(answer: dict[str, Any]) -> None:
+def warn_of_one_copy() -> None:
     """What only one disk holds, a broken disk takes along."""
-    if answer["on_one_node_only"]:
-        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
+    err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def local_path(model: str) -> str:
