@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
+from covey.cli import tables
 from covey.cli.client import CliError, NodeClient
 from covey.cli.main import app
 from covey.cli.naming import short_ids
@@ -208,6 +210,26 @@ def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pyte
     monkeypatch.setattr(node.backend, "resolve_model", refuse)
     done = invoke(node, "place", "x")
     assert (done.exit_code, done.stderr.strip()) == (1, "[/bold] is not [red]markup[/red].")
+
+
+def test_markup_in_a_table_is_text(node: ServedNode) -> None:
+    node.backend.current = cluster(RunnerState.READY, RunnerState.FAILED, reason="[/bold]\x1b is not [red]markup[/red]")
+    done = CliRunner().invoke(app, ["ps"], env={"COVEY_URL": node.url, "COLUMNS": "200"})
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "failed: [/bold]\ufffd is not [red]markup[/red]" in done.stdout
+
+
+def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+    two = two_instances()
+    card = msgspec.structs.replace(CARD, model_id="/home/anna/models/Llama-3.2-1B-Instruct.Q4_1.gguf")
+    instances = tuple(msgspec.structs.replace(each, card=card, context_length=131072) for each in two.instances)
+    rows = tables.instance_rows(msgspec.structs.replace(two, instances=instances))
+    with Console(width=80) as console, console.capture() as printed:
+        console.print(tables.instances_table(rows))
+    lines = printed.get().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert "…" not in "".join(lines)
+    assert [line[:21] for line in lines if line.startswith("a")] == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
 
 
 @pytest.mark.parametrize(

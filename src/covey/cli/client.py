@@ -37,7 +37,7 @@ class NodeAwayError(CliError):
 
 class _Model(Struct):
     id: str
-    storage_size_megabytes: int
+    file_bytes: int
     quantization: str
     context_length: int
     downloaded: bool
