@@ -104,6 +104,7 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
         chat.write(json.dumps(_report(answer, rows)) + "\n")
     else:
         out.print(f"\n\n{chat.figures(answer)}\n", style="dim", soft_wrap=True)
+        chat.cut_short(answer, {"max_tokens": options.max_tokens})
     if not options.once:
         _serve(options, nodes)
 

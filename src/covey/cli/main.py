@@ -145,6 +145,7 @@ def run(
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
+    from covey.cli.conversation import Conversation  # noqa: PLC0415
     from covey.cli.placing import ensure_ready, shorter_context  # noqa: PLC0415
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
@@ -162,7 +163,7 @@ def run(
         if question:
             chat.single(node, model_id, question, options, system)
         else:
-            chat.conversation(node, model_id, options, system)
+            Conversation(node, model_id, options, system).hold()
 
 
 @app.command()

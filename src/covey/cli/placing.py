@@ -96,7 +96,7 @@ def wait_ready(node: NodeClient, instance_id: str) -> Instance:
     """Follows the instance until it answers. Raises `CliError` if it fails or is removed."""
     bar = "[progress.description]{task.description}"
     columns = (TextColumn(bar), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("waiting", total=1, text="")
         started, was_there = time.monotonic(), False
         for state in node.changes():

@@ -16,7 +16,7 @@ GAP: Final = 2  # columns
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], folded: Sequence[str] = ()) -> Table:
-    """A plain table without a frame. Where it is too wide, columns that are `folded` take more lines; others are cut."""
+    """A plain table without a frame. Too wide, it cuts columns, and lets those `folded` take more lines."""
     drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
     for title in titles:
         drawn.add_column(title, no_wrap=title not in folded, overflow="fold" if title in folded else "ellipsis")
