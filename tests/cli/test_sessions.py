@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
 from covey.cli import tables
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import CliError, NodeClient, address
 from covey.cli.main import app
 from covey.cli.naming import short_ids
 from covey.control.activity import Activity
@@ -256,8 +256,17 @@ def test_wrong_usage_is_exit_status_2(node: ServedNode, arguments: list[str]) ->
     ("url", "sentence"),
     [
         ("http://127.0.0.1:9", "No node answers at http://127.0.0.1:9. Start one with `covey up`"),
-        ("127.0.0.1:9", "is not an address of a node: write it as http://HOST:PORT."),
-        ("http://127.0.0.1:port", "is not an address of a node: Invalid port"),
+        ("127.0.0.1:9", "No node answers at http://127.0.0.1:9. Start one with `covey up`"),
+        (
+            "ftp://127.0.0.1:9",
+            "'ftp://127.0.0.1:9' is not the address of a node: write it as HOST:PORT or http://HOST:PORT.",
+        ),
+        ("http://127.0.0.1:port", "is not the address of a node"),
+        ("http://127.0.0.1:99999", "is not the address of a node"),
+        ("http://[::1", "is not the address of a node"),
+        ("http://", "is not the address of a node"),
+        ("a b", "is not the address of a node"),
+        (" ", "is not the address of a node"),
     ],
 )
 def test_no_node_there(url: str, sentence: str) -> None:
@@ -265,6 +274,23 @@ def test_no_node_there(url: str, sentence: str) -> None:
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("attic", "http://attic:52415"),
+        ("attic:53000", "http://attic:53000"),
+        ("::1", "http://[::1]:52415"),
+        ("[::1]:53000", "http://[::1]:53000"),
+        ("http://attic:53000/", "http://attic:53000"),
+        ("http://127.0.0.1:53000/v1", "http://127.0.0.1:53000"),
+        ("https://covey.example", "https://covey.example"),
+        ("https://example.org/covey/", "https://example.org/covey"),
+    ],
+)
+def test_an_address_as_people_write_it(written: str, meant: str) -> None:
+    assert address(written) == meant
 
 
 def test_a_key_from_the_environment_goes_along(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:

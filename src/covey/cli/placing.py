@@ -51,7 +51,7 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
     if wanted and not wanted.is_met_by(there):
         raise CliError(
             f"{there.card.model_id} is placed already, but otherwise than asked for: on {_counted(there)}. "
-            f"`covey stop {there.instance_id}` ends that; `covey place --another` makes a second one beside it."
+            f"`covey stop {model}` ends that; `covey place --another` makes a second one beside it."
         )
     return Ready(wait_ready(node, there.instance_id), is_new=False)
 
