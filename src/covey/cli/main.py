@@ -5,6 +5,7 @@ What only some commands need is imported where they run, so that the others star
 
 import os
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,7 @@ LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for ea
 AnyoneJoins = Annotated[bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Tell only what is wrong, not what happens.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
 ]
@@ -70,14 +72,12 @@ def up(
     no_auth: NoAuth = False,  # noqa: FBT002
     require_key: RequireKey = False,  # noqa: FBT002
     log_requests: LogRequests = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
-    """Run one node in the foreground."""
+    """Run one node in the foreground, and tell what happens in the cluster."""
     from covey.cli import joining  # noqa: PLC0415 (as the first lines say; so are the others)
-    from covey.cli.welcome import welcome  # noqa: PLC0415
-    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
-
-    def announce(ready: NodeReady) -> None:
-        out.print(welcome(ready, joining.how_to_join(is_open=anyone_joins)), soft_wrap=True)
+    from covey.cli.log import Log  # noqa: PLC0415
+    from covey.node import NodeOptions, run_node  # noqa: PLC0415
 
     if no_auth and require_key:
         raise typer.BadParameter("--no-auth and --require-key exclude each other.")
@@ -100,7 +100,8 @@ def up(
         asks_everybody=require_key,
         logs_requests=log_requests,
     )
-    raise typer.Exit(run_node(options, announce))
+    log = Log(partial(joining.how_to_join, is_open=anyone_joins), is_quiet=quiet)
+    raise typer.Exit(run_node(options, log.announce, log.tell))
 
 
 @app.callback(invoke_without_command=True)
