@@ -9,7 +9,7 @@ export PROMPT ?= What is the capital of France?
 .PHONY: run test test-net check dist lock clean format
 
 run: $(VENV)/.runtime
-	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(filter-out 0,$(ONCE)),--once) $(if $(JSON),--json)
+	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT)) $(if $(JSON),--json)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not net"

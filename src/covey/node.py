@@ -45,7 +45,7 @@ from covey.effects.rotation import Rotation
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
-from covey.schema.activity import ActivityPage
+from covey.schema.activity import ActivityEvent, ActivityPage
 from covey.schema.cluster import (
     ApiKey,
     ClusterState,
@@ -105,12 +105,19 @@ class NodeReady(Struct, frozen=True, kw_only=True):
     models_folder: Path
 
 
-def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int:
+Tell = Callable[[ActivityEvent], None]
+
+
+def _ignore(_: ActivityEvent) -> None:
+    """`GET /events` has it all the same."""
+
+
+def run_node(options: NodeOptions, announce: Callable[[NodeReady], None], tell: Tell = _ignore) -> int:
     """Runs a node until SIGINT, SIGTERM, or the end of its input if that is wanted.
 
     Returns the exit status, after a sentence where the node can't start.
 
-    `announce` is called once, when clients can connect.
+    `announce` is called once, when clients can connect; `tell` with each thing that happens in the cluster.
     """
     try:
         with ExitStack() as held:
@@ -120,7 +127,7 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None]) -> int
             _warn_of_strangers(options)
             if options.logs_requests:
                 log_requests()
-            reason = _lives(options, folder, mine, listener, announce)
+            reason = _lives(options, folder, mine, listener, announce, tell)
     except (CodeFileError, IdentityError, ListenError, MeshError, StoreError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
@@ -161,12 +168,13 @@ def _lives(
     mine: Identity,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
+    tell: Tell,
 ) -> str:
     """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
     member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     while True:
         with store.opened(cluster_folder(folder, member), version("covey")) as intent:
-            reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce)
+            reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce, tell)
         if reason is not None:
             return reason
         former, mine = member, identity.renewed(folder, mine)
@@ -182,6 +190,7 @@ async def _run(
     intent: Store,
     listener: socket.socket,
     announce: Callable[[NodeReady], None],
+    tell: Tell,
 ) -> str | None:
     """One life. Returns why the node ended, if nobody asked it to; None if another life is to follow."""
     settings = MeshSettings(
@@ -195,7 +204,7 @@ async def _run(
         opened = mesh.opened(mine.node_id, settings, _receiver(rotation, mailbox), _noticer(mailbox))
         rotation.send = opened.send_to
         node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
-        return await node.run(announce)
+        return await node.run(announce, tell)
 
 
 def _receiver(rotation: Rotation, mailbox: Mailbox) -> Callable[[MessageReceived], None]:
@@ -279,7 +288,7 @@ class Node:
 
     # ---- its life ----
 
-    async def run(self, announce: Callable[[NodeReady], None]) -> str | None:
+    async def run(self, announce: Callable[[NodeReady], None], tell: Tell) -> str | None:
         """Until a signal asks it to leave and all has ended, or has been ended. Returns why, if nobody asked; None if
         it is to begin anew, with another join code.
         """
@@ -292,7 +301,7 @@ class Node:
             tasks.start_soon(self._mesh.run)
             tasks.start_soon(watch_hardware, self._probe, self._mailbox)
             tasks.start_soon(self._models.run, self._mailbox)
-            tasks.start_soon(watch_activity, self._driver, self._activity)
+            tasks.start_soon(watch_activity, self._driver, self._activity, tell)
             tasks.start_soon(self._serving.read_ahead)
             tasks.start_soon(self._serve)
             tasks.start_soon(self._leave_for_new_code, tasks.cancel_scope)

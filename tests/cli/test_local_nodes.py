@@ -1,8 +1,9 @@
 """The demo's nodes: whatever they do, none is left behind."""
 
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 
 from covey.cli import local_nodes
 from covey.cli.client import CliError
-from covey.cli.local_nodes import LocalNode, end_nodes, start_nodes, wait_together
+from covey.cli.local_nodes import LocalNode, end_nodes, first_port, start_nodes, wait_together
 
 STUBBORN = "#!/bin/sh\ntrap '' TERM\nsleep 600 &\necho $! > {marker}\nwait\n"
 DYING = "#!/bin/sh\necho 'port 52415 is in use' >&2\nexit 1\n"
@@ -80,3 +81,29 @@ def test_a_node_that_can_not_be_started_leaves_those_before_it_to_be_ended(
     assert [node._process is None for node in started] == [False, True]
     monkeypatch.setattr(local_nodes, "STOP_SECONDS_MAX", 0.2)
     end_nodes(started)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_where_the_usual_port_is_in_use_the_next_free_one_is_taken(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_nodes, "DEFAULT_PORT", taken)
+    assert taken < first_port(None) < taken + local_nodes.PORTS_TRIED_MAX
+
+
+def test_a_port_that_was_asked_for_is_taken_or_none(taken: int) -> None:
+    with pytest.raises(CliError, match=f"Port {taken} is in use; .* choose another with --port"):
+        first_port(taken)
+
+
+def test_the_first_node_listens_where_it_should(pretend: Callable[[str], Path], tmp_path: Path) -> None:
+    pretend(DYING)
+    nodes: list[LocalNode] = []
+    start_nodes(tmp_path, 2, 53199, nodes)
+    end_nodes(nodes)
+    assert nodes[0].url == "http://127.0.0.1:53199"
+    assert nodes[1].url != nodes[0].url

@@ -11,11 +11,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
-from covey.cli.client import CliError, NodeClient
+from covey.cli import tables
+from covey.cli.client import CliError, NodeClient, address
 from covey.cli.main import app
+from covey.cli.naming import short_ids
 from covey.control.activity import Activity
 from covey.schema.cluster import Accepted, ApiKey, CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
 from covey.schema.generation import GenerationFailed
@@ -35,6 +38,14 @@ def away() -> Any:
     first, second = cluster(RunnerState.READY, RunnerState.READY).members
     gone = msgspec.structs.replace(second, visibility=Visibility.AWAY, heard_ms_ago=4200)
     return msgspec.structs.replace(LOADING, members=(first, gone))
+
+
+def two_instances() -> Any:
+    """Placed at one node one after the other: their ids, as long as real ones, begin alike."""
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    ids = [InstanceId(f"aaaaaaaa-1795259810-{number}.aaaaaaaa-1795259810-0") for number in (1, 2)]
+    instances = tuple(msgspec.structs.replace(state.instances[0], instance_id=each) for each in ids)
+    return msgspec.structs.replace(state, instances=instances)
 
 
 LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
@@ -60,8 +71,23 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         [["run", "Tiny-Chat", "Hi"]],
     ),
     "unknown_model": ({"current": EMPTY}, [["run", "GPT-9", "Hi"], ["place", "GPT-9"]]),
-    "place": ({}, [["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--json"]]),
-    "place_refused": ({"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)}, [["place", "Tiny-Chat"]]),
+    "place": (
+        {},
+        [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--nodes", "2", "--json"]],
+    ),
+    "place_again": (
+        {},
+        [
+            ["place", "tiny-chat", "--nodes", "2", "--context", "1000", "--slots", "2"],
+            ["place", "Tiny-Chat", "--nodes", "3"],
+            ["place", "Tiny-Chat", "--context", "2048"],
+            ["place", "Tiny-Chat", "--slots", "3"],
+        ],
+    ),
+    "place_refused": (
+        {"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)},
+        [["place", "Tiny-Chat", "--another"]],
+    ),
     "keys": (
         {"outcome": Accepted(LAPTOP.key_id), "valid_keys": [LAPTOP]},
         [["keys", "add", "laptop"], ["keys", "list"], ["keys", "list", "--json"], ["keys", "revoke", "laptop"]],
@@ -73,9 +99,14 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
     "one_copy": (
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
-        [["place", "Tiny-Chat"], ["stop", "inst-1"]],
+        [["place", "Tiny-Chat", "--another"], ["stop", "inst-1"]],
     ),
-    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "none-such"]]),
+    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
+    "stop_one_of_two": (
+        {"current": two_instances()},
+        [["ps"], ["stop", "Tiny-Chat"], ["stop", "inst"], ["stop", "--all"]],
+    ),
+    "stop_nothing": ({"current": EMPTY}, [["stop", "Tiny-Chat"], ["stop", "--all"]]),
 }
 
 
@@ -153,9 +184,23 @@ def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
 
 
-def test_stopping_by_the_beginning_of_an_id(node: ServedNode) -> None:
-    invoke(node, "stop", "ins")
+def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode) -> None:
+    done = invoke(node, "place", "TINY-chat")
+    assert (done.exit_code, node.backend.commands) == (0, [])
+    invoke(node, "place", "Tiny-Chat", "--another", "--nodes", "2", "--context", "512", "--slots", "3")
+    assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
+
+
+@pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])
+def test_stopping_by_a_name(node: ServedNode, name: str) -> None:
+    invoke(node, "stop", name)
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]
+
+
+def test_stopping_all(node: ServedNode) -> None:
+    node.backend.current = two_instances()
+    invoke(node, "stop", "--all")
+    assert node.backend.commands == [DeleteInstance(each.instance_id) for each in two_instances().instances]
 
 
 def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +210,26 @@ def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pyte
     monkeypatch.setattr(node.backend, "resolve_model", refuse)
     done = invoke(node, "place", "x")
     assert (done.exit_code, done.stderr.strip()) == (1, "[/bold] is not [red]markup[/red].")
+
+
+def test_markup_in_a_table_is_text(node: ServedNode) -> None:
+    node.backend.current = cluster(RunnerState.READY, RunnerState.FAILED, reason="[/bold]\x1b is not [red]markup[/red]")
+    done = CliRunner().invoke(app, ["ps"], env={"COVEY_URL": node.url, "COLUMNS": "200"})
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "failed: [/bold]\ufffd is not [red]markup[/red]" in done.stdout
+
+
+def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+    two = two_instances()
+    card = msgspec.structs.replace(CARD, model_id="/home/anna/models/Llama-3.2-1B-Instruct.Q4_1.gguf")
+    instances = tuple(msgspec.structs.replace(each, card=card, context_length=131072) for each in two.instances)
+    rows = tables.instance_rows(msgspec.structs.replace(two, instances=instances))
+    with Console(width=80) as console, console.capture() as printed:
+        console.print(tables.instances_table(rows))
+    lines = printed.get().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert "…" not in "".join(lines)
+    assert [line[:21] for line in lines if line.startswith("a")] == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +243,8 @@ def test_markup_in_what_others_wrote_is_text(node: ServedNode, monkeypatch: pyte
         ["up", "--no-auth", "--require-key"],
         ["keys"],
         ["keys", "revoke"],
+        ["stop"],
+        ["stop", "x", "--all"],
         ["events", "--limit", "0"],
     ],
 )
@@ -189,8 +256,17 @@ def test_wrong_usage_is_exit_status_2(node: ServedNode, arguments: list[str]) ->
     ("url", "sentence"),
     [
         ("http://127.0.0.1:9", "No node answers at http://127.0.0.1:9. Start one with `covey up`"),
-        ("127.0.0.1:9", "is not an address of a node: write it as http://HOST:PORT."),
-        ("http://127.0.0.1:port", "is not an address of a node: Invalid port"),
+        ("127.0.0.1:9", "No node answers at http://127.0.0.1:9. Start one with `covey up`"),
+        (
+            "ftp://127.0.0.1:9",
+            "'ftp://127.0.0.1:9' is not the address of a node: write it as HOST:PORT or http://HOST:PORT.",
+        ),
+        ("http://127.0.0.1:port", "is not the address of a node"),
+        ("http://127.0.0.1:99999", "is not the address of a node"),
+        ("http://[::1", "is not the address of a node"),
+        ("http://", "is not the address of a node"),
+        ("a b", "is not the address of a node"),
+        (" ", "is not the address of a node"),
     ],
 )
 def test_no_node_there(url: str, sentence: str) -> None:
@@ -198,6 +274,23 @@ def test_no_node_there(url: str, sentence: str) -> None:
     assert done.exit_code == 1
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("attic", "http://attic:52415"),
+        ("attic:53000", "http://attic:53000"),
+        ("::1", "http://[::1]:52415"),
+        ("[::1]:53000", "http://[::1]:53000"),
+        ("http://attic:53000/", "http://attic:53000"),
+        ("http://127.0.0.1:53000/v1", "http://127.0.0.1:53000"),
+        ("https://covey.example", "https://covey.example"),
+        ("https://example.org/covey/", "https://example.org/covey"),
+    ],
+)
+def test_an_address_as_people_write_it(written: str, meant: str) -> None:
+    assert address(written) == meant
 
 
 def test_a_key_from_the_environment_goes_along(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +365,13 @@ def test_a_stream_of_another_program_is_none_of_ours() -> None:
         for events in (client.changes(), client.generate({})):
             with pytest.raises(CliError, match="No Covey node of this version answers"):
                 list(events)
+
+
+def test_short_ids_stay_apart() -> None:
+    assert list(short_ids(["abc-1.x", "abc-10.x", "abc-2.x"]).values()) == ["abc-1.x", "abc-10.x", "abc-2.x"]
+    ids = [each.instance_id for each in two_instances().instances]
+    assert list(short_ids(ids).values()) == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
+    assert list(short_ids(ids[:1]).values()) == ["aaaaaaaa"]
 
 
 def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:

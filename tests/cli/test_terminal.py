@@ -14,6 +14,7 @@ import pytest
 from covey.cli.chat import Answer, figures
 from covey.cli.console import harmless
 from covey.schema.generation import FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
+from tests.api.fake_backend import ANSWER
 from tests.cli.served_node import ServedNode
 
 COVEY = [sys.executable, "-m", "covey.cli"]
@@ -59,9 +60,22 @@ def test_a_reader_that_leaves_early_is_no_error_to_talk_about(node: ServedNode) 
 def test_tokens_from_the_cache_make_no_speed() -> None:
     finished = GenerationFinished(FinishReason.STOP, Usage(100, 11, 80), Timings(0.0, 100.0, 1000.0))
     answer = Answer(prompt_tokens=100, first_token_seconds=0.1, finished=finished)
-    assert figures(answer) == (
-        "10.0 tokens/s (11 tokens), prompt 200 tokens/s (100 tokens, 80 of them cached), first token after 0.10 s"
-    )
+    assert figures(answer) == ("10.0 tokens/s (11), prompt 200/s (100, 80 cached), first in 0.10 s")
+
+
+def test_figures_fit_a_line() -> None:
+    finished = GenerationFinished(FinishReason.STOP, Usage(131072, 8192, 131000), Timings(0.0, 5.0, 50000.0))
+    assert len(figures(Answer(first_token_seconds=12.345, finished=finished))) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [(("--max-tokens", "4"), "; --max-tokens for more"), ((), ": the context is full")]
+)
+def test_an_answer_that_was_cut_is_told_of(node: ServedNode, options: tuple[str, ...], reason: str) -> None:
+    cut = GenerationFinished(FinishReason.LENGTH, Usage(7, 4), Timings(1.0, 35.0, 60.0))
+    node.backend.events = (*ANSWER[:-1], cut)
+    done = covey(node, "run", "Tiny-Chat", "Hi", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello, world – 🐦\n", f"(cut after 4 tokens{reason})\n")
 
 
 def test_a_model_does_not_move_the_cursor() -> None:
@@ -94,6 +108,11 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         os.write(self.descriptor, keys.encode())
+
+    def type(self, keys: str) -> None:
+        """At the prompt: what comes earlier is not edited."""
+        self.wait_for("> ")
+        self.press(keys)
 
 
 @contextmanager
@@ -130,14 +149,13 @@ CONTROL_C, CONTROL_D = "\x03", "\x04"
 
 def test_a_conversation_remembers_what_was_said(node: ServedNode) -> None:
     with conversation(node) as terminal:
-        terminal.wait_for("Ctrl-D leaves")
-        terminal.press("Hi\n")
+        terminal.type("Hi\n")
         terminal.wait_for("world – 🐦")
         terminal.wait_for("tokens/s")
-        terminal.press("And you?\n")
+        terminal.type("And you?\n")
         terminal.wait_for("world – 🐦")
         terminal.wait_for("tokens/s")
-        terminal.press(CONTROL_D)
+        terminal.type(CONTROL_D)
     said = [(message.role, message.content) for message in node.backend.requests[1].messages]
     assert said == [("user", "Hi"), ("assistant", "Hello, world – 🐦"), ("user", "And you?")]
 
@@ -145,16 +163,15 @@ def test_a_conversation_remembers_what_was_said(node: ServedNode) -> None:
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(node: ServedNode) -> None:
     node.backend.hang_after = 3
     with conversation(node) as terminal:
-        terminal.wait_for("Ctrl-D leaves")
-        terminal.press("Hi\n")
+        terminal.type("Hi\n")
         terminal.wait_for("Hello")
         terminal.press(CONTROL_C)
         terminal.wait_for("stopped")
         node.backend.hang_after = None
-        terminal.press("Go on.\n")
+        terminal.type("Go on.\n")
         terminal.wait_for("world – 🐦")
         terminal.wait_for("tokens/s")
-        terminal.press(CONTROL_D)
+        terminal.type(CONTROL_D)
     assert node.backend.closed == 2
     assert [message.content for message in node.backend.requests[1].messages] == ["Hi", "Hello", "Go on."]
 
@@ -163,9 +180,64 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(node: ServedNode) -> 
 def test_colour_only_where_it_is_wanted(node: ServedNode, *, no_color: bool) -> None:
     node.backend.events = [GenerationFailed("The node berta is lost.")]
     with conversation(node, **({"NO_COLOR": "1"} if no_color else {})) as terminal:
-        terminal.wait_for("Ctrl-D leaves")
-        terminal.press("Hi\n")
+        terminal.type("Hi\n")
         terminal.wait_for("Hi\r\n")
         terminal.read_until("berta is lost.")
         assert ("\x1b[31m" in terminal.shown) is not no_color
-        terminal.press(CONTROL_D)
+        terminal.type(CONTROL_D)
+
+
+def said(node: ServedNode, number: int) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in node.backend.requests[number].messages]
+
+
+def test_commands_of_a_conversation(node: ServedNode) -> None:
+    with conversation(node) as terminal:
+        terminal.type("/help\n")
+        terminal.wait_for("/system TEXT")
+        terminal.type("Hi\n")
+        terminal.wait_for("first in")
+        terminal.type("/system Be brief.\n")
+        terminal.wait_for("told that first")
+        terminal.type("And you?\n")
+        terminal.wait_for("first in")
+        terminal.type("/clear\n")
+        terminal.wait_for("forgotten")
+        terminal.type("/dance\n")
+        terminal.wait_for("There is no command /dance")
+        terminal.type("/etc/hosts is what?\n")
+        terminal.wait_for("first in")
+        terminal.type("/system\n")
+        terminal.wait_for("its file says")
+        terminal.type("Bye\n")
+        terminal.wait_for("first in")
+        terminal.type("/exit\n")
+    answer = ("assistant", "Hello, world – 🐦")
+    brief = ("system", "Be brief.")
+    assert said(node, 0) == [("user", "Hi")]
+    assert said(node, 1) == [brief, ("user", "Hi"), answer, ("user", "And you?")]
+    assert said(node, 2) == [brief, ("user", "/etc/hosts is what?")]
+    assert said(node, 3) == [("user", "/etc/hosts is what?"), answer, ("user", "Bye")]
+
+
+def test_a_line_can_be_edited_and_brought_back(node: ServedNode) -> None:
+    up, left, backspace = "\x1b[A", "\x1b[D", "\x7f"
+    with conversation(node) as terminal:
+        terminal.type(f"Hxo{left}{backspace}ell\n")
+        terminal.wait_for("first in")
+        terminal.type(f"{up}!\n")
+        terminal.wait_for("first in")
+        terminal.type(CONTROL_D)
+    assert [said(node, number)[-1][1] for number in (0, 1)] == ["Hello", "Hello!"]
+
+
+def test_ctrl_c_at_the_prompt_leaves_only_the_line(node: ServedNode) -> None:
+    with conversation(node) as terminal:
+        terminal.type("never mind")
+        terminal.wait_for("never mind")
+        terminal.press(CONTROL_C)
+        terminal.wait_for("/exit leaves")
+        terminal.type("Hi\n")
+        terminal.wait_for("first in")
+        terminal.type(CONTROL_D)
+    assert said(node, 0) == [("user", "Hi")]

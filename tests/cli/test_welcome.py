@@ -1,12 +1,18 @@
 """Who starts a node for the first time sees what to do next."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import msgspec
+import pytest
 from rich.console import Console
 
-from covey.cli.welcome import welcome
+from covey.cli.log import Log
+from covey.cli.welcome import news, welcome
 from covey.node import NodeReady
+from covey.schema.activity import ActivityEvent, EventKind
 from covey.schema.ids import NodeId
 
 READY = NodeReady(
@@ -58,3 +64,38 @@ def test_an_address_in_brackets_is_printed_as_it_is() -> None:
 def test_a_node_at_one_address_is_reached_there_from_everywhere() -> None:
     ready = msgspec.structs.replace(READY, url="http://10.0.0.9:52415", network_urls=("http://10.0.0.9:52415",))
     assert "(from" not in welcome(ready, "")
+
+
+def event(kind: EventKind, subject: str = "berta", text: str = "berta joined.") -> ActivityEvent:
+    return ActivityEvent(number=1, at_ms=1_700_000_000_000, kind=kind, subject=subject, text=text)
+
+
+def test_what_happens_is_a_line_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "localtime", time.gmtime)
+    assert news(event(EventKind.NODE_JOINED), READY.node_id) == "22:13:20  berta joined.\n"
+    assert news(event(EventKind.NODE_JOINED, READY.node_id), READY.node_id) == ""
+    assert news(event(EventKind.KEY_ADDED), READY.node_id) == ""
+
+
+@pytest.mark.parametrize(("is_quiet", "lines"), [(False, 1), (True, 0)])
+def test_a_quiet_node_tells_nothing(capfd: pytest.CaptureFixture[str], lines: int, *, is_quiet: bool) -> None:
+    Log(str, is_quiet=is_quiet).tell(event(EventKind.RUNNER_FAILED))
+    assert capfd.readouterr().out.count("berta joined.\n") == lines
+
+
+def test_a_reader_that_leaves_does_not_end_the_node() -> None:
+    code = """
+from covey.cli.log import Log
+from tests.cli.test_welcome import EventKind, event
+input()
+log = Log(str, is_quiet=False)
+for _ in range(3):
+    log.tell(event(EventKind.NODE_JOINED))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(30) == 0

@@ -74,6 +74,21 @@ def test_a_node_comes_goes_away_returns_and_leaves() -> None:
     ]
 
 
+def test_a_node_that_says_its_name_before_it_is_visible_has_not_been_away() -> None:
+    alone = replace(cluster(), members=cluster().members[:1])
+    away, here = seen(Visibility.AWAY), seen(Visibility.VISIBLE)
+    assert told(alone, away, here, away, here) == [
+        "berta joined.",
+        "berta is away: it is not heard any more.",
+        "berta is back.",
+    ]
+
+
+def test_a_node_that_leaves_in_order_has_not_been_away() -> None:
+    alone = replace(cluster(), members=cluster().members[:1])
+    assert told(cluster(), alone) == ["berta has left."]
+
+
 def test_the_leader_changes() -> None:
     other, nobody = replace(cluster(), leader=SECOND), replace(cluster(), leader=None)
     assert told(cluster(), nobody, other) == ["Nobody leads the cluster.", "berta leads the cluster."]
@@ -108,7 +123,7 @@ def test_a_download_begins_fails_and_ends() -> None:
 
 def test_a_file_that_was_there_already_is_no_download() -> None:
     assert told(cluster(), downloading(DownloadState.ONGOING, 0), downloading(DownloadState.COMPLETED, 9)) == [
-        "berta has been away for too long and is not counted any more."  # the other look has one node only
+        "berta has left."  # the other look has one node only
     ]
 
 

@@ -1,5 +1,6 @@
 """A node keeps one identity for life, whatever happens to its process; and never two processes share it."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -105,7 +106,19 @@ with claimed(Path({str(tmp_path)!r})):
 
 def test_a_folder_that_can_not_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(IdentityError, match="can't be used"), claimed(tmp_path / "file" / "node"):
+    with pytest.raises(IdentityError, match="can't be used: there is a file of that name;"), claimed(tmp_path / "file"):
+        pass
+    within = tmp_path / "file" / "node"
+    with pytest.raises(IdentityError, match="can't be used: a part of its path is a file"), claimed(within):
+        pass
+
+
+def test_a_folder_of_somebody_else_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(identity, "make_private", refuse)
+    with pytest.raises(IdentityError, match="can't be used: you have no permission for it;"), claimed(tmp_path):
         pass
 
 

@@ -29,7 +29,8 @@ def render_model(model: ListedModel, created_s: int) -> dict[str, Any]:
         "description": f"{card.layer_count} layers, {card.quantization}",
         "context_length": card.context_length_max,
         "tags": [],
-        "storage_size_megabytes": card.file_bytes // 1024**2,
+        "storage_size_megabytes": card.file_bytes // 1024**2,  # exo's megabytes
+        "file_bytes": card.file_bytes,
         "supports_tensor": False,
         "tasks": ["TextGeneration"],
         "is_custom": False,

@@ -83,7 +83,7 @@ def parse_model_name(name: str) -> ModelName:
         return ListedName(card)
     if name.lower().endswith(".gguf") or "/" in name:
         return PathName(name)
-    raise _refusal(name, "no model of that name is listed")
+    raise _refusal(name, "none is listed by that name")
 
 
 def file_name(source: PackageSource | HubSource) -> str:

@@ -1,5 +1,6 @@
-"""Prompts in, text out: one answer, or a conversation."""
+"""Prompts in, text out: one answer, and what is told of it."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any, Final
 from msgspec import Struct
 
 from covey.cli.client import CliError, NodeClient
-from covey.cli.console import err, harmless, out
+from covey.cli.console import err, harmless
 from covey.schema.generation import (
+    FinishReason,
     GenerationFailed,
     GenerationFinished,
     GenerationStarted,
@@ -17,7 +19,6 @@ from covey.schema.generation import (
 )
 
 INTERRUPTED_EXIT: Final = 130
-HELP: Final = "Ctrl-C stops an answer, Ctrl-D leaves."
 
 
 class Answer(Struct):
@@ -74,15 +75,26 @@ def write(text: str) -> None:
 
 
 def figures(answer: Answer) -> str:
-    """One line on how fast it was."""
+    """How fast it was, in one line of a terminal: 80 columns."""
     assert answer.finished is not None, "an answer that has ended"
     usage = answer.finished.usage
-    cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
+    cached = f", {usage.cached_tokens} cached" if usage.cached_tokens else ""
     return (
-        f"{answer.decode_tokens_per_second:.1f} tokens/s ({usage.completion_tokens} tokens), prompt "
-        f"{answer.prefill_tokens_per_second:.0f} tokens/s ({usage.prompt_tokens} tokens{cached}), "
-        f"first token after {answer.first_token_seconds:.2f} s"
+        f"{answer.decode_tokens_per_second:.1f} tokens/s ({usage.completion_tokens}), prompt "
+        f"{answer.prefill_tokens_per_second:.0f}/s ({usage.prompt_tokens}{cached}), first in "
+        f"{answer.first_token_seconds:.2f} s"
     )
+
+
+def cut_short(answer: Answer, options: dict[str, Any]) -> None:
+    """Says so where the answer did not come to its own end: on standard error, where it disturbs no pipe."""
+    assert answer.finished is not None, "an answer that has ended"
+    if answer.finished.reason is not FinishReason.LENGTH:
+        return
+    count = answer.finished.usage.completion_tokens
+    is_asked = count >= options.get("max_tokens", math.inf)
+    reason = "; --max-tokens for more" if is_asked else ": the context is full"
+    err.print(f"(cut after {count} token{'s' * (count > 1)}{reason})", style="dim")
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
@@ -98,41 +110,5 @@ def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any], s
     finally:
         write("\n")  # what comes next, be it an error, begins a line
     if err.is_terminal:
-        err.print(figures(answer), style="dim")
-
-
-def conversation(node: NodeClient, model: str, options: dict[str, Any], system: str | None = None) -> None:
-    """Asks and answers until the person leaves; the whole conversation goes with each question."""
-    err.print(f"{model}. {HELP}", style="dim")
-    messages = opening(system)
-    while True:
-        try:
-            prompt = out.input("[bold]> [/]").strip()
-        except (EOFError, KeyboardInterrupt):
-            write("\n")
-            return
-        if prompt:
-            messages.append({"role": "user", "content": prompt})
-            _turn(node, model, messages, options)
-
-
-def _turn(node: NodeClient, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
-    """One answer, added to `messages`; what was interrupted is kept as far as it came."""
-    said: list[str] = []
-
-    def show(text: str) -> None:
-        said.append(text)
-        write(text)
-
-    try:
-        answer = ask(node, {"model": model, "messages": messages, **options}, show)
-        write("\n")
-        err.print(figures(answer), style="dim")
-    except KeyboardInterrupt:
-        write("\n")
-        err.print("stopped", style="dim")
-    except CliError as error:
-        err.print(str(error), style="red", markup=False)
-        messages.pop()
-        return
-    messages.append({"role": "assistant", "content": "".join(said)})
+        err.print(figures(answer), style="dim", soft_wrap=True)
+    cut_short(answer, options)

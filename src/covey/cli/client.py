@@ -21,6 +21,8 @@ DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 CONNECT_SECONDS_MAX: Final = 5.0
 ANSWER_SECONDS_MAX: Final = 60.0  # a hub may have to be asked before a placement is answered
 SILENCE_SECONDS_MAX: Final = 30.0  # streams say something every 10 s
+SCHEMES: Final = ("http", "https")
+PORT_MAX: Final = 65535
 EVENTS_MAX: Final = 1000  # that a node keeps
 
 
@@ -37,7 +39,7 @@ class NodeAwayError(CliError):
 
 class _Model(Struct):
     id: str
-    storage_size_megabytes: int
+    file_bytes: int
     quantization: str
     context_length: int
     downloaded: bool
@@ -93,7 +95,7 @@ class NodeClient:
     """The node at `url`. Use it as a context manager."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = address(url)
         timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
         with self._explained():
             self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=_credentials())
@@ -189,10 +191,6 @@ class NodeClient:
         except httpx2.ConnectError as error:
             sentence = f"No node answers at {self.url}. Start one with `covey up`, or name another with --url."
             raise NodeAwayError(sentence) from error
-        except httpx2.InvalidURL as error:
-            raise CliError(f"{self.url!r} is not an address of a node: {error}.") from error
-        except httpx2.UnsupportedProtocol as error:
-            raise CliError(f"{self.url!r} is not an address of a node: write it as http://HOST:PORT.") from error
         except httpx2.HTTPError as error:
             raise CliError(f"The node at {self.url} broke off: {error or type(error).__name__}.") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -214,6 +212,28 @@ class NodeClient:
             f"No Covey node of this version answers at {self.url}, but something else does ({sign.rstrip('.')}). Start"
             " one with `covey up`, or name another with --url."
         )
+
+
+def address(written: str) -> str:
+    """The URL of a node, also where it is written as HOST, as HOST:PORT, or as OpenAI's clients are given it.
+
+    Raises `CliError`.
+    """
+    url, has_scheme = written.strip().rstrip("/").removesuffix("/v1"), "://" in written
+    if url.count(":") > 1 and not has_scheme and "]" not in url:
+        url = f"[{url}]"  # an IPv6 address without brackets is all host
+    try:
+        parsed = httpx2.URL(url if has_scheme else f"http://{url}")
+    except httpx2.InvalidURL:
+        raise _no_address(written) from None
+    port = parsed.port or (None if has_scheme else DEFAULT_PORT)
+    if parsed.scheme not in SCHEMES or not parsed.host or "%" in parsed.host or not 0 < (port or 1) <= PORT_MAX:
+        raise _no_address(written)
+    return str(parsed.copy_with(port=port)).rstrip("/")
+
+
+def _no_address(written: str) -> CliError:
+    return CliError(f"'{written}' is not the address of a node: write it as HOST:PORT or http://HOST:PORT.")
 
 
 def _credentials() -> dict[str, str]:

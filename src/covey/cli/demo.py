@@ -14,10 +14,10 @@ from typing import Any
 from msgspec import Struct
 
 from covey.cli import chat
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import DEFAULT_PORT, CliError, NodeClient
 from covey.cli.console import err, out
-from covey.cli.local_nodes import LocalNode, end_nodes, start_nodes, wait_together
-from covey.cli.placing import ensure_ready
+from covey.cli.local_nodes import LocalNode, end_nodes, first_port, start_nodes, wait_together
+from covey.cli.placing import Wanted, make_ready
 from covey.cli.tables import layers_table, node_names, stage_rows
 from covey.effects import paths, scratch
 from covey.schema.cluster import Instance
@@ -36,7 +36,7 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
     max_tokens: int
     temperature: float
     as_json: bool
-    port: int
+    port: int | None  # None: the default one, or the next that is free
 
 
 def run_demo(options: DemoOptions) -> None:
@@ -44,11 +44,19 @@ def run_demo(options: DemoOptions) -> None:
     nodes: list[LocalNode] = []
     with _ends_by_signal(), _folder() as folder:
         try:
-            start_nodes(folder, options.nodes, options.port, nodes)
+            start_nodes(folder, options.nodes, _port(options.port), nodes)
             with NodeClient(nodes[0].url) as client:
                 _play(options, nodes, client)
         finally:
             end_nodes(nodes)
+
+
+def _port(asked: int | None) -> int:
+    """Says so where it is another one than people expect. Raises `CliError`."""
+    port = first_port(asked)
+    if asked is None and port != DEFAULT_PORT:
+        err.print(f"Port {DEFAULT_PORT} is in use: the API takes {port}.", style="dim")
+    return port
 
 
 @contextmanager
@@ -84,7 +92,7 @@ def _ends_by_signal() -> Generator[None]:
 def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> None:
     err.print(f"Starting {len(nodes)} node{'s' * (len(nodes) > 1)} on this machine …", style="dim")
     wait_together(nodes)
-    instance = ensure_ready(client, MODEL, len(nodes))
+    instance = make_ready(client, MODEL, Wanted(node_count=len(nodes))).instance
     rows = stage_rows(instance, node_names(client.cluster()))
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")
@@ -96,6 +104,7 @@ def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> N
         chat.write(json.dumps(_report(answer, rows)) + "\n")
     else:
         out.print(f"\n\n{chat.figures(answer)}\n", style="dim", soft_wrap=True)
+        chat.cut_short(answer, {"max_tokens": options.max_tokens})
     if not options.once:
         _serve(options, nodes)
 

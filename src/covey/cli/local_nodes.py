@@ -13,7 +13,7 @@ from typing import Final
 
 import psutil
 
-from covey.cli.client import CliError, NodeAwayError, NodeClient
+from covey.cli.client import DEFAULT_PORT, CliError, NodeAwayError, NodeClient
 from covey.schema.cluster import Visibility
 
 HOST: Final = "127.0.0.1"
@@ -21,6 +21,7 @@ START_SECONDS_MAX: Final = 40.0  # small boards import slowly
 POLL_SECONDS: Final = 0.05
 STOP_SECONDS_MAX: Final = 15.0  # a node ends its runners within 10 s
 LOG_LINES_SHOWN: Final = 15
+PORTS_TRIED_MAX: Final = 100  # more demos than one machine runs
 
 
 class LocalNode:
@@ -85,10 +86,13 @@ def _family(process_id: int) -> list[psutil.Process]:
 
 
 def start_nodes(folder: Path, count: int, port: int, into: list[LocalNode]) -> None:
-    """Starts `count` nodes that form a cluster of their own; each is in `into` before it is started."""
+    """Starts `count` nodes that form a cluster of their own; each is in `into` before it is started.
+
+    `port` is the first one's; the others take any.
+    """
     cluster = f"demo-{os.getpid()}"
     for number in range(1, count + 1):
-        node = LocalNode(folder, f"node-{number}", _free_port(port if number == 1 else 0))
+        node = LocalNode(folder, f"node-{number}", port if number == 1 else _bound(0))
         into.append(node)  # before there is a process, so that whatever fails from then on finds it
         node.start(cluster)
 
@@ -142,12 +146,20 @@ def _seen(client: NodeClient) -> int:
     return sum(member.visibility is Visibility.VISIBLE and member.report is not None for member in state.members)
 
 
-def _free_port(wanted: int) -> int:
-    """`wanted` if nobody has it, else one that is free now."""
+def first_port(asked: int | None) -> int:
+    """Where the first node's API can listen: at the port that was asked for; else at the default one, or the next that
+    is free. Raises `CliError`.
+    """
+    first = DEFAULT_PORT if asked is None else asked
+    for port in range(first, first + (PORTS_TRIED_MAX if asked is None else 1)):
+        with contextlib.suppress(OSError):
+            return _bound(port)
+    raise CliError(f"Port {first} is in use; end the program that listens there, or choose another with --port.")
+
+
+def _bound(port: int) -> int:
+    """The port, if it is free now; any for 0. Raises `OSError`."""
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, wanted))
-        except OSError:
-            listener.bind((HOST, 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nodes do
+        listener.bind((HOST, port))
         return int(listener.getsockname()[1])

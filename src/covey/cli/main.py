@@ -5,15 +5,17 @@ What only some commands need is imported where they run, so that the others star
 
 import os
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
+from covey.cli.naming import named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for ea
 AnyoneJoins = Annotated[bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Tell only what is wrong, not what happens.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
 ]
@@ -69,14 +72,12 @@ def up(
     no_auth: NoAuth = False,  # noqa: FBT002
     require_key: RequireKey = False,  # noqa: FBT002
     log_requests: LogRequests = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
-    """Run one node in the foreground."""
+    """Run one node in the foreground, and tell what happens in the cluster."""
     from covey.cli import joining  # noqa: PLC0415 (as the first lines say; so are the others)
-    from covey.cli.welcome import welcome  # noqa: PLC0415
-    from covey.node import NodeOptions, NodeReady, run_node  # noqa: PLC0415
-
-    def announce(ready: NodeReady) -> None:
-        out.print(welcome(ready, joining.how_to_join(is_open=anyone_joins)), soft_wrap=True)
+    from covey.cli.log import Log  # noqa: PLC0415
+    from covey.node import NodeOptions, run_node  # noqa: PLC0415
 
     if no_auth and require_key:
         raise typer.BadParameter("--no-auth and --require-key exclude each other.")
@@ -99,7 +100,8 @@ def up(
         asks_everybody=require_key,
         logs_requests=log_requests,
     )
-    raise typer.Exit(run_node(options, announce))
+    log = Log(partial(joining.how_to_join, is_open=anyone_joins), is_quiet=quiet)
+    raise typer.Exit(run_node(options, log.announce, log.tell))
 
 
 @app.callback(invoke_without_command=True)
@@ -144,7 +146,8 @@ def run(
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
-    from covey.cli.placing import ensure_ready  # noqa: PLC0415
+    from covey.cli.conversation import Conversation  # noqa: PLC0415
+    from covey.cli.placing import ensure_ready, shorter_context  # noqa: PLC0415
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
@@ -154,11 +157,14 @@ def run(
         if not question:
             raise CliError("There is no prompt: standard input is empty.")
     with NodeClient(url) as node:
-        model_id = ensure_ready(node, local_path(model)).card.model_id
+        ready = ensure_ready(node, local_path(model))
+        if ready.is_new and (note := shorter_context(ready.instance)):
+            err.print(note, style="dim", soft_wrap=True)
+        model_id = ready.instance.card.model_id
         if question:
             chat.single(node, model_id, question, options, system)
         else:
-            chat.conversation(node, model_id, options, system)
+            Conversation(node, model_id, options, system).hold()
 
 
 @app.command()
@@ -166,36 +172,56 @@ def run(
 def place(
     model: str,
     nodes: Annotated[int | None, typer.Option(min=1, help="Spread it over at least so many nodes.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="How many requests run at a time.")] = None,
+    another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
-    from covey.cli.placing import wait_ready  # noqa: PLC0415
+    from covey.cli import placing  # noqa: PLC0415
 
+    wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
     with NodeClient(url) as node:
-        options = {} if nodes is None else {"min_nodes": nodes}
-        placed = node.place(local_path(model), **options)
-        instance = wait_ready(node, str(placed["instance_id"]))
-        rows = tables.stage_rows(instance, tables.node_names(node.cluster()))
+        ready = (placing.make_ready if another else placing.ensure_ready)(node, local_path(model), wanted)
+        state = node.cluster()
+    rows = tables.stage_rows(ready.instance, tables.node_names(state))
     if as_json:
-        print_json({"instance_id": instance.instance_id, "model_id": instance.card.model_id, "nodes": rows})
-    else:
-        out.print(f"{instance.card.model_id} is ready as [bold]{instance.instance_id}[/]:\n")
-        out.print(tables.layers_table(rows))
-        warn_of_one_copy(placed)
+        print_json({"instance_id": ready.instance.instance_id, "model_id": ready.instance.card.model_id, "nodes": rows})
+        return
+    short = short_ids([each.instance_id for each in state.instances])
+    instance_id = ready.instance.instance_id
+    out.print(placing.summary(ready, short.get(instance_id, instance_id)), soft_wrap=True)
+    out.print(tables.layers_table(rows))
+    if note := placing.shorter_context(ready.instance):
+        out.print(f"\n{note}", soft_wrap=True)
+    if ready.on_one_node_only:
+        warn_of_one_copy()
 
 
 @app.command()
 @explained
-def stop(instance: str, url: Url = DEFAULT_URL) -> None:
-    """Remove an instance: its id, or the beginning of it that only one has; `covey ps` lists them."""
-    from covey.cli.placing import one_instance  # noqa: PLC0415
-
+def stop(
+    instance: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Its id, the beginning of it, or its model.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all instances.")] = False,  # noqa: FBT002
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Remove an instance; `covey ps` lists them."""
+    if everything == (instance is not None):
+        raise typer.BadParameter("Name one instance, or give --all.")
     with NodeClient(url) as node:
-        instance_id = one_instance(node.cluster(), instance)
-        deleted = node.delete(instance_id)
-    out.print(f"{instance_id} is stopped.", markup=False)
-    warn_of_one_copy(deleted)
+        placed = node.cluster().instances
+        chosen = placed if instance is None else [named_instance(placed, local_path(instance))]
+        short = short_ids([each.instance_id for each in placed])
+        for each in chosen:
+            deleted = node.delete(each.instance_id)
+            out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
+            if deleted["on_one_node_only"]:
+                warn_of_one_copy()
+    if not chosen:
+        out.print("No model is placed, so there is nothing to stop.")
 
 
 @app.command()
@@ -263,6 +289,9 @@ def demo(
     prompt: Annotated[str, typer.Option(help="The first question.")] = "What is the capital of France?",
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"The API's port; default: {DEFAULT_PORT}, or the next free.")
+    ] = None,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""
@@ -275,7 +304,7 @@ def demo(
         max_tokens=max_tokens,
         temperature=temperature,
         as_json=as_json,
-        port=DEFAULT_PORT,
+        port=port,
     )
     try:
         run_demo(options)
@@ -307,10 +336,9 @@ def rotate(
     joining.rotate(url, without or [])
 
 
-def warn_of_one_copy(answer: dict[str, Any]) -> None:
+def warn_of_one_copy() -> None:
     """What only one disk holds, a broken disk takes along."""
-    if answer["on_one_node_only"]:
-        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
+    err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def local_path(model: str) -> str:

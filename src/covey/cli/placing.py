@@ -3,46 +3,100 @@
 import time
 from typing import Final
 
+from msgspec import Struct
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
+from covey.cli.naming import instances_of
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
-from covey.schema.ids import InstanceId
 
 APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
 
 
-def ensure_ready(node: NodeClient, model: str, node_count: int | None = None) -> Instance:
+class Wanted(Struct, frozen=True, kw_only=True):
+    """What was asked for beside the model; None leaves it to the placement."""
+
+    node_count: int | None = None  # at least
+    context_length: int | None = None
+    slot_count: int | None = None
+
+    def body(self) -> dict[str, int]:
+        given = {"min_nodes": self.node_count, "context_length": self.context_length, "slot_count": self.slot_count}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def is_met_by(self, instance: Instance) -> bool:
+        return (
+            len(instance.stages) >= (self.node_count or 0)
+            and instance.context_length >= (self.context_length or 0)
+            and instance.slot_count >= (self.slot_count or 0)
+        )
+
+
+class Ready(Struct, frozen=True):
+    """An instance that answers. `is_new`: it was placed for this."""
+
+    instance: Instance
+    is_new: bool
+    on_one_node_only: bool = False
+
+
+def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
     """An instance of the model that answers; placed if there is none. Raises `CliError`."""
-    state = node.cluster()
-    if node_count is None:
-        placed = [each for each in state.instances if each.card.model_id.casefold() == model.casefold()]
-        ready = [each for each in placed if instance_status(state, each).phase is InstancePhase.READY]
-        if ready:
-            return ready[0]
-        if placed:
-            return wait_ready(node, placed[0].instance_id)
-    options = {} if node_count is None else {"min_nodes": node_count}
-    return wait_ready(node, str(node.place(model, **options)["instance_id"]))
+    there = _placed(node.cluster(), model)
+    if there is None:
+        return make_ready(node, model, wanted)
+    if wanted and not wanted.is_met_by(there):
+        raise CliError(
+            f"{there.card.model_id} is placed already, but otherwise than asked for: on {_counted(there)}. "
+            f"`covey stop {model}` ends that; `covey place --another` makes a second one beside it."
+        )
+    return Ready(wait_ready(node, there.instance_id), is_new=False)
 
 
-def one_instance(state: ClusterState, beginning: str) -> InstanceId:
-    """The instance whose id is `beginning`, or begins with it. Raises `CliError` unless that is one."""
-    ids = [each.instance_id for each in state.instances]
-    found = [each for each in ids if each == beginning] or [each for each in ids if each.startswith(beginning)]
-    if len(found) == 1:
-        return found[0]
-    problem = "More than one instance begins" if found else "There is no instance that begins"
-    raise CliError(f"{problem} with '{beginning}'; there are: {', '.join(ids) or 'none'}.")
+def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
+    """A new instance, also where there is one. Raises `CliError`."""
+    answer = node.place(model, **(wanted or Wanted()).body())
+    instance = wait_ready(node, str(answer["instance_id"]))
+    return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
+
+
+def _placed(state: ClusterState, model: str) -> Instance | None:
+    """One that is ready, if there is."""
+    found = instances_of(state.instances, model)
+    ready = [each for each in found if instance_status(state, each).phase is InstancePhase.READY]
+    return next(iter([*ready, *found]), None)
+
+
+def _counted(instance: Instance) -> str:
+    nodes, slots = len(instance.stages), instance.slot_count
+    return (
+        f"{nodes} node{'s' * (nodes > 1)} with a context of {instance.context_length} tokens in "
+        f"{slots} slot{'s' * (slots > 1)}"
+    )
+
+
+def summary(ready: Ready, short_id: str) -> str:
+    """For a terminal, with markup."""
+    already, more = ("", "") if ready.is_new else ("already ", "; `covey place --another` makes a second one")
+    return f"{escape(ready.instance.card.model_id)} is {already}ready as [bold]{short_id}[/]{more}.\n"
+
+
+def shorter_context(instance: Instance) -> str:
+    """A sentence, if the instance takes less than its model could."""
+    most = instance.card.context_length_max
+    if instance.context_length >= most:
+        return ""
+    return f"Its context is {instance.context_length} of the model's {most} tokens: `covey place --context N` chooses."
 
 
 def wait_ready(node: NodeClient, instance_id: str) -> Instance:
     """Follows the instance until it answers. Raises `CliError` if it fails or is removed."""
     bar = "[progress.description]{task.description}"
     columns = (TextColumn(bar), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("waiting", total=1, text="")
         started, was_there = time.monotonic(), False
         for state in node.changes():

@@ -1,25 +1,27 @@
 """What the listing commands show, as tables for people and as plain data for `--json`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.markup import escape
 from rich.table import Table
 
 from covey.cli.console import harmless, size
+from covey.cli.naming import short_ids
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, Instance, Member
 
 Row = dict[str, Any]
+GAP: Final = 2  # columns
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table: a line under the titles and no frame."""
-    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], folded: Sequence[str] = ()) -> Table:
+    """A plain table without a frame. Too wide, it cuts columns, and lets those `folded` take more lines."""
+    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
     for title in titles:
-        drawn.add_column(title, no_wrap=True, overflow="ellipsis")
+        drawn.add_column(title, no_wrap=title not in folded, overflow="fold" if title in folded else "ellipsis")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(escape(harmless(cell)) for cell in row))  # whoever wrote it
     return drawn
 
 
@@ -57,24 +59,25 @@ def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
 
 
 def instances_table(rows: Sequence[Row]) -> Table:
-    drawn = [
-        (
-            row["instance_id"],
-            row["model_id"],
-            row["status"],
-            str(row["context_length"]),
-            ", ".join(f"{node['name']} {node['layers'][0]}–{node['layers'][1] - 1}" for node in row["nodes"]),
-        )
-        for row in rows
-    ]
-    return table(("instance", "model", "status", "context", "layers"), drawn)
+    """A line for each node of each instance; what all of an instance's lines would repeat stands in the first."""
+    short = short_ids([row["instance_id"] for row in rows])
+    drawn: list[tuple[str, ...]] = []
+    for row in rows:
+        head = (short[row["instance_id"]], row["model_id"], row["status"], str(row["context_length"]))
+        for node in row["nodes"]:
+            drawn.append((*head, *_layers_cells(node)))
+            head = ("",) * len(head)
+    return table(
+        ("instance", "model", "status", "context", "node", "layers", "memory"), drawn, folded=("model", "status")
+    )
 
 
 def layers_table(rows: Sequence[Row]) -> Table:
-    drawn = [
-        (node["name"], f"{node['layers'][0]}–{node['layers'][1] - 1}", size(node["memory_bytes"])) for node in rows
-    ]
-    return table(("node", "layers", "memory"), drawn)
+    return table(("node", "layers", "memory"), [_layers_cells(node) for node in rows])
+
+
+def _layers_cells(node: Row) -> tuple[str, str, str]:
+    return (node["name"], f"{node['layers'][0]}–{node['layers'][1] - 1}", size(node["memory_bytes"]))
 
 
 def node_rows(state: ClusterState) -> list[Row]:
@@ -116,7 +119,7 @@ def models_table(models: Sequence[Row]) -> Table:
     drawn = [
         (
             model["id"],
-            f"{model['storage_size_megabytes']} MB",
+            size(model["file_bytes"]),
             model["quantization"],
             str(model["context_length"]),
             "yes" if model["downloaded"] else "no",
@@ -127,5 +130,5 @@ def models_table(models: Sequence[Row]) -> Table:
 
 
 def events_table(events: Sequence[Row]) -> Table:
-    drawn = [(event["at"].replace("T", " ")[:19], escape(harmless(event["text"]))) for event in events]
+    drawn = [(event["at"].replace("T", " ")[:19], event["text"]) for event in events]
     return table(("when (UTC)", "what"), drawn)

@@ -1,12 +1,31 @@
-"""What `covey up` says once the node is up: where the API is, what to do next, and where data lies."""
+"""What `covey up` says: where the API is, what to do next and where data lies; then what happens in the cluster."""
 
 import shlex
+import time
+from typing import Final
 
 from rich.markup import escape
 
 from covey.checkpoints import catalogue
 from covey.cli.client import DEFAULT_URL
 from covey.node import NodeReady
+from covey.schema.activity import ActivityEvent, EventKind
+from covey.schema.ids import NodeId
+
+TOLD: Final = frozenset(
+    {
+        EventKind.NODE_JOINED,
+        EventKind.NODE_AWAY,
+        EventKind.NODE_BACK,
+        EventKind.NODE_LEFT,
+        EventKind.INSTANCE_PLACED,
+        EventKind.INSTANCE_READY,
+        EventKind.INSTANCE_REMOVED,
+        EventKind.RUNNER_FAILED,
+        EventKind.DOWNLOAD_FAILED,
+    }
+)
+TIME_FORMAT: Final = "%H:%M:%S"  # by this machine's clock and zone
 
 
 def welcome(ready: NodeReady, how_to_join: str) -> str:
@@ -30,3 +49,10 @@ def _naming(url: str) -> str:
     anyway.
     """
     return "" if url == DEFAULT_URL else escape(f" --url {shlex.quote(url)}")
+
+
+def news(event: ActivityEvent, own_id: NodeId) -> str:
+    """A line on what happened; none on what only who asks wants to know: `covey events` tells all."""
+    if event.kind not in TOLD or (event.kind is EventKind.NODE_JOINED and event.subject == own_id):
+        return ""
+    return f"{time.strftime(TIME_FORMAT, time.localtime(event.at_ms / 1000))}  {event.text}\n"

@@ -36,6 +36,7 @@ from covey.schema.runner import RunnerState
 EVENTS_MAX: Final = 1000  # some 200 kB; a busy home's last days, a storm's last minutes
 REPEATS_REMEMBERED: Final = 100  # events back
 REPEATING: Final = frozenset({EventKind.DOWNLOAD_FAILED, EventKind.RUNNER_FAILED})
+PRESENCE: Final = frozenset({EventKind.NODE_JOINED, EventKind.NODE_AWAY, EventKind.NODE_BACK})
 TEXT_CHARACTERS_MAX: Final = 400  # a reason may hold a whole log
 
 Note = tuple[EventKind, str, str]  # kind, subject, sentence
@@ -60,7 +61,7 @@ class Activity:
         """Notes what differs from the last look; the first look is where the account begins."""
         before, self._before = self._before, Seen(state, keys)
         for note in differences(before or Seen(_nothing(state), keys), self._before):
-            if not self._is_repeated(note):
+            if not (self._is_repeated(note) or self._is_first_sight(note)):
                 self._note(at_ms, note)
 
     def hear(self, at_ms: int, command: Command, outcome: CommandOutcome) -> None:
@@ -93,6 +94,12 @@ class Activity:
         latest = islice(reversed(self._events), REPEATS_REMEMBERED)
         return kind in REPEATING and any((event.kind, event.text) == (kind, text) for event in latest)
 
+    def _is_first_sight(self, note: Note) -> bool:
+        """A node whose name comes before it is heard in both directions has joined, and was never away."""
+        kind, subject, _ = note
+        before = (each.kind for each in reversed(self._events) if each.subject == subject and each.kind in PRESENCE)
+        return kind is EventKind.NODE_BACK and next(before, None) is EventKind.NODE_JOINED
+
 
 # ---- differences ----
 
@@ -117,8 +124,9 @@ def _nodes(before: Seen, after: Seen) -> Iterator[Note]:
     here = {member.node_id for member in after.state.members}
     for node_id in old:
         if node_id not in here:
-            name = _name(before.state, node_id)
-            yield EventKind.NODE_LEFT, node_id, f"{name} has been away for too long and is not counted any more."
+            was_away = old[node_id].visibility is Visibility.AWAY
+            how = "has been away for too long and is not counted any more" if was_away else "has left"
+            yield EventKind.NODE_LEFT, node_id, f"{_name(before.state, node_id)} {how}."
 
 
 def _introduced(state: ClusterState) -> dict[NodeId, Member]:

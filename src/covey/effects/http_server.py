@@ -62,6 +62,7 @@ def log_requests() -> None:
     log = logging.getLogger("covey.access")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False  # else the node's own log would have each line again
 
 
 class HttpServer:

@@ -4,6 +4,7 @@ The node's id is the hash of its public key. A key that can't be read is an erro
 a new identity: other nodes would see a stranger, and the old node would haunt them.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Generator
@@ -31,6 +32,16 @@ KEY_FILE: Final = "node.key"
 BOOT_FILE: Final = "boot"
 LOCK_FILE: Final = "lock"
 PRIVATE_MODE: Final = 0o600
+
+_CAUSES: Final = {
+    errno.EEXIST: "there is a file of that name",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EACCES: "you have no permission for it",
+    errno.EPERM: "you have no permission for it",
+    errno.EROFS: "its disk can't be written to",
+    errno.ENOSPC: "its disk is full",
+    errno.EDQUOT: "your quota of its disk is used up",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -75,17 +86,15 @@ def renewed(folder: Path, mine: Identity) -> Identity:
 
 
 def _unusable(folder: Path, error: OSError) -> str:
-    return (
-        f"the data folder {folder} can't be used ({error.strerror or error}); "
-        "check its permissions and the free space, or choose another with --data-dir"
-    )
+    cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
+    return f"the data folder {folder} can't be used: {cause}; mend that, or choose another one with --data-dir"
 
 
 def _in_use(folder: Path, holder: str) -> str:
     process = f"process {holder}" if holder else "another process"
     return (
         f"the data folder {folder} is in use by {process}; "
-        "stop that node first, or give this one a folder of its own with --data-dir"
+        "stop that node first, or give this one a folder and a port of its own with --data-dir and --port"
     )
 
 

@@ -194,7 +194,8 @@ def _card_of_file(name: str) -> ModelCard:
         _expect_runnable(header)
         return card_from_header(header, ModelId(str(path)), FileSource(str(path)))
     except (CheckpointError, EngineError) as error:
-        raise ModelNotFoundError(f"{path} is no model that can be run: {error}", 400) from None
+        reason = str(error).removeprefix(f"{path}: ")  # what reads the header names its file, too
+        raise ModelNotFoundError(f"{path} is no model that can be run: {reason}", 400) from None
     except FileNotFoundError:
         raise ModelNotFoundError(f"there is no file {path}; check the path, which is looked up on this node") from None
     except OSError as error:

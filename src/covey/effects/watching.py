@@ -7,12 +7,13 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-from covey.control.activity import Activity
+from covey.control.activity import EVENTS_MAX, Activity
 from covey.effects import clock
 from covey.effects.driver import Driver
 from covey.effects.mailbox import Mailbox
 from covey.effects.model_files import ModelFiles
 from covey.effects.probe import Probe
+from covey.schema.activity import ActivityEvent
 from covey.schema.ids import ModelId
 from covey.schema.machine import HardwareProbed, ModelsListed
 from covey.schema.model import ModelCard
@@ -73,11 +74,15 @@ class ModelWatch:
             await anyio.sleep(LOOK_S)
 
 
-async def watch_activity(driver: Driver, activity: Activity) -> None:
-    """For ever. Keeps the account of what changed in the cluster."""
+async def watch_activity(driver: Driver, activity: Activity, tell: Callable[[ActivityEvent], None]) -> None:
+    """For ever. Keeps the account of what changed in the cluster, and tells it as it grows."""
+    told = 0
     while True:
         state = driver.state()
         activity.see(clock.unix_ms(), state, driver.keys())
+        for event in activity.page(told, EVENTS_MAX).events:
+            tell(event)
+            told = event.number
         await anyio.sleep(ACTIVITY_SPACING_S)
         await driver.wait_changed(state.revision, WAIT_S_MAX)
 
