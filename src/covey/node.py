@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
-from covey.effects.membership import Membership, cluster_folder, keep_code, membership_of, take_along
+from covey.effects.membership import Membership, cluster_folder, keep_successor, membership_of
 from covey.effects.mesh_setup import MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
@@ -163,15 +164,13 @@ def _lives(
     announce: Callable[[NodeReady], None],
 ) -> str:
     """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
-    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     while True:
+        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
         with store.opened(cluster_folder(folder, member), version("covey")) as intent:
             reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce)
         if reason is not None:
             return reason
-        former, mine = member, identity.renewed(folder, mine)
-        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
-        take_along(folder, former, member)
+        mine = identity.renewed(folder, mine)
 
 
 async def _run(
@@ -191,7 +190,7 @@ async def _run(
         interfaces=options.interfaces,
     )
     with closing(Mailbox()) as mailbox:
-        rotation = Rotation(mine, member.code, keep_code)
+        rotation = Rotation(mine, member.code, partial(keep_successor, member.code))
         opened = mesh.opened(mine.node_id, settings, _receiver(rotation, mailbox), _noticer(mailbox))
         rotation.send = opened.send_to
         node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)

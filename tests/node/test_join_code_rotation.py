@@ -63,6 +63,29 @@ def test_a_lost_device_is_shut_out(tmp_path: Path) -> None:
             node.end()
 
 
+def test_a_node_that_is_stopped_right_after_a_rotation_has_forgotten_nothing(tmp_path: Path) -> None:
+    """The new code is on the disk, and the life that would use it never begins; and so a second time."""
+    cluster, home = cluster_name(), tmp_path / "anna"
+    home.mkdir()
+    node = NodeProcess(home, "anna", cluster)
+    try:
+        node.wait_listening()
+        node.post("/keys", {"name": "laptop"})
+        for _ in range(2):
+            before = kept_code(home)
+            done = covey(home, cluster, "join-code", "rotate", "--url", node.url)
+            assert done.returncode == 0, done.stderr
+            assert node.leave() == 0
+            node.end()
+            assert kept_code(home) != before
+            node = NodeProcess(home, "anna", cluster)
+            node.wait_listening()
+            assert [each["name"] for each in node.get("/keys")["keys"]] == ["laptop"]
+            assert len(list((home / "anna" / "clusters").iterdir())) == 1
+    finally:
+        node.end()
+
+
 def test_who_does_not_hold_the_code_can_not_change_it(tmp_path: Path) -> None:
     cluster = cluster_name()
     for name in ("anna", "other"):

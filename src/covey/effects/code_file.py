@@ -16,6 +16,8 @@ from covey.effects.trust import new_join_code
 
 CODE_FILE: Final = "join-code"
 FORMER_FILE: Final = "join-code.former"
+ROTATIONS_FILE: Final = "join-code.rotations"  # a line for each, the latest last: the new code, the former one
+ROTATIONS_MAX: Final = 64  # for a node that was off during all of them
 LOCK_FILE: Final = "join-code.lock"
 
 _log = logging.getLogger(__name__)
@@ -44,20 +46,62 @@ def known_code(folder: Path) -> JoinCode | None:
         raise _unusable(folder, error) from None
 
 
-def replace_code(folder: Path, code: JoinCode) -> Path | None:
-    """From now on this code; the former one is kept aside, where the answer says. Raises `CodeFileError`."""
+def replace_code(folder: Path, code: JoinCode, successor_of: JoinCode | None = None) -> Path | None:
+    """From now on this code; the former one is kept aside, where the answer says.
+
+    `successor_of`: the code that a rotation replaced by this one, which `former_codes` tells from then on. Raises
+    `CodeFileError`: then nothing has changed.
+    """
     try:
         make_private(folder)
         with locked(folder / LOCK_FILE, waits=True):
             former = folder / CODE_FILE
             before = former.read_bytes() if former.exists() else _content(code)  # as it is: it may be damaged
-            _write(folder, code)
-            if before == _content(code):
-                return None
-            write_durably(folder / FORMER_FILE, before)
-            return folder / FORMER_FILE
+            if successor_of is not None:
+                _note(folder, code, successor_of)
+            if before != _content(code):
+                write_durably(folder / FORMER_FILE, before)
+            _write(folder, code)  # last: whoever starts with it finds all the rest
+            return None if before == _content(code) else folder / FORMER_FILE
     except OSError as error:
         raise _unusable(folder, error) from None
+
+
+def former_codes(folder: Path, code: JoinCode) -> tuple[JoinCode, ...]:
+    """The codes that rotations replaced until it was `code`, the latest first. Raises `CodeFileError`."""
+    try:
+        former_of = dict(_rotations(folder))
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    found: list[JoinCode] = []
+    while (former := former_of.pop(code, None)) is not None:
+        found.append(former)
+        code = former
+    return tuple(found)
+
+
+def _note(folder: Path, code: JoinCode, former: JoinCode) -> None:
+    """A note whose code was never taken into use does no harm: nobody starts with that code."""
+    before = [each for each in _rotations(folder) if each[0] != code]
+    known = [*before, (code, former)][-ROTATIONS_MAX:]
+    lines = [f"{new.text()} {old.text()}\n" for new, old in known]
+    write_durably(folder / ROTATIONS_FILE, "".join(lines).encode())
+
+
+def _rotations(folder: Path) -> list[tuple[JoinCode, JoinCode]]:
+    path = folder / ROTATIONS_FILE
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found: list[tuple[JoinCode, JoinCode]] = []
+    for line in lines:
+        new, _, old = line.partition(" ")
+        try:
+            found.append((join_code.parse(new), join_code.parse(old)))
+        except JoinCodeError:
+            _log.warning("%s is damaged: it no longer tells all former join codes of this cluster", path)
+    return found
 
 
 def _read(folder: Path) -> JoinCode | None:
