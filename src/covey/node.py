@@ -19,7 +19,7 @@ from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError, sentence
@@ -166,7 +166,7 @@ def _lives(
     """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
     while True:
         member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
-        with store.opened(cluster_folder(folder, member), version("covey")) as intent:
+        with store.opened(cluster_folder(folder, member, version("covey")), version("covey")) as intent:
             reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce)
         if reason is not None:
             return reason
@@ -382,10 +382,12 @@ class Node:
         if not self._rotation.is_proof(proof):
             sentence = "Only who holds the join code may change it: run the command as the user who runs this node."
             raise RequestError(sentence, status=403)
+        names = tuple(sorted(key.name for key in self.keys()))
         try:
-            return await self._rotation.rotate(self.state().members, without)
+            outcome = await self._rotation.rotate(self.state().members, without)
         except CodeFileError as error:
             raise RequestError(f"The new join code is not in use: {error}.", status=500) from None
+        return structs.replace(outcome, keys_revoked=names) if without else structs.replace(outcome, keys_valid=names)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         return self._serving.generate(request)

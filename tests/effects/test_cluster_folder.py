@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from covey.control.cluster import Cluster, encoded
 from covey.control.join_code import JoinCode
-from covey.effects import code_file
+from covey.effects import code_file, store
 from covey.effects.code_file import CodeFileError, former_codes, known_code, replace_code
 from covey.effects.membership import cluster_folder, keep_code, keep_successor, membership_of
+from covey.schema.cluster import ApiKey, Entry, Version
+from covey.schema.ids import NodeId
 from tests.credentials import CODE, OTHER_CODE, node
 
 THIRD_CODE = JoinCode(bytes([3]) * 16)
@@ -26,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(folder: Path, cluster: str = "") -> Path:
     """Where the node of `folder` keeps what people asked for, as it is at its start."""
-    return cluster_folder(folder, membership_of(node(1), cluster, is_open=False))
+    return cluster_folder(folder, membership_of(node(1), cluster, is_open=False), "1")
 
 
 def asked(folder: Path, cluster: str = "") -> Path:
@@ -162,7 +165,74 @@ def test_the_list_of_former_codes_is_private_and_bounded(home: Path) -> None:
     path = home / "join-code.rotations"
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(path.read_text().splitlines()) == 64
-    assert former_codes(home, codes[-1])[:2] == (codes[-2], codes[-3])
+    assert [each.code for each in former_codes(home, codes[-1])[:2]] == [codes[-2], codes[-3]]
+
+
+# ---- somebody was shut out ----
+
+KEY, REVOKED, WISH, STRANGE = "key/laptop", "key/phone", "wish/w", "key/strange"
+
+
+def version(counter: int) -> Version:
+    return Version(counter, NodeId("a"))
+
+
+ENTRIES = {
+    KEY: Entry(encoded(ApiKey(key_id="laptop", name="l", salt=b"s", digest=b"d", created_s=1)), version(4)),
+    REVOKED: Entry(None, version(3)),
+    STRANGE: Entry(b"of a newer version", version(9)),
+    WISH: Entry(b"w", version(2)),
+}
+
+
+def kept(folder: Path) -> dict[str, Entry]:
+    with store.opened(folder, "1") as opened:
+        return opened.restored.entries
+
+
+def with_keys(folder: Path) -> Path:
+    kept_here = started(folder)
+    with store.opened(kept_here, "1") as opened:
+        opened.keep(ENTRIES)
+    return kept_here
+
+
+def test_the_keys_end_with_a_code_that_shuts_somebody_out(tmp_path: Path) -> None:
+    """Also where a later code, or another node of this user, follows before this node starts."""
+    with_keys(tmp_path / "n")
+    keep_successor(CODE, OTHER_CODE, ends_keys=True)
+    keep_successor(OTHER_CODE, THIRD_CODE)
+    entries = kept(started(tmp_path / "n"))
+    assert {key for key, entry in entries.items() if entry.value is not None} == {WISH}
+    assert entries[WISH] == ENTRIES[WISH]
+    assert entries[REVOKED] == ENTRIES[REVOKED]
+    for key in (KEY, STRANGE):  # a copy that comes back is older than its end
+        assert entries[key].version > ENTRIES[key].version
+    cluster = Cluster(node(1).node_id)
+    cluster.restore(entries)
+    cluster.merge(ENTRIES)
+    assert cluster.keys == {}
+
+
+def test_the_keys_stay_with_a_code_that_shuts_nobody_out(tmp_path: Path) -> None:
+    with_keys(tmp_path / "n")
+    keep_successor(CODE, OTHER_CODE)
+    keep_successor(OTHER_CODE, THIRD_CODE)
+    assert kept(started(tmp_path / "n")) == ENTRIES
+
+
+def test_the_power_goes_before_the_keys_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_keys(tmp_path / "n")
+    keep_successor(CODE, OTHER_CODE, ends_keys=True)
+    for target, name in ((store.Store, "keep"), (Path, "rename")):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, _cut)
+            assert _is_cut(lambda: started(tmp_path / "n"))
+    assert kept(started(tmp_path / "n"))[KEY].value is None
+
+
+def _cut(*_: object, **__: object) -> None:
+    raise PowerCutError
 
 
 def _is_cut(act: Rotate) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import anyio
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from msgspec.structs import replace
 
 from covey.control.join_code import JoinCode
 from covey.effects import rotation as rotation_module
@@ -83,12 +84,17 @@ class World:
 
     def __init__(self, deliver: Tamper = lambda message: message) -> None:
         self.codes: dict[NodeId, JoinCode] = {}
+        self.ended: set[NodeId] = set()  # where no API key is to be valid any more
         self.heard: list[MeshMessage] = []
         self._deliver = deliver
         self.rotations = {node(number).node_id: self._rotation(node(number)) for number in range(3)}
 
     def _rotation(self, mine: Identity) -> Rotation:
-        return Rotation(mine, CODE, lambda code: self.codes.update({mine.node_id: code}), self._send)
+        def keep(code: JoinCode, *, ends_keys: bool) -> None:
+            self.codes[mine.node_id] = code
+            self.ended |= {mine.node_id} if ends_keys else set()
+
+        return Rotation(mine, CODE, keep, self._send)
 
     def _send(self, target: NodeId, message: MeshMessage) -> None:
         self.heard.append(message)
@@ -108,6 +114,29 @@ async def test_those_who_stay_take_the_new_code() -> None:
     assert len({code.secret for code in world.codes.values()} | {CODE.secret}) == 2
     taken = {node_id for node_id, each in world.rotations.items() if each.is_taken}
     assert taken == {MINE.node_id, STAYS.node_id}
+
+
+async def test_who_shuts_somebody_out_ends_the_keys_everywhere() -> None:
+    world = World()
+    await world.rotations[MINE.node_id].rotate([member(STAYS), member(LOST)], [LOST.node_id])
+    assert world.ended == {MINE.node_id, STAYS.node_id}
+
+
+async def test_else_the_keys_stay() -> None:
+    world = World()
+    await world.rotations[MINE.node_id].rotate([member(STAYS)], [])
+    assert world.ended == set()
+
+
+async def test_nobody_can_change_on_the_way_whether_the_keys_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation_module, "CONFIRM_S_MAX", 0.2)
+
+    def deliver(message: MeshMessage) -> MeshMessage:
+        return replace(message, ends_keys=not message.ends_keys) if isinstance(message, CodeSealed) else message
+
+    world = World(deliver)
+    await world.rotations[MINE.node_id].rotate([member(STAYS)], [LOST.node_id])
+    assert set(world.codes) == {MINE.node_id}
 
 
 async def test_the_one_who_was_removed_hears_everything_and_learns_nothing() -> None:

@@ -7,7 +7,7 @@ is away: the point of a rotation is that a device was lost.
 import hmac
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 
@@ -33,16 +33,20 @@ def proof_of(code: JoinCode) -> str:
     return derive(code, "rotation", "", PROOF_BYTES).hex()
 
 
+class Keep(Protocol):
+    """Stores a code for all lives to come; `ends_keys` as in `CodeSealed`. Raises `CodeFileError`."""
+
+    def __call__(self, code: JoinCode, *, ends_keys: bool) -> object: ...
+
+
 class Rotation:
-    """One node's part. `keep` stores a code, for all lives to come; `send` gives a message to the mesh, and is set
-    once that is open.
-    """
+    """One node's part. `send` gives a message to the mesh, and is set once that is open."""
 
     def __init__(
         self,
         mine: Identity,
         code: JoinCode,
-        keep: Callable[[JoinCode], object],
+        keep: Keep,
         send: Callable[[NodeId, MeshMessage], None] = lambda _, __: None,
     ) -> None:
         self._mine = mine
@@ -75,14 +79,14 @@ class Rotation:
 
     def _take(self, message: CodeSealed) -> None:
         try:
-            code = opened_by(self._mine.key, message.sealed)
+            code = opened_by(self._mine.key, message.sealed, ends_keys=message.ends_keys)
         except SealError as error:
             _log.warning("node %s sent a new join code that is not taken: %s", message.node_id, error)
             return
         if not self.is_taken:
             _log.warning("node %s has changed the join code; this node takes the new one", message.node_id)
             try:
-                self._keep(code)
+                self._keep(code, ends_keys=message.ends_keys)
             except CodeFileError as error:
                 _log.error("the new join code is lost on this node: %s", error)
                 return
@@ -90,11 +94,15 @@ class Rotation:
         self.send(message.node_id, CodeTaken(self._mine.node_id, message.node_id))
 
     async def rotate(self, members: Sequence[Member], without: Sequence[NodeId]) -> RotationOutcome:
-        """Makes a new code, keeps it, and gives it to `members` but those `without`; returns who has it."""
+        """Makes a new code, keeps it, and gives it to `members` but those `without`; returns who has it.
+
+        Where somebody is shut out, API keys end with the former code: he may have seen some.
+        """
         code = new_join_code()
         staying = [each for each in members if each.node_id not in {self._mine.node_id, *without}]
-        sealed = self._sealed(staying, code)
-        self._keep(code)
+        ends_keys = bool(without)
+        sealed = self._sealed(staying, code, ends_keys=ends_keys)
+        self._keep(code, ends_keys=ends_keys)
         with anyio.move_on_after(CONFIRM_S_MAX):
             while left := [each for each in sealed if each.target not in self._confirmed]:
                 self._changed = anyio.Event()
@@ -106,16 +114,16 @@ class Rotation:
         reached = tuple(each.node_id for each in staying if each.node_id in self._confirmed)
         return RotationOutcome(reached, tuple(each.node_id for each in staying if each.node_id not in reached))
 
-    def _sealed(self, members: Sequence[Member], code: JoinCode) -> list[CodeSealed]:
+    def _sealed(self, members: Sequence[Member], code: JoinCode, *, ends_keys: bool) -> list[CodeSealed]:
         """For those who are here; a node that is away may be the lost one."""
         messages: list[CodeSealed] = []
         for member in members:
             if member.report is None or member.visibility is not Visibility.VISIBLE:
                 continue
             try:
-                sealed = sealed_for(member.node_id, member.report.public_key, code)
+                sealed = sealed_for(member.node_id, member.report.public_key, code, ends_keys=ends_keys)
             except SealError as error:
                 _log.warning("node %s is not given the new join code: %s", member.node_id, error)
             else:
-                messages.append(CodeSealed(self._mine.node_id, member.node_id, sealed))
+                messages.append(CodeSealed(self._mine.node_id, member.node_id, sealed, ends_keys))
         return messages
