@@ -42,7 +42,7 @@ from covey.effects.membership import Membership, cluster_folder, keep_successor,
 from covey.effects.mesh_setup import MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
-from covey.effects.rotation import Rotation
+from covey.effects.rotation import Rotation, RotationError
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
@@ -380,13 +380,14 @@ class Node:
                 "An open cluster has no join code to change. Start its nodes without --open.", status=409
             )
         if not self._rotation.is_proof(proof):
-            sentence = "Only who holds the join code may change it: run the command as the user who runs this node."
-            raise RequestError(sentence, status=403)
+            raise RequestError("Only who holds the join code may change it: run the command as its user.", status=403)
         names = tuple(sorted(key.name for key in self.keys()))
         try:
             outcome = await self._rotation.rotate(self.state().members, without)
         except CodeFileError as error:
             raise RequestError(f"The new join code is not in use: {error}.", status=500) from None
+        except RotationError as error:
+            raise RequestError(sentence(str(error)), status=409) from None
         return structs.replace(outcome, keys_revoked=names) if without else structs.replace(outcome, keys_valid=names)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:

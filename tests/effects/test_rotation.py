@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from covey.control.join_code import JoinCode
 from covey.effects import rotation as rotation_module
 from covey.effects.identity import Identity
-from covey.effects.rotation import Rotation, proof_of
+from covey.effects.rotation import Rotation, RotationError, proof_of
 from covey.effects.sealed_code import SealError, _montgomery, opened_by, sealed_for
 from covey.schema.cluster import CodeSealed, CodeTaken, Member, MeshMessage, NodeReport, Visibility
 from covey.schema.ids import NodeId
+from covey.schema.trust import RotationOutcome
 from tests.credentials import CODE, OTHER_CODE, node
 
 pytestmark = pytest.mark.anyio
@@ -173,6 +174,54 @@ async def test_who_is_not_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.missed == (STAYS.node_id, LOST.node_id, node(7).node_id)
     assert {message.target for message in world.heard if isinstance(message, CodeSealed)} == {STAYS.node_id}
     assert world.rotations[MINE.node_id].is_taken
+
+
+async def test_of_two_rotations_at_once_each_reports_only_who_took_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two people hear of the stolen laptop, and each changes the code at another device."""
+    monkeypatch.setattr(rotation_module, "CONFIRM_S_MAX", 0.5)
+    monkeypatch.setattr(rotation_module, "REPEAT_S", 0.05)
+    world = World(lambda message: message if len(world.codes) > 1 else None)
+    members = [member(MINE), member(STAYS), member(LOST)]
+    outcomes: dict[NodeId, RotationOutcome] = {}
+
+    async def rotate(mine: Identity) -> None:
+        outcomes[mine.node_id] = await world.rotations[mine.node_id].rotate(members, [])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rotate, MINE)
+        tasks.start_soon(rotate, STAYS)
+    for mine, outcome in outcomes.items():
+        for node_id in (MINE.node_id, STAYS.node_id, LOST.node_id):
+            has_it = world.codes[node_id] == world.codes[mine]
+            assert (node_id in outcome.reached) == (has_it and node_id != mine)
+            assert (node_id in outcome.missed) == (not has_it)
+
+
+async def test_a_second_code_is_not_taken_and_not_confirmed() -> None:
+    world = World()
+    await world.rotations[MINE.node_id].rotate([member(STAYS)], [])
+    first = world.codes[STAYS.node_id]
+    heard = len(world.heard)
+    for code, confirmations in ((OTHER_CODE, 0), (first, 1)):
+        sealed = sealed_for(STAYS.node_id, public_key(STAYS), code)
+        world.rotations[STAYS.node_id].hear(CodeSealed(LOST.node_id, STAYS.node_id, sealed))
+        assert len(world.heard) - heard == confirmations
+    assert world.codes[STAYS.node_id] == first
+
+
+async def test_a_second_rotation_at_the_same_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation_module, "CONFIRM_S_MAX", 0.2)
+    world = World(lambda _: None)
+    mine = world.rotations[MINE.node_id]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(mine.rotate, [member(STAYS)], [])
+        await anyio.sleep(0.05)
+        code = world.codes[MINE.node_id]
+        with pytest.raises(RotationError):
+            await mine.rotate([member(STAYS)], [])
+    with pytest.raises(RotationError):
+        await mine.rotate([member(STAYS)], [])
+    assert world.codes[MINE.node_id] == code
 
 
 async def test_what_is_for_another_node_changes_nothing() -> None:

@@ -33,6 +33,10 @@ def proof_of(code: JoinCode) -> str:
     return derive(code, "rotation", "", PROOF_BYTES).hex()
 
 
+class RotationError(Exception):
+    """The code is not changed; the message is one sentence for a person."""
+
+
 class Keep(Protocol):
     """Stores a code for all lives to come; `ends_keys` as in `CodeSealed`. Raises `CodeFileError`."""
 
@@ -53,6 +57,7 @@ class Rotation:
         self._code = code
         self._keep = keep
         self.send = send
+        self._new: JoinCode | None = None  # kept, for the life to come
         self._confirmed: set[NodeId] = set()
         self._changed = anyio.Event()
         self._taken = anyio.Event()
@@ -68,7 +73,9 @@ class Rotation:
         await anyio.sleep(LINGER_S)
 
     def is_proof(self, proof: str) -> bool:
-        return hmac.compare_digest(proof_of(self._code).encode(), proof.encode())
+        """Of the present code, or of the one that is already kept."""
+        codes = [self._code, *([self._new] if self._new else [])]
+        return any(hmac.compare_digest(proof_of(code).encode(), proof.encode()) for code in codes)
 
     def hear(self, message: CodeSealed | CodeTaken) -> None:
         if isinstance(message, CodeTaken):
@@ -83,26 +90,38 @@ class Rotation:
         except SealError as error:
             _log.warning("node %s sent a new join code that is not taken: %s", message.node_id, error)
             return
-        if not self.is_taken:
-            _log.warning("node %s has changed the join code; this node takes the new one", message.node_id)
-            try:
-                self._keep(code, ends_keys=message.ends_keys)
-            except CodeFileError as error:
-                _log.error("the new join code is lost on this node: %s", error)
-                return
+        if self._new is None and not self._keeps(code, message):
+            return
+        if code != self._new:  # whoever sent it is not to believe that this node will be there
+            _log.warning("node %s has changed the join code as well; this node keeps the first one", message.node_id)
+            return
         self._taken.set()
         self.send(message.node_id, CodeTaken(self._mine.node_id, message.node_id))
+
+    def _keeps(self, code: JoinCode, message: CodeSealed) -> bool:
+        _log.warning("node %s has changed the join code; this node takes the new one", message.node_id)
+        try:
+            self._keep(code, ends_keys=message.ends_keys)
+        except CodeFileError as error:
+            _log.error("the new join code is lost on this node: %s", error)
+            return False
+        self._new = code
+        return True
 
     async def rotate(self, members: Sequence[Member], without: Sequence[NodeId]) -> RotationOutcome:
         """Makes a new code, keeps it, and gives it to `members` but those `without`; returns who has it.
 
-        Where somebody is shut out, API keys end with the former code: he may have seen some.
+        Where somebody is shut out, API keys end with the former code: he may have seen some. Raises `CodeFileError`,
+        and `RotationError` while another change is under way.
         """
+        if self._new is not None:
+            raise RotationError("the join code has just been changed; ask again in some seconds if it is to be another")
         code = new_join_code()
         staying = [each for each in members if each.node_id not in {self._mine.node_id, *without}]
         ends_keys = bool(without)
         sealed = self._sealed(staying, code, ends_keys=ends_keys)
         self._keep(code, ends_keys=ends_keys)
+        self._new = code
         with anyio.move_on_after(CONFIRM_S_MAX):
             while left := [each for each in sealed if each.target not in self._confirmed]:
                 self._changed = anyio.Event()
