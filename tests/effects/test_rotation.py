@@ -12,6 +12,7 @@ from covey.effects import rotation as rotation_module
 from covey.effects.identity import Identity
 from covey.effects.rotation import Rotation, RotationError, proof_of
 from covey.effects.sealed_code import SealError, _montgomery, opened_by, sealed_for
+from covey.effects.trust import OPEN_CODE
 from covey.schema.cluster import CodeSealed, CodeTaken, Member, MeshMessage, NodeReport, Visibility
 from covey.schema.ids import NodeId
 from covey.schema.trust import RotationOutcome
@@ -231,6 +232,15 @@ async def test_what_is_for_another_node_changes_nothing() -> None:
     world.rotations[LOST.node_id].hear(CodeSealed(MINE.node_id, LOST.node_id, sealed))
     assert not world.codes
     assert not world.rotations[LOST.node_id].is_taken
+
+
+async def test_in_an_open_cluster_nobody_can_give_this_device_a_code() -> None:
+    """Whoever is on the network is a member there: the next start without --open would be in his cluster."""
+    kept: list[JoinCode] = []
+    mine = Rotation(MINE, OPEN_CODE, lambda code, *, ends_keys: kept.append(code))
+    mine.hear(CodeSealed(LOST.node_id, MINE.node_id, sealed_for(MINE.node_id, public_key(MINE), OTHER_CODE)))
+    assert not kept
+    assert not mine.is_taken
 
 
 def test_only_who_holds_the_code_may_rotate_it() -> None:

@@ -15,7 +15,7 @@ from covey.control.join_code import JoinCode
 from covey.effects.code_file import CodeFileError
 from covey.effects.identity import Identity
 from covey.effects.sealed_code import SealError, opened_by, sealed_for
-from covey.effects.trust import derive, new_join_code
+from covey.effects.trust import OPEN_CODE, derive, new_join_code
 from covey.schema.cluster import CodeSealed, CodeTaken, Member, MeshMessage, Visibility
 from covey.schema.ids import NodeId
 from covey.schema.trust import RotationOutcome
@@ -81,7 +81,7 @@ class Rotation:
         if isinstance(message, CodeTaken):
             self._confirmed.add(message.node_id)
             self._changed.set()
-        elif message.target == self._mine.node_id:
+        elif message.target == self._mine.node_id and self._code != OPEN_CODE:  # which everybody holds
             self._take(message)
 
     def _take(self, message: CodeSealed) -> None:
