@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError, sentence
@@ -37,11 +38,11 @@ from covey.effects.fetching import FetchError
 from covey.effects.http_server import HttpServer, ListenError, listen, log_requests, port_of
 from covey.effects.identity import Identity, IdentityError
 from covey.effects.mailbox import Mailbox
-from covey.effects.membership import Membership, cluster_folder, keep_code, membership_of, take_along
+from covey.effects.membership import Membership, cluster_folder, keep_successor, membership_of
 from covey.effects.mesh_setup import MeshError, MeshSettings
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.effects.probe import Probe, loopback_interface
-from covey.effects.rotation import Rotation
+from covey.effects.rotation import Rotation, RotationError
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
@@ -171,15 +172,13 @@ def _lives(
     tell: Tell,
 ) -> str:
     """One after the other: a new join code begins a new life. Returns why the last one ended, if nobody asked."""
-    member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
     while True:
-        with store.opened(cluster_folder(folder, member), version("covey")) as intent:
+        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
+        with store.opened(cluster_folder(folder, member, version("covey")), version("covey")) as intent:
             reason = anyio.run(_run, options, folder, mine, member, intent, listener, announce, tell)
         if reason is not None:
             return reason
-        former, mine = member, identity.renewed(folder, mine)
-        member = membership_of(mine, options.cluster, is_open=options.anyone_joins)
-        take_along(folder, former, member)
+        mine = identity.renewed(folder, mine)
 
 
 async def _run(
@@ -200,7 +199,7 @@ async def _run(
         interfaces=options.interfaces,
     )
     with closing(Mailbox()) as mailbox:
-        rotation = Rotation(mine, member.code, keep_code)
+        rotation = Rotation(mine, member.code, partial(keep_successor, member.code))
         opened = mesh.opened(mine.node_id, settings, _receiver(rotation, mailbox), _noticer(mailbox))
         rotation.send = opened.send_to
         node = Node(options, folder, mine, member.credentials, rotation, intent, opened, mailbox, listener)
@@ -390,12 +389,15 @@ class Node:
                 "An open cluster has no join code to change. Start its nodes without --open.", status=409
             )
         if not self._rotation.is_proof(proof):
-            sentence = "Only who holds the join code may change it: run the command as the user who runs this node."
-            raise RequestError(sentence, status=403)
+            raise RequestError("Only who holds the join code may change it: run the command as its user.", status=403)
+        names = tuple(sorted(key.name for key in self.keys()))
         try:
-            return await self._rotation.rotate(self.state().members, without)
+            outcome = await self._rotation.rotate(self.state().members, without)
         except CodeFileError as error:
             raise RequestError(f"The new join code is not in use: {error}.", status=500) from None
+        except RotationError as error:
+            raise RequestError(sentence(str(error)), status=409) from None
+        return structs.replace(outcome, keys_revoked=names) if without else structs.replace(outcome, keys_valid=names)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         return self._serving.generate(request)

@@ -201,7 +201,8 @@ class FakeBackend:
     async def rotate_code(self, proof: str, without: Sequence[NodeId]) -> RotationOutcome:
         if proof != "good":
             raise RequestError("That proves nothing.", status=403)
-        return RotationOutcome(reached=tuple(each for each in (FIRST, SECOND) if each not in without), missed=())
+        reached = tuple(each for each in (FIRST, SECOND) if each not in without)
+        return RotationOutcome(reached, missed=(), keys_revoked=("laptop",) if without else ())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         self.requests.append(request)

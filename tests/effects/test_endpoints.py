@@ -21,7 +21,24 @@ def test_addresses(written: str, expected: str) -> None:
     assert endpoint(*peer_address(written)) == expected
 
 
-@pytest.mark.parametrize("written", ["", ":1", "host:", "host:x", "host:0", "host:70000", "[]:80"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        ":1",
+        "host:",
+        "host:x",
+        "host:0",
+        "host:70000",
+        "[]:80",
+        "my..host",
+        ".local",
+        "a" * 64,
+        "a.b..:80",
+        "host:²",
+        "host:" + "1" * 5000,
+    ],
+)
 def test_what_is_no_address(written: str) -> None:
     with pytest.raises(AddressError, match="HOST:PORT"):
         peer_address(written)

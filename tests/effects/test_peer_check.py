@@ -64,3 +64,9 @@ async def test_nobody_there() -> None:
         port = listener.getsockname()[1]
     (sentence,) = await examine([("127.0.0.1", port)], credentials().authority)
     assert sentence.startswith(f"the peer 127.0.0.1 is not reached at TCP port {port} (")
+
+
+@pytest.mark.parametrize("host", ["my..host", "a" * 64])
+async def test_a_name_that_is_none(host: str) -> None:
+    (sentence,) = await examine([(host, 53415)], credentials().authority)
+    assert sentence == f"the peer {host} is not looked up: no host can have that name"

@@ -24,8 +24,9 @@ from covey.effects.membership import keep_code
 from covey.effects.neighbours import cluster_name
 from covey.effects.rotation import proof_of
 from covey.effects.trust import CLUSTER_ID_BYTES, OPEN_CODE, derive
-from covey.schema.cluster import ClusterState, Visibility
+from covey.schema.cluster import ClusterState
 from covey.schema.ids import NodeId
+from covey.schema.trust import RotationOutcome
 
 VARIABLE: Final = "COVEY_JOIN"
 OPTION: Final = "--join"
@@ -188,7 +189,17 @@ def rotate(url: str, without: Sequence[str]) -> None:
     out.print(f"The join code is changed; {count} node{'s have' if count > 1 else ' has'} the new one.")
     for node_id in outcome.missed:
         out.print(f"{escape(names.get(node_id, node_id[:8]))} was not reached: it is outside until it joins anew.")
+    _tell_keys(outcome)
     out.print(f"\nTo add a device, or one that was not reached:\n\n  [bold]{_command(code)}[/]", highlight=False)
+
+
+def _tell_keys(outcome: RotationOutcome) -> None:
+    if outcome.keys_revoked:
+        revoked = escape(", ".join(outcome.keys_revoked))
+        out.print(f"All API keys are revoked: {revoked}. `covey keys add NAME` makes new ones.", soft_wrap=True)
+    if outcome.keys_valid:
+        valid = escape(", ".join(outcome.keys_valid))
+        out.print(f"API keys still valid: {valid}; `covey keys revoke NAME` removes one.", soft_wrap=True)
 
 
 def _wait_changed(before: JoinCode) -> JoinCode:
@@ -206,14 +217,14 @@ def _wait_changed(before: JoinCode) -> JoinCode:
 
 def _node_named(state: ClusterState, name: str) -> NodeId:
     """By its name, or by the beginning of its id. Raises `CliError`."""
-    here = [each for each in state.members if each.visibility is Visibility.VISIBLE]
-    names = {each.node_id: each.report.name if each.report else "" for each in here}
+    names = {each.node_id: each.report.name if each.report else "" for each in state.members}
     found = [node_id for node_id, called in names.items() if called == name or (name and node_id.startswith(name))]
     if len(found) != 1:
         known = ", ".join(f"{called} ({node_id[:8]})" for node_id, called in names.items())
         what = "No node is" if not found else "More than one node is"
         raise CliError(
-            f"{what} called {name}; here are: {known}. Nodes that are away get no new code, so they need no --without."
+            f"{what} called {name}; here are: {known}. Nodes that are gone get no new code, so they need no --without; "
+            "`covey keys revoke NAME` ends an API key that was on one."
         )
     if found[0] == state.node_id:
         raise CliError("The node that changes the code keeps it: run the command on one that stays.")

@@ -37,6 +37,8 @@ async def _examine(host: str, port: int, context: ssl.SSLContext) -> str:
         return f"the peer {host} does not answer at TCP port {port}; is it on, and does its firewall allow the port?"
     except ssl.SSLError:
         return f"at {host}, TCP port {port}, answers something that is no node with a join code"
+    except UnicodeError:  # of the codec for names (IDNA), before anybody is asked
+        return f"the peer {host} is not looked up: no host can have that name"
     except OSError as error:
         return f"the peer {host} is not reached at TCP port {port} ({error.strerror or error}); is Covey up there?"
     return ""

@@ -30,8 +30,11 @@ class SealError(Exception):
     """It can't be sealed to, or opened by, this node; the message is half a sentence."""
 
 
-def sealed_for(target: NodeId, public_key: bytes, code: JoinCode) -> bytes:
-    """`public_key`: the Ed25519 key that the node reports. Raises `SealError` if it is another node's, or none."""
+def sealed_for(target: NodeId, public_key: bytes, code: JoinCode, *, ends_keys: bool = False) -> bytes:
+    """`public_key`: the Ed25519 key that the node reports. Raises `SealError` if it is another node's, or none.
+
+    `ends_keys` is said beside the seal, and bound to it.
+    """
     if node_id_of(public_key) != target:
         raise SealError("it has not told the key of its identity")
     theirs = _montgomery(public_key)
@@ -41,10 +44,10 @@ def sealed_for(target: NodeId, public_key: bytes, code: JoinCode) -> bytes:
         shared = once.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError:
         raise SealError("the key of its identity is no point of the curve") from None
-    return opener + _cipher(shared, opener, theirs).encrypt(NONCE, code.secret, target.encode())
+    return opener + _cipher(shared, opener, theirs).encrypt(NONCE, code.secret, _beside(target, ends_keys=ends_keys))
 
 
-def opened_by(key: Ed25519PrivateKey, sealed: bytes) -> JoinCode:
+def opened_by(key: Ed25519PrivateKey, sealed: bytes, *, ends_keys: bool = False) -> JoinCode:
     """Raises `SealError`."""
     public = key.public_key().public_bytes_raw()
     mine = X25519PrivateKey.from_private_bytes(hashlib.sha512(key.private_bytes_raw()).digest()[:KEY_BYTES])
@@ -52,12 +55,17 @@ def opened_by(key: Ed25519PrivateKey, sealed: bytes) -> JoinCode:
     try:
         shared = mine.exchange(X25519PublicKey.from_public_bytes(opener))
         cipher = _cipher(shared, opener, mine.public_key().public_bytes_raw())
-        secret = cipher.decrypt(NONCE, text, node_id_of(public).encode())
+        secret = cipher.decrypt(NONCE, text, _beside(node_id_of(public), ends_keys=ends_keys))
     except (InvalidTag, ValueError):
         raise SealError("it is not sealed for this node") from None
     if len(secret) != SECRET_BYTES:
         raise SealError("what was sealed is no join code")
     return JoinCode(secret)
+
+
+def _beside(target: NodeId, *, ends_keys: bool) -> bytes:
+    """What is not secret, and must not be changed on the way."""
+    return f"{target}{' ends keys' if ends_keys else ''}".encode()
 
 
 def _cipher(shared: bytes, opener: bytes, theirs: bytes) -> ChaCha20Poly1305:

@@ -39,7 +39,7 @@ def new_join_code() -> JoinCode:
 def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Credentials:
     """What the node `mine` shows in the cluster of `code`. `cluster` tells apart clusters of one code."""
     signer = authority_key(code, cluster)
-    cluster_id = derive(code, "cluster id", cluster, CLUSTER_ID_BYTES).hex()
+    cluster_id = cluster_id_of(code, cluster)
     scouting = derive(code, "scouting", cluster, 4)
     authority = _authority(signer, cluster_id)
     return Credentials(
@@ -51,6 +51,11 @@ def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Crede
         scouting_port=SCOUTING_PORT_FIRST + int.from_bytes(scouting[2:], "big") % SCOUTING_PORT_COUNT,
         mesh_key=derive(code, "mesh", cluster, SEED_BYTES),
     )
+
+
+def cluster_id_of(code: JoinCode, cluster: str = "") -> str:
+    """16 hex digits, safe to show."""
+    return derive(code, "cluster id", cluster, CLUSTER_ID_BYTES).hex()
 
 
 def authority_key(code: JoinCode, cluster: str = "") -> Ed25519PrivateKey:

@@ -284,6 +284,7 @@ class CodeSealed(Struct, frozen=True, tag=True):
     node_id: NodeId
     target: NodeId
     sealed: bytes
+    ends_keys: bool = False  # somebody is shut out: no API key of before is valid under the new code
 
 
 class CodeTaken(Struct, frozen=True, tag=True):

@@ -30,10 +30,12 @@ class Credentials(Struct, frozen=True, kw_only=True):
 
 
 class RotationOutcome(Struct, frozen=True):
-    """Who has the new join code, and who stays but has to be told it by a person."""
+    """Who has the new join code, and who stays but has to be told it by a person; and the API keys, by name."""
 
     reached: tuple[NodeId, ...]
     missed: tuple[NodeId, ...]
+    keys_revoked: tuple[str, ...] = ()  # all of them, if somebody was shut out
+    keys_valid: tuple[str, ...] = ()  # else they stay
 
 
 def node_id_of(public_key: bytes) -> NodeId:
