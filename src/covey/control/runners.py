@@ -156,7 +156,7 @@ class Runners:
             runner.wanted = runner_id in assigned
 
     def _record(self, instance: Instance, stage: Stage) -> Runner:
-        """A fresh one, or one that goes on where it was assigned before: with its attempts, its budget, its back-off."""
+        """A fresh one, or one that goes on where it was assigned before: its attempts, its budget, its back-off."""
         former = self.former.pop(stage.runner_id, None)
         if former is None:
             budget = len(self.settings.runner_back_off_ms)
