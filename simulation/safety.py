@@ -64,7 +64,7 @@ class Safety:
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
         self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
-        self.map_sent_ms: dict[NodeId, int] = {}
+        self.map_sent_ms: dict[tuple[NodeId, int], int] = {}  # to which life of a node
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
         self.heard_ms: dict[NodeId, int] = {}
         self.left: dict[NodeId, int] = {}  # the boot that said goodbye
@@ -361,11 +361,13 @@ class Safety:
     def _check_sent(self, machine: Machine, effect: SendTo) -> None:
         if isinstance(effect.message, CommandAnswer):
             self._check_accepted(machine, effect.message)
-        if isinstance(effect.message, IntentUpdate):
-            since_ms = self.world.now_ms - self.map_sent_ms.get(effect.target, -(10**9))
-            if since_ms < machine.settings.intent_send_ms and effect.target in machine.membership.peers:
+        peer = machine.membership.peers.get(effect.target)
+        if peer and isinstance(effect.message, IntentUpdate):
+            life = (effect.target, peer.boot)  # one that left and is back at once may have lost what it was sent
+            since_ms = self.world.now_ms - self.map_sent_ms.get(life, -(10**9))
+            if since_ms < machine.settings.intent_send_ms:
                 self._fail(f"it sends its map to {effect.target} again after {since_ms} ms")
-            self.map_sent_ms[effect.target] = self.world.now_ms
+            self.map_sent_ms[life] = self.world.now_ms
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
         now_ms = self.world.now_ms
