@@ -136,12 +136,11 @@ class World:
         self.now_ms = until_ms
 
     def awaited(self) -> str | None:
-        """A sentence if somebody is still to start."""
-        return (
-            "somebody is still to start"
-            if any(action.__name__ == "_start" for _, _, action, _ in self._queue)
-            else None
-        )
+        """A sentence if somebody is still to start, or memory still to be given back."""
+        names = [action.__name__ for _, _, action, _ in self._queue]
+        if "_start" in names:
+            return "somebody is still to start"
+        return "another program is still to give memory back" if "_take_memory" in names else None
 
     # ---- messages ----
 
