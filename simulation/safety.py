@@ -77,21 +77,21 @@ class Safety:
     # ---- what the world tells ----
 
     def submitted(self, command_id: str) -> None:
-        self.waiting[command_id] = self.world.now_ms
+        self.waiting[command_id] = self.host.now_ms
 
     def process_ended(self, process: Process) -> None:
         if process.has_failed or not process.was_asked_to_stop:
-            self.failures.setdefault(process.spec.runner_id, []).append(self.world.now_ms)
+            self.failures.setdefault(process.spec.runner_id, []).append(self.host.now_ms)
 
     def fetch_failed(self, model_id: ModelId) -> None:
         assert self.host.machine is not None
-        self.fetch_failures[model_id] = (self.world.now_ms, self.host.machine.cluster.revision)
+        self.fetch_failures[model_id] = (self.host.now_ms, self.host.machine.cluster.revision)
 
     # ---- before every step ----
 
     def before(self, news: Input) -> None:
         """Takes the time, and whether a message is stale by what this life has received so far."""
-        now_ms, machine = self.world.now_ms, self.host.machine
+        now_ms, machine = self.host.now_ms, self.host.machine
         assert machine is not None
         if self.last_ms is not None and now_ms - self.last_ms > machine.settings.sleep_ms:
             self.woke_ms = now_ms
@@ -127,7 +127,7 @@ class Safety:
 
     def _check_deadline(self, effects: Sequence[Effect]) -> None:
         deadline_ms = self.host.deadline_ms
-        if deadline_ms is not None and deadline_ms <= self.world.now_ms:
+        if deadline_ms is not None and deadline_ms <= self.host.now_ms:
             self._fail(f"its deadline {deadline_ms} has passed, it would spin")
         if len(effects) > EFFECTS_MAX:
             self._fail(f"one step had {len(effects)} effects")
@@ -147,10 +147,6 @@ class Safety:
                 self._fail(f"{key} went back from {entry.version} to {now[key].version}")
         written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
         self.entries, self.intent_revision = now, machine.cluster.revision
-        if self.world.forgets:  # what comes back after its end was forgotten begins anew
-            runner_ids = [stage.runner_id for each in machine.cluster.instances.values() for stage in each.stages]
-            self.attempts = {each: attempt for each, attempt in self.attempts.items() if each in runner_ids}
-            self.failures = {each: times for each, times in self.failures.items() if each in runner_ids}
         self._check_written(machine, written)
         for key, entry in written.items():
             is_new = (key, entry.version) not in self.world.ledger.written and entry.version.writer == self.host.node_id
@@ -172,7 +168,7 @@ class Safety:
 
     def _check_single(self, machine: Machine, assigned: Instance) -> None:
         """A leader assigns a wish only while no other assignment of it can be served."""
-        for other in machine.state(self.world.now_ms).instances:
+        for other in machine.state(self.host.now_ms).instances:
             if other.wish_id == assigned.wish_id and other.instance_id != assigned.instance_id:
                 self._fail(f"{assigned.wish_id} was assigned again beside {other.instance_id}")
 
@@ -187,7 +183,7 @@ class Safety:
 
         It does not know on which machine a node is that it has not heard, or that has left.
         """
-        known = {each.instance_id: each for each in machine.state(self.world.now_ms).instances}
+        known = {each.instance_id: each for each in machine.state(self.host.now_ms).instances}
         known.update((value.instance_id, value) for value in fresh.values() if isinstance(value, Instance))
         for stage in instance.stages:
             host = self.world.host(stage.node_id)
@@ -246,7 +242,7 @@ class Safety:
     def _check_waiting(self, machine: Machine) -> None:
         limit_ms = machine.settings.command_timeout_ms
         for command_id, since_ms in self.waiting.items():
-            if self.world.now_ms - since_ms > limit_ms:
+            if self.host.now_ms - since_ms > limit_ms:
                 self._fail(f"command {command_id} was not answered within {limit_ms} ms")
 
     # ---- effects ----
@@ -277,10 +273,10 @@ class Safety:
             self.world.ledger.write(self.host, key, entry)
 
     def _check_start(self, machine: Machine, effect: StartRunner) -> None:
-        runner_id, now_ms = effect.runner_id, self.world.now_ms
+        runner_id, now_ms = effect.runner_id, self.host.now_ms
         assigned = [
             stage.runner_id
-            for instance in machine.state(self.world.now_ms).instances
+            for instance in machine.state(self.host.now_ms).instances
             for stage in instance.stages
             if stage.node_id == self.host.node_id
         ]
@@ -309,23 +305,23 @@ class Safety:
     def _check_back_off(self, machine: Machine, runner_id: RunnerId) -> None:
         failures = self.failures.get(runner_id, [])
         steps_ms = machine.settings.runner_back_off_ms
-        recent = [at_ms for at_ms in failures if at_ms > self.world.now_ms - machine.settings.runner_healthy_ms]
-        if failures and self.world.now_ms - failures[-1] < steps_ms[0]:
-            self._fail(f"{runner_id} is started {self.world.now_ms - failures[-1]} ms after it failed")
+        recent = [at_ms for at_ms in failures if at_ms > self.host.now_ms - machine.settings.runner_healthy_ms]
+        if failures and self.host.now_ms - failures[-1] < steps_ms[0]:
+            self._fail(f"{runner_id} is started {self.host.now_ms - failures[-1]} ms after it failed")
         if len(recent) > len(steps_ms):
             self._fail(f"{runner_id} is started again after {len(recent)} failures in a minute")
 
     def _check_fetch(self, machine: Machine, effect: StartFetch) -> None:
         model_id = effect.card.model_id
-        needed = [each.card.model_id for each in machine.state(self.world.now_ms).instances]
+        needed = [each.card.model_id for each in machine.state(self.host.now_ms).instances]
         if model_id not in needed:
             self._fail(f"it fetches {model_id}, which no assignment needs")
         if model_id in self.host.fetches:
             self._fail(f"it fetches {model_id} twice at once")
         failed_ms, revision = self.fetch_failures.get(model_id, (-(10**9), -1))
-        too_soon = self.world.now_ms - failed_ms < machine.settings.fetch_back_off_ms[0]
+        too_soon = self.host.now_ms - failed_ms < machine.settings.fetch_back_off_ms[0]
         if too_soon and revision == machine.cluster.revision:
-            self._fail(f"it fetches {model_id} {self.world.now_ms - failed_ms} ms after that failed")
+            self._fail(f"it fetches {model_id} {self.host.now_ms - failed_ms} ms after that failed")
 
     def _check_decided(self, machine: Machine, effects: Sequence[Effect]) -> None:
         """Answers that this node gave as leader to whoever asked here."""
@@ -364,13 +360,13 @@ class Safety:
         peer = machine.membership.peers.get(effect.target)
         if peer and isinstance(effect.message, IntentUpdate):
             life = (effect.target, peer.boot)  # one that left and is back at once may have lost what it was sent
-            since_ms = self.world.now_ms - self.map_sent_ms.get(life, -(10**9))
+            since_ms = self.host.now_ms - self.map_sent_ms.get(life, -(10**9))
             if since_ms < machine.settings.intent_send_ms:
                 self._fail(f"it sends its map to {effect.target} again after {since_ms} ms")
-            self.map_sent_ms[life] = self.world.now_ms
+            self.map_sent_ms[life] = self.host.now_ms
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
-        now_ms = self.world.now_ms
+        now_ms = self.host.now_ms
         update = effect.message if isinstance(effect.message, IntentUpdate) else None
         is_new = update and not update.write[1]  # what was promised to somebody before the sleep is kept
         if is_new and now_ms - self.woke_ms < machine.settings.leaderless_ms:

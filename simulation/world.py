@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from covey.control.settings import TOMBSTONES_MAX, MachineSettings
-from covey.schema.cluster import MeshMessage
+from covey.schema.cluster import CommandAnswer, IntentKept, MeshMessage
 from covey.schema.ids import NodeId
 from covey.schema.machine import Effect, Input, MessageReceived
 from covey.schema.runner import Address
@@ -155,6 +155,8 @@ class World:
                 self._carry(source, target, message)
 
     def _carry(self, source: Host, target: Host, message: MeshMessage) -> None:
+        if isinstance(message, IntentKept | CommandAnswer) and self.happens(self.faults.acknowledgement_loss_percent):
+            return
         for arrival_ms in self.network.arrivals_ms(self.now_ms, source.node_id, target.node_id):
             self.at(arrival_ms, self._arrive, target, message)
 
@@ -185,4 +187,4 @@ class World:
 def _deadline_ms(host: Host) -> int:
     """When a host that is up wants to be told that time has passed."""
     assert host.deadline_ms is not None
-    return max(host.deadline_ms, host.asleep_until_ms)
+    return max(host.clock.world_ms(host.deadline_ms), host.asleep_until_ms)
