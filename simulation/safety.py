@@ -15,6 +15,7 @@ from covey.schema.cluster import (
     Entry,
     Heartbeat,
     Instance,
+    IntentKept,
     IntentUpdate,
     NodeReport,
     PlaceModel,
@@ -37,6 +38,7 @@ from covey.schema.machine import (
     StartRunner,
 )
 from simulation.failure import Failure
+from simulation.pace import Pace
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -64,15 +66,13 @@ class Safety:
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
         self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
-        self.map_sent_ms: dict[tuple[NodeId, int], int] = {}  # to which life of a node
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
         self.heard_ms: dict[NodeId, int] = {}
         self.left: dict[NodeId, int] = {}  # the boot that said goodbye
         self.stale: Heartbeat | NodeReport | None = None  # what has arrived now, and says nothing new
         self.last_ms: int | None = None  # of the last step
         self.woke_ms = -(10**9)
-        self.reported_ms: int | None = None
-        self.beats_ms: list[int] = []
+        self.pace = Pace(self.host)
 
     # ---- what the world tells ----
 
@@ -87,6 +87,13 @@ class Safety:
         assert self.host.machine is not None
         self.fetch_failures[model_id] = (self.host.now_ms, self.host.machine.cluster.revision)
 
+    def kept(self, effect: KeepEntries) -> None:
+        """The disk holds what is there, and no more deletions than are remembered, beside what this write brought."""
+        assert self.host.machine is not None
+        deleted = sum(entry.value is None for entry in self.host.disk.entries.values())
+        if deleted > self.host.machine.settings.tombstones_max + len(effect.entries):
+            self._fail(f"its disk holds {deleted} deletions")
+
     # ---- before every step ----
 
     def before(self, news: Input) -> None:
@@ -96,6 +103,7 @@ class Safety:
         if self.last_ms is not None and now_ms - self.last_ms > machine.settings.sleep_ms:
             self.woke_ms = now_ms
         self.last_ms, self.stale = now_ms, None
+        self.pace.hear(news)
         message = news.message if isinstance(news, MessageReceived) else None
         if isinstance(message, Heartbeat):
             newest = self.heartbeats.get(message.node_id)
@@ -120,6 +128,7 @@ class Safety:
         self._check_seen(machine)
         self._check_lacks(machine, effects)
         for effect in effects:
+            self.pace.check(machine, effect)
             self._check_effect(machine, effect)
         if not isinstance(news, MessageReceived):
             self._check_decided(machine, effects)
@@ -165,6 +174,9 @@ class Safety:
                 self._check_single(machine, value)
                 self._check_memory(machine, fresh, value)
                 self._check_chosen(machine, fresh, value)
+                self._check_there(machine, value)
+                if value.wish_id in machine.cluster.wishes:  # else a command brings both
+                    self.pace.mend(machine, value)
 
     def _check_single(self, machine: Machine, assigned: Instance) -> None:
         """A leader assigns a wish only while no other assignment of it can be served."""
@@ -200,6 +212,12 @@ class Safety:
         for stage in instance.stages:
             if isinstance(wish, Wish) and wish.node_ids and stage.node_id not in wish.node_ids:
                 self._fail(f"{instance.instance_id} is on {stage.node_id}, which nobody chose for it")
+
+    def _check_there(self, machine: Machine, instance: Instance) -> None:
+        """Nothing is assigned to a node that is not here."""
+        for stage in instance.stages:
+            if not machine.membership.is_visible(self.host.now_ms, stage.node_id):
+                self._fail(f"{instance.instance_id} is assigned to {stage.node_id}, which is not here")
 
     def _check_members(self, machine: Machine) -> None:
         peers = machine.membership.peers
@@ -355,15 +373,12 @@ class Safety:
             self._fail(f"{key} was accepted as if on two nodes, but is on no other disk")
 
     def _check_sent(self, machine: Machine, effect: SendTo) -> None:
-        if isinstance(effect.message, CommandAnswer):
-            self._check_accepted(machine, effect.message)
-        peer = machine.membership.peers.get(effect.target)
-        if peer and isinstance(effect.message, IntentUpdate):
-            life = (effect.target, peer.boot)  # one that left and is back at once may have lost what it was sent
-            since_ms = self.host.now_ms - self.map_sent_ms.get(life, -(10**9))
-            if since_ms < machine.settings.intent_send_ms:
-                self._fail(f"it sends its map to {effect.target} again after {since_ms} ms")
-            self.map_sent_ms[life] = self.host.now_ms
+        """To somebody who is there, but for an answer that was owed when it left."""
+        message = effect.message
+        if isinstance(message, CommandAnswer):
+            self._check_accepted(machine, message)
+        if effect.target not in machine.membership.peers and not isinstance(message, CommandAnswer | IntentKept):
+            self._fail(f"it sends a {type(message).__name__} to {effect.target}, which is not there")
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
         now_ms = self.host.now_ms
@@ -371,14 +386,6 @@ class Safety:
         is_new = update and not update.write[1]  # what was promised to somebody before the sleep is kept
         if is_new and now_ms - self.woke_ms < machine.settings.leaderless_ms:
             self._fail(f"it decides {now_ms - self.woke_ms} ms after it slept")
-        if isinstance(effect.message, NodeReport):
-            if self.reported_ms is not None and now_ms - self.reported_ms < machine.settings.report_spacing_ms:
-                self._fail(f"it reports again after {now_ms - self.reported_ms} ms")
-            self.reported_ms = now_ms
-        if isinstance(effect.message, Heartbeat):
-            self.beats_ms = [*(at_ms for at_ms in self.beats_ms if at_ms > now_ms - 10_000), now_ms]
-            if len(self.beats_ms) > 2 * 10_000 // machine.settings.heartbeat_ms:
-                self._fail(f"it sent {len(self.beats_ms)} heartbeats in 10 s")
 
     def _fail(self, sentence: str) -> None:
         raise Failure(f"{self.host.name}: {sentence}")
