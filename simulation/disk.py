@@ -55,6 +55,7 @@ class Disk:
             self.host.answer(KeepingFailed(effect.token, FULL), boot)
             return
         self._apply(effect.entries)
+        self.host.safety.kept(effect)
         self.host.answer(EntriesKept(effect.token), boot)
 
     def _apply(self, entries: dict[str, Entry | None]) -> None:

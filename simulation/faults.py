@@ -19,6 +19,9 @@ class Faults(Struct, frozen=True, kw_only=True):
     crashes: bool = False
     leaves: bool = False
     sleeps: bool = False
+    clocks_stop: bool = False  # of those that sleep
+    clocks_drift: bool = False
+    acknowledgement_loss_percent: int = 0  # beside the loss of messages of any kind
     late_joins: bool = False
     fetch_failure_percent: int = 0
     fetch_ms_max: int = 500
@@ -60,6 +63,9 @@ def draw(random: Random) -> Faults:
         crashes=exists(),
         leaves=exists(),
         sleeps=exists(),
+        clocks_stop=exists(),
+        clocks_drift=exists(),
+        acknowledgement_loss_percent=amount(30, 100),
         late_joins=exists(),
         fetch_failure_percent=amount(10, 60),
         fetch_ms_max=amount(1_000, 10_000, NONE.fetch_ms_max),

@@ -32,6 +32,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
+from simulation.clock import Clock
 from simulation.disk import Disk
 from simulation.processes import Process
 from simulation.safety import Safety
@@ -52,8 +53,9 @@ class Host:
         self.machine_id, self.memory_bytes = machine_id, memory_bytes
         self.boot = 0
         self.machine: Machine | None = None
+        self.clock = Clock()
         self.asleep_until_ms = 0
-        self.deadline_ms: int | None = None
+        self.deadline_ms: int | None = None  # by its own clock
         self.processes: list[Process] = []
         self.greed_bytes = 0  # what other programs take beside their tenth of the memory
         self.files: dict[ModelId, int] = {}
@@ -65,6 +67,7 @@ class Host:
 
     def start(self) -> None:
         self.boot += 1
+        self.clock.go_on(self.world.now_ms)
         self.machine = Machine(self.node_id, self.boot, self.name, "0.1.0", self.world.settings_of(self))
         self.safety.begin_life()
         self.tell_machine(Started(dict(self.disk.entries), self.forget_until()), self.boot)
@@ -94,6 +97,13 @@ class Host:
     def sleep(self, until_ms: int) -> None:
         self.world.note(f"{self.name} sleeps until {until_ms}")
         self.asleep_until_ms = until_ms
+        if self.world.faults.clocks_stop:
+            self.clock.stand_still(self.world.now_ms, until_ms)
+
+    @property
+    def now_ms(self) -> int:
+        """By its own clock."""
+        return self.clock.now_ms(self.world.now_ms)
 
     @property
     def is_up(self) -> bool:
@@ -154,9 +164,8 @@ class Host:
         if self.is_asleep:
             self.world.at(self.asleep_until_ms, self.tell_machine, news, boot)
             return
-        now_ms = self.world.now_ms
         self.safety.before(news)
-        effects = self.machine.handle(now_ms, news)
+        effects = self.machine.handle(self.now_ms, news)
         self.deadline_ms = self.machine.deadline()
         self.world.record(self, news, effects)
         self.safety.check(news, effects)

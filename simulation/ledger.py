@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from covey.control.cluster import FORGOTTEN
 from covey.schema.cluster import Entry, Version
 from simulation.failure import Failure
 
@@ -32,8 +33,15 @@ class Ledger:
             self.write(host, key, entry)
 
     def write(self, host: Host, key: str, entry: Entry) -> None:
-        """A version means one value, whatever happened between."""
+        """A version means one value, whatever happened between.
+
+        Keys are fresh but for `forgotten`: of that one a node may use a version again when its disk, or the write
+        that was under way, is lost. Then the encoding decides (`cluster.is_newer`), and that all nodes end with the
+        same map is looked at in the end.
+        """
         self.keys[key] = None
+        if key == FORGOTTEN:
+            self.written[key, entry.version] = entry.value
         if self.written.setdefault((key, entry.version), entry.value) != entry.value:
             raise Failure(f"{host.name}: {key} has two values in one version, {entry.version}")
 

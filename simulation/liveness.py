@@ -37,7 +37,7 @@ def _all_missing(world: World) -> Iterator[str]:
         return
     yield from _members(world, machines)
     yield from _agreement(machines)
-    states = [machine.state(world.now_ms) for _, machine in machines]
+    states = [machine.state(host.now_ms) for host, machine in machines]
     for (host, machine), state in zip(machines, states, strict=True):
         yield from _nothing_lost(world, host, machine)
         yield from _on_disk(host, machine)
@@ -52,7 +52,7 @@ def _all_missing(world: World) -> Iterator[str]:
 def _members(world: World, machines: list[tuple[Host, Machine]]) -> Iterator[str]:
     up = sorted(host.node_id for host in world.up())
     for host, machine in machines:
-        members = machine.state(world.now_ms).members
+        members = machine.state(host.now_ms).members
         if [member.node_id for member in members] != up:
             yield f"{host.name} knows {len(members)} nodes, {len(up)} are up"
         for member in members:

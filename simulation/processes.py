@@ -82,6 +82,9 @@ class Process:
             for port in range(PORTS)
             if Address(self.spec.listen_host, 9000 + port) not in self.world.listeners
         ]
+        if not free:
+            self.after(300, self._listen)
+            return
         self.address = self.world.random.choice(free)
         self.world.listeners[self.address] = self
         self.say(Listening(self.address.port))

@@ -23,6 +23,7 @@ LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and tim
 LATE_MS = 2_000  # the last late message has arrived
 SETTLE_MS = 4_500  # a probe, a report, and the leader's mending
 QUIET_MS = 4_000  # how long nothing may be done once all is well
+DRIFT_PERMILLE_MAX = 20  # real clocks are a hundred times better; what holds at 2 % holds there
 ACTION_MS = 2_000  # people and faults act about this often
 
 
@@ -65,7 +66,8 @@ def _live(world: World) -> None:
         world.run_until(world.now_ms + world.random.randint(1, ACTION_MS))
         _act(world)
     _calm(world)
-    limit_ms = world.now_ms + LIVENESS_MS + RETURN_MS
+    wakes_ms = [host.asleep_until_ms for host in world.hosts]
+    limit_ms = max(world.now_ms, *wakes_ms) + LIVENESS_MS + RETURN_MS
     world.run_until(world.now_ms + LATE_MS)
     sentence: str | None = "nothing was tried"
     while sentence:
@@ -96,6 +98,8 @@ def _populate(world: World) -> None:
         for host in world.hosts:
             host.memory_bytes = next(each for each in world.hosts if each.machine_id == host.machine_id).memory_bytes
     for host in world.hosts:
+        if faults.clocks_drift:
+            host.clock.permille += random.randint(-DRIFT_PERMILLE_MAX, DRIFT_PERMILLE_MAX)
         late = faults.late_joins and random.random() < 0.5
         world.after(TROUBLE_MS if late else 300, _start, host)
 
@@ -136,7 +140,7 @@ def _strike(world: World, faults: Faults) -> None:
         host.leave()
         world.after(60_000, _restart, host)
     elif kind == "sleep":
-        host.sleep(world.now_ms + random.choice((1_000, 5_000, 35_000)))
+        host.sleep(world.now_ms + random.choice((1_000, 5_000, 35_000, 150_000)))
     elif kind == "power cut":
         _cut_power(world)
     elif kind == "full disk":

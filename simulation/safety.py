@@ -15,6 +15,7 @@ from covey.schema.cluster import (
     Entry,
     Heartbeat,
     Instance,
+    IntentKept,
     IntentUpdate,
     NodeReport,
     PlaceModel,
@@ -37,6 +38,7 @@ from covey.schema.machine import (
     StartRunner,
 )
 from simulation.failure import Failure
+from simulation.pace import Pace
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -64,38 +66,44 @@ class Safety:
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
         self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
-        self.map_sent_ms: dict[NodeId, int] = {}
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
         self.heard_ms: dict[NodeId, int] = {}
         self.left: dict[NodeId, int] = {}  # the boot that said goodbye
         self.stale: Heartbeat | NodeReport | None = None  # what has arrived now, and says nothing new
         self.last_ms: int | None = None  # of the last step
         self.woke_ms = -(10**9)
-        self.reported_ms: int | None = None
-        self.beats_ms: list[int] = []
+        self.pace = Pace(self.host)
 
     # ---- what the world tells ----
 
     def submitted(self, command_id: str) -> None:
-        self.waiting[command_id] = self.world.now_ms
+        self.waiting[command_id] = self.host.now_ms
 
     def process_ended(self, process: Process) -> None:
         if process.has_failed or not process.was_asked_to_stop:
-            self.failures.setdefault(process.spec.runner_id, []).append(self.world.now_ms)
+            self.failures.setdefault(process.spec.runner_id, []).append(self.host.now_ms)
 
     def fetch_failed(self, model_id: ModelId) -> None:
         assert self.host.machine is not None
-        self.fetch_failures[model_id] = (self.world.now_ms, self.host.machine.cluster.revision)
+        self.fetch_failures[model_id] = (self.host.now_ms, self.host.machine.cluster.revision)
+
+    def kept(self, effect: KeepEntries) -> None:
+        """The disk holds what is there, and no more deletions than are remembered, beside what this write brought."""
+        assert self.host.machine is not None
+        deleted = sum(entry.value is None for entry in self.host.disk.entries.values())
+        if deleted > self.host.machine.settings.tombstones_max + len(effect.entries):
+            self._fail(f"its disk holds {deleted} deletions")
 
     # ---- before every step ----
 
     def before(self, news: Input) -> None:
         """Takes the time, and whether a message is stale by what this life has received so far."""
-        now_ms, machine = self.world.now_ms, self.host.machine
+        now_ms, machine = self.host.now_ms, self.host.machine
         assert machine is not None
         if self.last_ms is not None and now_ms - self.last_ms > machine.settings.sleep_ms:
             self.woke_ms = now_ms
         self.last_ms, self.stale = now_ms, None
+        self.pace.hear(news)
         message = news.message if isinstance(news, MessageReceived) else None
         if isinstance(message, Heartbeat):
             newest = self.heartbeats.get(message.node_id)
@@ -120,6 +128,7 @@ class Safety:
         self._check_seen(machine)
         self._check_lacks(machine, effects)
         for effect in effects:
+            self.pace.check(machine, effect)
             self._check_effect(machine, effect)
         if not isinstance(news, MessageReceived):
             self._check_decided(machine, effects)
@@ -127,7 +136,7 @@ class Safety:
 
     def _check_deadline(self, effects: Sequence[Effect]) -> None:
         deadline_ms = self.host.deadline_ms
-        if deadline_ms is not None and deadline_ms <= self.world.now_ms:
+        if deadline_ms is not None and deadline_ms <= self.host.now_ms:
             self._fail(f"its deadline {deadline_ms} has passed, it would spin")
         if len(effects) > EFFECTS_MAX:
             self._fail(f"one step had {len(effects)} effects")
@@ -147,10 +156,6 @@ class Safety:
                 self._fail(f"{key} went back from {entry.version} to {now[key].version}")
         written = {key: entry for key, entry in now.items() if self.entries.get(key) != entry}
         self.entries, self.intent_revision = now, machine.cluster.revision
-        if self.world.forgets:  # what comes back after its end was forgotten begins anew
-            runner_ids = [stage.runner_id for each in machine.cluster.instances.values() for stage in each.stages]
-            self.attempts = {each: attempt for each, attempt in self.attempts.items() if each in runner_ids}
-            self.failures = {each: times for each, times in self.failures.items() if each in runner_ids}
         self._check_written(machine, written)
         for key, entry in written.items():
             is_new = (key, entry.version) not in self.world.ledger.written and entry.version.writer == self.host.node_id
@@ -169,10 +174,13 @@ class Safety:
                 self._check_single(machine, value)
                 self._check_memory(machine, fresh, value)
                 self._check_chosen(machine, fresh, value)
+                self._check_there(machine, value)
+                if value.wish_id in machine.cluster.wishes:  # else a command brings both
+                    self.pace.mend(machine, value)
 
     def _check_single(self, machine: Machine, assigned: Instance) -> None:
         """A leader assigns a wish only while no other assignment of it can be served."""
-        for other in machine.state(self.world.now_ms).instances:
+        for other in machine.state(self.host.now_ms).instances:
             if other.wish_id == assigned.wish_id and other.instance_id != assigned.instance_id:
                 self._fail(f"{assigned.wish_id} was assigned again beside {other.instance_id}")
 
@@ -187,7 +195,7 @@ class Safety:
 
         It does not know on which machine a node is that it has not heard, or that has left.
         """
-        known = {each.instance_id: each for each in machine.state(self.world.now_ms).instances}
+        known = {each.instance_id: each for each in machine.state(self.host.now_ms).instances}
         known.update((value.instance_id, value) for value in fresh.values() if isinstance(value, Instance))
         for stage in instance.stages:
             host = self.world.host(stage.node_id)
@@ -204,6 +212,12 @@ class Safety:
         for stage in instance.stages:
             if isinstance(wish, Wish) and wish.node_ids and stage.node_id not in wish.node_ids:
                 self._fail(f"{instance.instance_id} is on {stage.node_id}, which nobody chose for it")
+
+    def _check_there(self, machine: Machine, instance: Instance) -> None:
+        """Nothing is assigned to a node that is not here."""
+        for stage in instance.stages:
+            if not machine.membership.is_visible(self.host.now_ms, stage.node_id):
+                self._fail(f"{instance.instance_id} is assigned to {stage.node_id}, which is not here")
 
     def _check_members(self, machine: Machine) -> None:
         peers = machine.membership.peers
@@ -246,7 +260,7 @@ class Safety:
     def _check_waiting(self, machine: Machine) -> None:
         limit_ms = machine.settings.command_timeout_ms
         for command_id, since_ms in self.waiting.items():
-            if self.world.now_ms - since_ms > limit_ms:
+            if self.host.now_ms - since_ms > limit_ms:
                 self._fail(f"command {command_id} was not answered within {limit_ms} ms")
 
     # ---- effects ----
@@ -277,10 +291,10 @@ class Safety:
             self.world.ledger.write(self.host, key, entry)
 
     def _check_start(self, machine: Machine, effect: StartRunner) -> None:
-        runner_id, now_ms = effect.runner_id, self.world.now_ms
+        runner_id, now_ms = effect.runner_id, self.host.now_ms
         assigned = [
             stage.runner_id
-            for instance in machine.state(self.world.now_ms).instances
+            for instance in machine.state(self.host.now_ms).instances
             for stage in instance.stages
             if stage.node_id == self.host.node_id
         ]
@@ -309,23 +323,23 @@ class Safety:
     def _check_back_off(self, machine: Machine, runner_id: RunnerId) -> None:
         failures = self.failures.get(runner_id, [])
         steps_ms = machine.settings.runner_back_off_ms
-        recent = [at_ms for at_ms in failures if at_ms > self.world.now_ms - machine.settings.runner_healthy_ms]
-        if failures and self.world.now_ms - failures[-1] < steps_ms[0]:
-            self._fail(f"{runner_id} is started {self.world.now_ms - failures[-1]} ms after it failed")
+        recent = [at_ms for at_ms in failures if at_ms > self.host.now_ms - machine.settings.runner_healthy_ms]
+        if failures and self.host.now_ms - failures[-1] < steps_ms[0]:
+            self._fail(f"{runner_id} is started {self.host.now_ms - failures[-1]} ms after it failed")
         if len(recent) > len(steps_ms):
             self._fail(f"{runner_id} is started again after {len(recent)} failures in a minute")
 
     def _check_fetch(self, machine: Machine, effect: StartFetch) -> None:
         model_id = effect.card.model_id
-        needed = [each.card.model_id for each in machine.state(self.world.now_ms).instances]
+        needed = [each.card.model_id for each in machine.state(self.host.now_ms).instances]
         if model_id not in needed:
             self._fail(f"it fetches {model_id}, which no assignment needs")
         if model_id in self.host.fetches:
             self._fail(f"it fetches {model_id} twice at once")
         failed_ms, revision = self.fetch_failures.get(model_id, (-(10**9), -1))
-        too_soon = self.world.now_ms - failed_ms < machine.settings.fetch_back_off_ms[0]
+        too_soon = self.host.now_ms - failed_ms < machine.settings.fetch_back_off_ms[0]
         if too_soon and revision == machine.cluster.revision:
-            self._fail(f"it fetches {model_id} {self.world.now_ms - failed_ms} ms after that failed")
+            self._fail(f"it fetches {model_id} {self.host.now_ms - failed_ms} ms after that failed")
 
     def _check_decided(self, machine: Machine, effects: Sequence[Effect]) -> None:
         """Answers that this node gave as leader to whoever asked here."""
@@ -359,28 +373,19 @@ class Safety:
             self._fail(f"{key} was accepted as if on two nodes, but is on no other disk")
 
     def _check_sent(self, machine: Machine, effect: SendTo) -> None:
-        if isinstance(effect.message, CommandAnswer):
-            self._check_accepted(machine, effect.message)
-        if isinstance(effect.message, IntentUpdate):
-            since_ms = self.world.now_ms - self.map_sent_ms.get(effect.target, -(10**9))
-            if since_ms < machine.settings.intent_send_ms and effect.target in machine.membership.peers:
-                self._fail(f"it sends its map to {effect.target} again after {since_ms} ms")
-            self.map_sent_ms[effect.target] = self.world.now_ms
+        """To somebody who is there, but for an answer that was owed when it left."""
+        message = effect.message
+        if isinstance(message, CommandAnswer):
+            self._check_accepted(machine, message)
+        if effect.target not in machine.membership.peers and not isinstance(message, CommandAnswer | IntentKept):
+            self._fail(f"it sends a {type(message).__name__} to {effect.target}, which is not there")
 
     def _check_published(self, machine: Machine, effect: Publish) -> None:
-        now_ms = self.world.now_ms
+        now_ms = self.host.now_ms
         update = effect.message if isinstance(effect.message, IntentUpdate) else None
         is_new = update and not update.write[1]  # what was promised to somebody before the sleep is kept
         if is_new and now_ms - self.woke_ms < machine.settings.leaderless_ms:
             self._fail(f"it decides {now_ms - self.woke_ms} ms after it slept")
-        if isinstance(effect.message, NodeReport):
-            if self.reported_ms is not None and now_ms - self.reported_ms < machine.settings.report_spacing_ms:
-                self._fail(f"it reports again after {now_ms - self.reported_ms} ms")
-            self.reported_ms = now_ms
-        if isinstance(effect.message, Heartbeat):
-            self.beats_ms = [*(at_ms for at_ms in self.beats_ms if at_ms > now_ms - 10_000), now_ms]
-            if len(self.beats_ms) > 2 * 10_000 // machine.settings.heartbeat_ms:
-                self._fail(f"it sent {len(self.beats_ms)} heartbeats in 10 s")
 
     def _fail(self, sentence: str) -> None:
         raise Failure(f"{self.host.name}: {sentence}")

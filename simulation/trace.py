@@ -75,7 +75,7 @@ class Trace:
         """Whom it follows and whom it sees, when that changes."""
         if host.machine is None:
             return
-        state = host.machine.state(self.world.now_ms)
+        state = host.machine.state(host.now_ms)
         leader = self._name(state.leader) if state.leader else "nobody"
         sees = ", ".join(f"{self._name(each.node_id)} {each.visibility}" for each in state.members)
         for memory, word, value in ((self.seen, "sees", sees), (self.leaders, "follows", leader)):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from covey.control.settings import TOMBSTONES_MAX, MachineSettings
-from covey.schema.cluster import MeshMessage
+from covey.schema.cluster import CommandAnswer, IntentKept, MeshMessage
 from covey.schema.ids import NodeId
 from covey.schema.machine import Effect, Input, MessageReceived
 from covey.schema.runner import Address
@@ -136,12 +136,11 @@ class World:
         self.now_ms = until_ms
 
     def awaited(self) -> str | None:
-        """A sentence if somebody is still to start."""
-        return (
-            "somebody is still to start"
-            if any(action.__name__ == "_start" for _, _, action, _ in self._queue)
-            else None
-        )
+        """A sentence if somebody is still to start, or memory still to be given back."""
+        names = [action.__name__ for _, _, action, _ in self._queue]
+        if "_start" in names:
+            return "somebody is still to start"
+        return "another program is still to give memory back" if "_take_memory" in names else None
 
     # ---- messages ----
 
@@ -156,6 +155,8 @@ class World:
                 self._carry(source, target, message)
 
     def _carry(self, source: Host, target: Host, message: MeshMessage) -> None:
+        if isinstance(message, IntentKept | CommandAnswer) and self.happens(self.faults.acknowledgement_loss_percent):
+            return
         for arrival_ms in self.network.arrivals_ms(self.now_ms, source.node_id, target.node_id):
             self.at(arrival_ms, self._arrive, target, message)
 
@@ -186,4 +187,4 @@ class World:
 def _deadline_ms(host: Host) -> int:
     """When a host that is up wants to be told that time has passed."""
     assert host.deadline_ms is not None
-    return max(host.deadline_ms, host.asleep_until_ms)
+    return max(host.clock.world_ms(host.deadline_ms), host.asleep_until_ms)

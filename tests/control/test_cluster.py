@@ -88,6 +88,20 @@ def test_deleting_takes_the_wish_and_its_later_instances_along() -> None:
     assert not cluster.instances
 
 
+def test_deleting_ends_a_wish_that_is_not_here() -> None:
+    """The power was cut while both were written, and only the instance arrived; the others still hold the wish."""
+    whole, torn = Cluster(NodeId("b")), Cluster(NodeId("a"))
+    made = carry_out(whole, PlaceModel(card=SMALL))
+    torn.merge({f"instance/{made}": whole.entries[f"instance/{made}"]})
+    carry_out(torn, DeleteInstance(made))
+    whole.merge(torn.entries)
+    assert not whole.wishes
+    assert not whole.instances
+    again = torn.decide(DeleteInstance(made), context())
+    assert isinstance(again, Decision)
+    assert again.events == ()
+
+
 def test_counters_from_the_future_are_not_taken_in() -> None:
     """A member with a bad disk or bad intentions: versions near the end of their range would be the last ever."""
     cluster = Cluster(NodeId("a"))

@@ -39,7 +39,7 @@ def card(layers: tuple[int, ...], embedding: int = 30 * MB, output: int = 30 * M
     )
 
 
-def node(name: str, free: int, machine: str | None = None, promised: int = 0) -> Candidate:
+def node(name: str, free: int, machine: str | None = None, promised: int = 0, held: int = 0) -> Candidate:
     return Candidate(
         node_id=NodeId(f"id-{name}"),
         name=name,
@@ -47,6 +47,7 @@ def node(name: str, free: int, machine: str | None = None, promised: int = 0) ->
         memory_bytes_total=2 * free,
         memory_bytes_free=free,
         memory_bytes_promised=promised,
+        memory_bytes_held=held,
     )
 
 
@@ -206,6 +207,23 @@ def test_promised_memory_is_not_given_twice() -> None:
     promised = node("a", 2 * GB, promised=1700 * MB)
     assert isinstance(place(card((2 * MB,) * 30), [free], Options()), Placement)
     assert isinstance(place(card((2 * MB,) * 30), [promised], Options()), Refused)
+
+
+def test_what_another_node_of_a_machine_was_promised_counts_for_those_that_were_chosen() -> None:
+    nodes = [node("a", 8 * GB, "box"), node("b", 8 * GB, "box", promised=7 * GB)]
+    model = card((100 * MB,) * 30)
+    chosen = Options(node_ids=(NodeId("id-a"),), context_length=256, slot_count=1)
+    assert isinstance(place(model, nodes[:1], chosen), Placement)
+    assert "200 MB of 16.0 GB" in reason(place(model, nodes, chosen))
+
+
+def test_what_one_node_loaded_after_another_of_its_machine_looked_at_the_memory_is_not_free() -> None:
+    """Each of the two has seen its own runner load, and not yet the other one's."""
+    nodes = [node("a", 8 * GB, "box", held=7 * GB), node("b", 8 * GB, "box", held=7 * GB)]
+    model = card((100 * MB,) * 30)
+    assert isinstance(place(model, nodes, Options(context_length=256, slot_count=1)), Refused)
+    alone = Options(node_ids=(NodeId("id-a"),), context_length=256, slot_count=1)
+    assert isinstance(place(model, nodes, alone), Refused)
 
 
 def test_a_refusal_says_how_much_is_missing_and_where() -> None:

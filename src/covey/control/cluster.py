@@ -244,10 +244,15 @@ class Cluster:
         return Decision((Written(KEY + found.key_id, None),), Accepted(found.key_id))
 
     def without_wish(self, wish_id: str) -> tuple[Written, ...]:
-        """Deletes a wish and all that was assigned for it, understood or not."""
+        """Deletes a wish and all that was assigned for it, understood or not.
+
+        The wish also if it is not here: a write that ended torn may have brought its instance alone, and the others'
+        copy of the wish would be assigned again.
+        """
         living = [key for key in sorted(self._values) if key.startswith(INSTANCE)]
         mine = [key for key in living if wish_of(InstanceId(key.removeprefix(INSTANCE))) == wish_id]
-        wish = [WISH + wish_id] if self.has(WISH + wish_id) else []
+        known = self.entries.get(WISH + wish_id)
+        wish = [] if known and known.value is None else [WISH + wish_id]
         return tuple(Written(key, None) for key in [*wish, *mine])
 
 

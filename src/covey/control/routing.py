@@ -237,6 +237,7 @@ def _candidate(
 ) -> Candidate:
     ending = {stage.runner_id for each in leaving for stage in each.stages if stage.node_id == report.node_id}
     given_back = sum(each.resident_bytes for each in report.runners if each.runner_id in ending)
+    held = sum(each.resident_bytes for each in report.runners if each.state in LOADED_STATES)
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -244,6 +245,7 @@ def _candidate(
         memory_bytes_total=hardware.memory_bytes_total,
         memory_bytes_free=hardware.memory_bytes_available + given_back,
         memory_bytes_promised=sum(_promised(stage, report) for each in instances for stage in each.stages),
+        memory_bytes_held=held - given_back,
     )
 
 

@@ -3,9 +3,10 @@
 Nodes with one `machine_id` share that machine: its free memory is counted once and divided among those that are used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.placement.memory import USABLE_PERCENT
 from covey.schema.ids import NodeId
@@ -20,6 +21,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     memory_bytes_total: int
     memory_bytes_free: int  # what it says is available, in whole
     memory_bytes_promised: int = 0  # of that, what runners assigned to it will still take
+    memory_bytes_held: int = 0  # by its runners that have loaded
 
 
 class Machine(Struct):
@@ -37,7 +39,11 @@ class Machine(Struct):
 
 
 def machines(nodes: Sequence[Candidate]) -> dict[str, Machine]:
-    """By id. Of the figures that nodes on one machine report the lowest counts; promises add up."""
+    """By id. Of the figures that nodes on one machine report the lowest counts; promises add up.
+
+    Each of those nodes looked at the memory at its own time, maybe before the others' runners had loaded. So no more
+    counts as free there than all that they hold leaves.
+    """
     found: dict[str, Machine] = {}
     for node in sorted(nodes, key=lambda node: node.node_id):
         if node.machine_id not in found:
@@ -46,7 +52,20 @@ def machines(nodes: Sequence[Candidate]) -> dict[str, Machine]:
         machine.memory_bytes_free = min(machine.memory_bytes_free, node.memory_bytes_free)
         machine.memory_bytes_promised += node.memory_bytes_promised
         machine.nodes.append(node)
+    for machine in found.values():
+        if len(machine.nodes) > 1:
+            machine.memory_bytes_free = min(machine.memory_bytes_free, _unheld_bytes(machine.nodes))
     return found
+
+
+def among(nodes: Sequence[Candidate], node_ids: Collection[NodeId]) -> list[Candidate]:
+    """Those that were chosen, all if none were. What others on their machines hold or were promised still counts."""
+    chosen = {node.node_id: node for node in nodes if not node_ids or node.node_id in node_ids}
+    for other in [node for node in nodes if node.node_id not in chosen]:
+        sharer = next((node for node in chosen.values() if node.machine_id == other.machine_id), None)
+        if sharer:
+            chosen[sharer.node_id] = _with_burden(sharer, other)
+    return list(chosen.values())
 
 
 def ranked(nodes: Sequence[Candidate], asked_at: NodeId | None) -> list[Candidate]:
@@ -66,3 +85,19 @@ def budgets_bytes(all_nodes: Sequence[Candidate], used: Sequence[Candidate]) -> 
     by_id = machines(all_nodes)
     sharers = {machine_id: sum(node.machine_id == machine_id for node in used) for machine_id in by_id}
     return tuple(by_id[node.machine_id].memory_bytes_usable // sharers[node.machine_id] for node in used)
+
+
+def _unheld_bytes(sharers: Sequence[Candidate]) -> int:
+    total = max(node.memory_bytes_total for node in sharers)
+    return max(0, total - sum(node.memory_bytes_held for node in sharers))
+
+
+def _with_burden(node: Candidate, other: Candidate) -> Candidate:
+    """`node` as if it were the `other` one of its machine, too."""
+    free = min(node.memory_bytes_free, other.memory_bytes_free, _unheld_bytes((node, other)))
+    return replace(
+        node,
+        memory_bytes_free=free,
+        memory_bytes_promised=node.memory_bytes_promised + other.memory_bytes_promised,
+        memory_bytes_held=node.memory_bytes_held + other.memory_bytes_held,
+    )

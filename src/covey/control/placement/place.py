@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from covey.control.placement import refusal
 from covey.control.placement.memory import Load, shard_bytes, whole_bytes
-from covey.control.placement.nodes import Candidate, budgets_bytes, ranked
+from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
 from covey.control.placement.split import split
 from covey.schema.cluster import Refused
 from covey.schema.ids import NodeId
@@ -54,7 +54,7 @@ class Placement(Struct, frozen=True):
 
 def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
     """The placement for `card`, the same for the same arguments in any order of `nodes`."""
-    allowed = [node for node in nodes if not options.node_ids or node.node_id in options.node_ids]
+    allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
     refused = _refuse_early(Load(card, lengths[0], slot_count), nodes, allowed, options)
