@@ -176,6 +176,51 @@ def test_a_runner_that_is_assigned_again_goes_on_counting_its_attempts() -> None
     assert start.attempt == 2
 
 
+def test_a_failed_runner_that_is_assigned_again_waits_out_its_back_off_first() -> None:
+    """Its instance was dormant for a moment, while a neighbour's node restarted: that is no fresh start."""
+    bench = Bench()
+    bench.advance()
+    bench.exit()
+    assigned, bench.instances = bench.instances, []
+    bench.advance(200)
+    assert bench.runners.runners == {}
+    bench.instances = assigned
+    assert bench.advance(700) == []  # the back-off is 1 s
+    assert bench.mine.state is RunnerState.FAILED
+    [start] = bench.advance(200)
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+    assert bench.mine.retries_left == 2
+
+
+def test_a_runner_that_failed_for_good_stays_failed_when_it_is_assigned_again() -> None:
+    bench = Bench()
+    bench.advance()
+    for attempt in (1, 2, 3, 4):
+        bench.exit(attempt)
+        bench.advance(16_000)
+    assigned, bench.instances = bench.instances, []
+    bench.advance()
+    bench.instances = assigned
+    assert bench.advance(60_000) == []
+    assert bench.mine.state is RunnerState.FAILED
+
+
+def test_a_failed_process_that_ends_after_its_runner_was_assigned_again_counts() -> None:
+    bench = Bench()
+    bench.advance()
+    bench.say(PhaseFailed("connect", "broke"))
+    assigned, bench.instances = bench.instances, []
+    bench.advance()
+    bench.instances = assigned
+    bench.advance()
+    bench.now_ms += 2_000
+    assert bench.exit() == []
+    assert bench.mine.state is RunnerState.FAILED
+    assert [type(effect) for effect in bench.advance(1_000)] == [StartRunner]
+    assert bench.mine.retries_left == 2
+
+
 def test_what_a_runner_says_while_it_is_stopped_is_no_failure() -> None:
     """Its neighbour may have been stopped before it, and then its link broke."""
     for still_assigned in (False, True):

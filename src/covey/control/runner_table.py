@@ -56,6 +56,7 @@ class Runner(Struct):
     last_attempt: int = 0  # that had a process
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
+    has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
     retry_ms: int | None = None  # when FAILED ends; None: not before its process is reaped, or never
     listen_host: str = ""
@@ -212,13 +213,13 @@ def _activity(runner: Runner, news: Activity) -> Outcome:
 
 
 def _phase_failed(runner: Runner, news: PhaseFailed) -> Outcome:
-    runner.reason = f"{news.phase}: {news.reason}"
+    runner.has_failed, runner.reason = True, f"{news.phase}: {news.reason}"
     return FAILED, [_stop_effect(runner)]
 
 
 def _crashed(runner: Runner, news: RunnerExited) -> Outcome:
     _forget_process(runner)
-    runner.reason = _with_log(f"the runner ended: {news.description}", news.log_tail)
+    runner.has_failed, runner.reason = True, _with_log(f"the runner ended: {news.description}", news.log_tail)
     return FAILED, []
 
 
@@ -240,11 +241,14 @@ def _stop_failed(runner: Runner, _: Stop) -> Outcome:
 
 def _stopped(runner: Runner, _: RunnerExited) -> Outcome:
     _forget_process(runner)
-    return (IDLE if runner.wanted else SHUTDOWN), []
+    if not runner.wanted:
+        return SHUTDOWN, []
+    return (FAILED if runner.has_failed else IDLE), []  # it was assigned again before its process had ended
 
 
 def _retry(runner: Runner, news: Retry) -> Outcome:
     runner.attempt, runner.retry_ms, runner.retries_left = news.attempt, None, runner.retries_left - 1
+    runner.has_failed = False
     return IDLE, []
 
 
@@ -290,7 +294,7 @@ TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     # What a process said before it heard that it is to stop is no news.
     **{(state, word): Transition(_stay, (state,)) for state in (SHUTTING_DOWN, FAILED) for word in PROCESS_WORDS},
     (SHUTTING_DOWN, Stop): Transition(_stay, (SHUTTING_DOWN,)),
-    (SHUTTING_DOWN, RunnerExited): Transition(_stopped, (IDLE, SHUTDOWN)),
+    (SHUTTING_DOWN, RunnerExited): Transition(_stopped, (IDLE, FAILED, SHUTDOWN)),
     (FAILED, RunnerExited): Transition(_failed_and_gone, (FAILED,)),
     (FAILED, Stop): Transition(_stop_failed, (SHUTTING_DOWN, SHUTDOWN)),
     (FAILED, Retry): Transition(_retry, (IDLE,)),

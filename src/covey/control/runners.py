@@ -5,7 +5,8 @@ from the others' reports, with these rules:
 
 1. While any runner of an instance is reported as failed, or as waiting for memory, the others stop and wait: they
    would hold what another instance could run with, and each of the two would wait for the other.
-2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen.
+2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen. That its
+   instance is dormant for a while neither shortens the wait nor refills the budget.
 3. Everybody else follows the highest attempt seen.
 4. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
 
@@ -20,6 +21,7 @@ back some, nor before the first probe after that: the figures would count it twi
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
@@ -99,7 +101,7 @@ class Runners:
         since, runner.serving_since_ms = runner.serving_since_ms, None
         if since is not None and now_ms - since >= self.settings.runner_healthy_ms:
             runner.retries_left = len(steps)
-        if runner.state is RunnerState.FAILED and not runner.has_process and runner.retries_left:
+        if runner.has_failed and not runner.has_process and runner.retries_left:
             runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
 
     # ---- desired minus actual ----
@@ -154,14 +156,13 @@ class Runners:
             runner.wanted = runner_id in assigned
 
     def _record(self, instance: Instance, stage: Stage) -> Runner:
-        """A fresh one, but attempts, their spacing and their budget go on where the runner was assigned before."""
-        runner = Runner(instance, stage, self.settings.stop_grace_ms)
-        runner.retries_left = len(self.settings.runner_back_off_ms)
+        """A fresh one, or one that goes on where it was assigned before: with its attempts, its budget, its back-off."""
         former = self.former.pop(stage.runner_id, None)
-        if former:
-            runner.last_attempt, runner.started_ms = former.last_attempt, former.started_ms
-            runner.retries_left = former.retries_left
-        return runner
+        if former is None:
+            budget = len(self.settings.runner_back_off_ms)
+            return Runner(instance, stage, self.settings.stop_grace_ms, retries_left=budget)
+        state = RunnerState.FAILED if former.has_failed else RunnerState.IDLE
+        return replace(former, instance=instance, stage=stage, state=state, waiting="")
 
     def _forget(self, runner: Runner) -> None:
         self.revision += 1
