@@ -14,6 +14,7 @@ class Faults(Struct, frozen=True, kw_only=True):
     duplicate_percent: int = 0
     delay_ms_max: int = 5
     reorders: bool = False
+    late_percent: int = 0  # of messages that take longer than a node may be silent
     partitions: bool = False
     one_way_cuts: bool = False
     crashes: bool = False
@@ -77,4 +78,5 @@ def draw(random: Random) -> Faults:
         shared_machines=exists(),
         greedy_programs=exists(),
         load_ms_max=amount(1_000, 4_000, NONE.load_ms_max),
+        late_percent=amount(1, 10),
     )
