@@ -4,6 +4,8 @@ from random import Random
 
 from simulation.faults import Faults
 
+LATE_MS_MAX = 5_000  # twice as long as a node is seen after its last word
+
 
 class Network:
     """Says when a message arrives: never, once, or more often."""
@@ -29,6 +31,8 @@ class Network:
         return [self._arrival_ms(now_ms, source, target) for _ in range(copies)]
 
     def _arrival_ms(self, now_ms: int, source: str, target: str) -> int:
+        if self._happens(self.faults.late_percent):
+            return now_ms + self.random.randint(self.faults.delay_ms_max, LATE_MS_MAX)
         arrival_ms = now_ms + self.random.randint(1, self.faults.delay_ms_max)
         if self.faults.reorders:
             return arrival_ms

@@ -14,13 +14,13 @@ from simulation.failure import Failure
 from simulation.faults import Faults, draw
 from simulation.host import Host
 from simulation.liveness import missing
+from simulation.network import LATE_MS_MAX
 from simulation.world import World
 
 GIGABYTE = 10**9
 TROUBLE_MS = 40_000  # how long faults last
 RETURN_MS = 45_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
-LATE_MS = 2_000  # the last late message has arrived
 SETTLE_MS = 4_500  # a probe, a report, and the leader's mending
 QUIET_MS = 4_000  # how long nothing may be done once all is well
 DRIFT_PERMILLE_MAX = 20  # real clocks are a hundred times better; what holds at 2 % holds there
@@ -68,7 +68,7 @@ def _live(world: World) -> None:
     _calm(world)
     wakes_ms = [host.asleep_until_ms for host in world.hosts]
     limit_ms = max(world.now_ms, *wakes_ms) + LIVENESS_MS + RETURN_MS
-    world.run_until(world.now_ms + LATE_MS)
+    world.run_until(world.now_ms + LATE_MS_MAX)
     sentence: str | None = "nothing was tried"
     while sentence:
         if world.now_ms >= limit_ms:

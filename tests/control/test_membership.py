@@ -32,6 +32,12 @@ def report(node_id: NodeId, sequence: int, boot: int = 1) -> NodeReport:
     )
 
 
+def hear(members: Membership, now_ms: int, message: Heartbeat | NodeReport) -> bool:
+    if isinstance(message, Heartbeat):
+        return members.hear_heartbeat(now_ms, message)
+    return members.hear_report(now_ms, message)
+
+
 def shown(members: Membership, node_id: NodeId = ADA) -> Visibility | None:
     return members.peers[node_id].shown if node_id in members.peers else None
 
@@ -83,6 +89,33 @@ def test_what_was_sent_before_it_was_forgotten_does_not_bring_a_node_back() -> N
     assert ADA in members.peers
     members.hear_heartbeat(30_003, beat(ADA, 5))
     assert shown(members) is Visibility.AWAY  # that heartbeat was older than what it came back with
+
+
+def test_a_delayed_message_of_either_kind_does_not_bring_a_dead_node_back() -> None:
+    """Heartbeats and reports are counted together: what was sent before the last of both shows no life."""
+    for last, late in ((beat(ADA, 10), report(ADA, 9)), (report(ADA, 10), beat(ADA, 9))):
+        members = Membership(ME, SETTINGS)
+        hear(members, 0, beat(ADA, 8, claim=Claim(3, ADA)))
+        hear(members, 100, last)
+        members.advance(6_000)
+        assert shown(members) is Visibility.AWAY
+        assert not hear(members, 6_000, late)  # nobody to greet
+        members.advance(6_000)
+        assert shown(members) is Visibility.AWAY
+        assert members.hears(6_000) == ()
+        members.advance(30_100)
+        assert shown(members) is None
+
+
+def test_what_was_overtaken_by_the_other_kind_is_news_all_the_same() -> None:
+    """A newcomer is greeted with a heartbeat and the last report, which is older than that."""
+    members = Membership(ME, SETTINGS)
+    hear(members, 0, beat(ADA, 10))
+    hear(members, 100, report(ADA, 9))
+    assert members.peers[ADA].report == report(ADA, 9)
+    hear(members, 200, report(ADA, 12))
+    hear(members, 200, beat(ADA, 11, claim=Claim(3, ADA)))
+    assert members.peers[ADA].claim == Claim(3, ADA)
 
 
 def test_a_new_life_of_a_node_drops_what_the_old_one_said() -> None:

@@ -28,6 +28,7 @@ from simulation.run import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 300
+ONCE_HEARD = Membership._hear
 
 
 def test_seeds_pass() -> None:
@@ -80,6 +81,12 @@ def retry_a_fetch_at_once(self: Downloads, now_ms: int, news: Any) -> None:
         download.phase, download.due_ms = type(download.phase)("waiting"), now_ms
 
 
+def take_anything_for_a_sign_of_life(self: Membership, now_ms: int, node_id: Any, moment: Any) -> Any:
+    heard = ONCE_HEARD(self, now_ms, node_id, moment)
+    heard[0].heard_ms = now_ms
+    return heard
+
+
 def let_go_and_forget(self: Membership, heartbeat: Any) -> None:
     self.peers.pop(heartbeat.node_id, None)
 
@@ -128,6 +135,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "a command waits for ever": ((Asking, "expire", nothing),),
     "instances of forgotten nodes stay": ((View, "gone", nothing),),
     "a failed fetch is tried again at once": ((Downloads, "fail", retry_a_fetch_at_once),),
+    "what was long under way counts as a sign of life": ((Membership, "_hear", take_anything_for_a_sign_of_life),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),

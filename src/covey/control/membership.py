@@ -2,8 +2,9 @@
 
 A node is visible while it was heard lately and hears us. It is away after `away_ms`, and forgotten, with its report,
 `forgotten_ms` after it was last heard. A node that says that it leaves is forgotten at once. (boot, sequence) is
-remembered even then: what was sent before what we have seen can neither bring a node back nor change what we know of
-it, and of a boot that left nothing counts any more.
+remembered even then: what was sent before what we have seen can't bring a node back, and of a boot that left nothing
+counts any more. Heartbeats and reports are counted together, and only the latest of both shows that its sender lives;
+what one of them says counts until a later one of its own kind comes.
 """
 
 from typing import Final
@@ -85,11 +86,11 @@ class Membership:
         return arrived
 
     def _hear(self, now_ms: int, node_id: NodeId, moment: Moment) -> tuple[Peer, bool]:
-        """The sender's record; True if it was not among those that we hear."""
-        peer = self.peers.get(node_id)
-        arrived = peer is None or moment[0] > peer.boot or not self._hears(now_ms, peer)
+        """The sender's record; True if it was not among those that we hear, and is now."""
+        peer, before = self.peers.get(node_id), self.seen.get(node_id, NEVER)
+        is_latest = moment > before  # else it was under way for longer than what its sender said after it
+        arrived = is_latest and (peer is None or moment[0] > peer.boot or not self._hears(now_ms, peer))
         if peer is None:
-            before = self.seen.get(node_id, NEVER)
             peer = Peer(node_id, moment[0], now_ms, now_ms, 0, before, before)
             self.peers[node_id] = peer
             self.peers = dict(sorted(self.peers.items()))
@@ -98,9 +99,9 @@ class Membership:
             peer.boot, peer.report, peer.claim, peer.first_heard_ms = moment[0], None, None, now_ms
             peer.hears = ()
             self.revision += 1
-        peer.heard_ms = now_ms
-        peer.forget_ms = now_ms + self.settings.forgotten_ms
-        self._remember(node_id, moment)
+        if is_latest:
+            peer.heard_ms, peer.forget_ms = now_ms, now_ms + self.settings.forgotten_ms
+            self._remember(node_id, moment)
         return peer, arrived
 
     def _let_go(self, heartbeat: Heartbeat) -> None:
