@@ -37,6 +37,7 @@ states = st.builds(
     members=members,
     wishes=st.just(()),
     instances=instances,
+    notices=st.lists(st.sampled_from(["another cluster is here", "multicast does not work"]), max_size=2).map(tuple),
 )
 
 

@@ -17,8 +17,9 @@ from covey.schema.ids import InstanceId, NodeId
 REMOVALS_MAX: Final = 1024  # remembered; who missed more than that gets the whole state
 ID_DIGITS_MAX: Final = 15
 
-Key = tuple[str, str]  # kind ("members", "wishes", "instances", "leader") and id
+Key = tuple[str, str]  # kind ("members", "wishes", "instances", "leader", "notices") and id
 LEADER: Final[Key] = ("leader", "")
+NOTICES: Final[Key] = ("notices", "")
 
 
 class Parts(Struct, frozen=True, omit_defaults=True):
@@ -42,10 +43,11 @@ NONE_GONE: Final = Gone()
 
 
 class ClusterChange(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """`leader` is there only if another one leads (null: nobody)."""
+    """`leader` is there only if another one leads (null: nobody), and `notices` only if they are others."""
 
     revision: int
     leader: NodeId | UnsetType | None = UNSET
+    notices: tuple[str, ...] | UnsetType = UNSET
     added: Parts = NO_PARTS
     changed: Parts = NO_PARTS
     removed: Gone = NONE_GONE
@@ -66,6 +68,7 @@ def objects(state: ClusterState) -> dict[Key, Any]:
     """Everything in `state` that a change can touch."""
     return {
         LEADER: state.leader,
+        NOTICES: state.notices,
         **{("members", each.node_id): each for each in state.members},
         **{("wishes", each.wish_id): each for each in state.wishes},
         **{("instances", each.instance_id): each for each in state.instances},
@@ -146,14 +149,15 @@ class ClusterFeed:
 
     def _change(self, state: ClusterState, number: int) -> ClusterChange:
         current = objects(state)
-        newer = {key: each for key, each in self._touched.items() if each.changed > number and key != LEADER}
+        newer = {key: each for key, each in self._touched.items() if each.changed > number}
+        leader_is_new, notices_are_new = (newer.pop(key, None) is not None for key in (LEADER, NOTICES))
         added = {key: current[key] for key, each in newer.items() if each.added > number}
         changed = {key: current[key] for key, each in newer.items() if each.added <= number}
         removed = [key for key, at in self._removed.items() if at > number and key not in self._touched]
-        leads_since = self._touched[LEADER].changed
         return ClusterChange(
             revision=state.revision,
-            leader=state.leader if leads_since > number else UNSET,
+            leader=state.leader if leader_is_new else UNSET,
+            notices=state.notices if notices_are_new else UNSET,
             added=_parts(added),
             changed=_parts(changed),
             removed=_gone(removed),
@@ -183,6 +187,7 @@ def applied(state: ClusterState, change: ClusterChange) -> ClusterState:
         state,
         revision=change.revision,
         leader=state.leader if change.leader is UNSET else change.leader,
+        notices=state.notices if change.notices is UNSET else change.notices,
         members=tuple(members),
         wishes=tuple(wishes),
         instances=tuple(instances),
