@@ -237,7 +237,11 @@ async def test_what_is_for_another_node_changes_nothing() -> None:
 async def test_in_an_open_cluster_nobody_can_give_this_device_a_code() -> None:
     """Whoever is on the network is a member there: the next start without --open would be in his cluster."""
     kept: list[JoinCode] = []
-    mine = Rotation(MINE, OPEN_CODE, lambda code, *, ends_keys: kept.append(code))
+
+    def keep(code: JoinCode, *, ends_keys: bool) -> None:  # noqa: ARG001 - all that is wanted is whether it is called
+        kept.append(code)
+
+    mine = Rotation(MINE, OPEN_CODE, keep)
     mine.hear(CodeSealed(LOST.node_id, MINE.node_id, sealed_for(MINE.node_id, public_key(MINE), OTHER_CODE)))
     assert not kept
     assert not mine.is_taken
