@@ -261,6 +261,20 @@ async def test_a_listed_name_needs_no_network(tmp_path: Path) -> None:
     assert found in ModelFiles(tmp_path / "models").known()
 
 
+def test_a_damaged_card_is_told_once_and_again_when_it_is_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node looks every three seconds, for years."""
+    files, damaged = ModelFiles(tmp_path), tmp_path / "m" / "card.json"
+    damaged.parent.mkdir()
+    for content, mtime_ns in ((b"{", 1), (b"[", 2)):
+        damaged.write_bytes(content)
+        os.utime(damaged, ns=(mtime_ns, mtime_ns))
+        for _ in range(3):
+            files.known()
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == [damaged, damaged]
+
+
 async def test_a_disk_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(_: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -47,6 +47,7 @@ class ModelFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._told: dict[Path, int] = {}  # cards that can't be read, and of which time: the log has that once
 
     def path_of(self, source: PackageSource | HubSource | FileSource) -> Path:
         if isinstance(source, FileSource):
@@ -115,8 +116,14 @@ class ModelFiles:
             try:
                 cards.append(msgspec.json.decode(path.read_bytes(), type=ModelCard))
             except (OSError, msgspec.DecodeError) as error:
-                _log.warning("%s can't be read: %s", path, error)
+                self._tell_once(path, error)
         return cards
+
+    def _tell_once(self, path: Path, error: Exception) -> None:
+        modified_ns = _modified_ns(path)
+        if self._told.get(path) != modified_ns:
+            self._told[path] = modified_ns
+            _log.warning("%s can't be read: %s", path, error)
 
     # ---- from a card to a file ----
 
