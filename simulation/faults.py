@@ -34,6 +34,7 @@ class Faults(Struct, frozen=True, kw_only=True):
     power_cuts: bool = False
     tombstones_max: int = TOMBSTONES_MAX
     load_ms_max: int = 400  # for a quarter of a runner's layers
+    caches_fill: bool = False  # of runners that have loaded; else they take all of their memory at once
     scarce_memory: bool = False
     greedy_programs: bool = False  # others than ours take memory for a while
     shared_machines: bool = False
@@ -78,5 +79,6 @@ def draw(random: Random) -> Faults:
         shared_machines=exists(),
         greedy_programs=exists(),
         load_ms_max=amount(1_000, 4_000, NONE.load_ms_max),
+        caches_fill=exists(),
         late_percent=amount(1, 10),
     )

@@ -55,6 +55,7 @@ class Host:
         self.asleep_until_ms = 0
         self.deadline_ms: int | None = None
         self.processes: list[Process] = []
+        self.processes_begun = 0
         self.greed_bytes = 0  # what other programs take beside their tenth of the memory
         self.files: dict[ModelId, int] = {}
         self.fetches: dict[ModelId, int] = {}  # the attempt that is under way
@@ -108,7 +109,8 @@ class Host:
 
     def probe(self, boot: int) -> None:
         if boot == self.boot and self.is_up:
-            self.tell_machine(HardwareProbed(self.hardware()), boot)
+            held = {process.process_id: process.resident_bytes for process in self.processes}
+            self.tell_machine(HardwareProbed(self.hardware(), held), boot)
             self.world.at(self.world.now_ms + PROBE_MS, self.probe, boot)
 
     def hardware(self) -> Hardware:

@@ -33,11 +33,13 @@ PORTS = 12  # so few that they are soon used again
 
 
 class Process:
-    """One runner process. `memory_bytes` is what it takes once it has loaded, and a part of that while it loads."""
+    """One runner process. `memory_bytes` is what it takes once its cache is full, and a part of that before."""
 
     def __init__(self, host: Host, spec: RunnerSpec, attempt: int, memory_bytes: int) -> None:
         self.host, self.world, self.boot = host, host.world, host.boot
         self.spec, self.attempt, self.memory_bytes = spec, attempt, memory_bytes
+        host.processes_begun += 1
+        self.process_id = 1000 + host.processes_begun
         self.alive = True
         self.was_asked_to_stop = False
         self.has_failed = False  # before it was asked to stop
@@ -73,7 +75,7 @@ class Process:
     # ---- its life ----
 
     def _started(self) -> None:
-        self.host.tell_machine(RunnerStarted(self.spec.runner_id, self.attempt, 1000 + self.attempt), self.boot)
+        self.host.tell_machine(RunnerStarted(self.spec.runner_id, self.attempt, self.process_id), self.boot)
         self.after(300, self._listen)
 
     def _listen(self) -> None:
@@ -114,12 +116,12 @@ class Process:
 
     def _load(self, part: int) -> None:
         layers = self.spec.shard.layer_end - self.spec.shard.layer_start
-        self.resident_bytes = self.memory_bytes * part // 4
+        self.resident_bytes = self.memory_bytes * part // (5 if self.world.faults.caches_fill else 4)
         if part <= 3:
             self.say(LoadProgressed(layers * part // 4, layers, part, 4))
             self.after(self.world.faults.load_ms_max, self._load, part + 1)
         else:
-            self._phase("load", Loaded(self.memory_bytes))
+            self._phase("load", Loaded(self.resident_bytes))
 
     def _phase(self, phase: str, message: RunnerMessage) -> None:
         if self.world.happens(self.world.faults.phase_failure_percent):
@@ -134,6 +136,7 @@ class Process:
         if self.world.happens(self.world.faults.phase_failure_percent):
             self.die("signal 9 (killed)")
             return
+        self.resident_bytes = self.memory_bytes
         if self.spec.stage_index == 0:
             self.say(Activity(running, 0))
         self.after(15_000, self._serve, 1 - running)

@@ -258,6 +258,7 @@ class Node:
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
+        self._runners: processes.Processes | None = None  # once the driver runs
         self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source), credentials)
         self._activity = Activity()
         application = create_guarded_app(self, _access(options))
@@ -290,7 +291,7 @@ class Node:
             if self._until_stdin_closes:
                 tasks.start_soon(self._leave_with_input, tasks.cancel_scope)
             tasks.start_soon(self._mesh.run)
-            tasks.start_soon(watch_hardware, self._probe, self._mailbox)
+            tasks.start_soon(watch_hardware, self._probe, self._mailbox, self._runner_process_ids)
             tasks.start_soon(self._models.run, self._mailbox)
             tasks.start_soon(watch_activity, self._driver, self._activity)
             tasks.start_soon(self._serving.read_ahead)
@@ -304,7 +305,11 @@ class Node:
         return None if self._begins_anew else reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
-        return processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
+        self._runners = processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
+        return self._runners
+
+    def _runner_process_ids(self) -> tuple[int, ...]:
+        return self._runners.process_ids() if self._runners else ()
 
     async def _serve(self) -> None:
         await self._server.serve()

@@ -386,6 +386,22 @@ def test_memory_is_promised_to_runners_that_start_and_to_the_caches_of_those_tha
     assert isinstance(start, StartRunner)
 
 
+def test_what_a_cache_has_filled_of_its_promise_is_not_counted_twice() -> None:
+    """Free memory falls as it fills; else a runner that is started anew would wait for ever for what is there."""
+    bench = Bench()
+    bench.advance()
+    bench.hear(RunnerStarted(MINE, 1, 4711))
+    bench.runners.measure({4711: 30})
+    assert bench.mine.resident_bytes == 0  # it loads, and is promised all of its memory until it has
+    bench.until_ready()
+    bench.instances.append(second())
+    bench.free_bytes = 110  # it takes 95 more, as far as anybody knows
+    assert bench.advance() == []
+    bench.runners.measure({4711: 90, 4712: 7})
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+
+
 # ---- two stages ----
 
 

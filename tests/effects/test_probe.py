@@ -1,5 +1,7 @@
 """What the probe says of this machine, and of containers that we are not in."""
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +22,15 @@ def test_this_machine() -> None:
     assert seen.processor
     assert "127.0.0.1" in dict(reversed(pair) for pair in seen.interfaces)
     assert dict(seen.interfaces).keys() >= {probe.loopback_interface()}
+
+
+def test_a_process_that_has_ended_holds_nothing() -> None:
+    """Neither one that nobody has reaped yet, nor one that is gone."""
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert Probe.resident_bytes((os.getpid(), ended.pid)).keys() == {os.getpid()}
+    ended.wait()
+    assert Probe.resident_bytes((ended.pid,)) == {}
 
 
 def test_a_machine_keeps_its_id_and_tells_nothing_else() -> None:

@@ -1,5 +1,6 @@
 """What a node notices of itself without being asked."""
 
+import os
 from pathlib import Path
 
 import anyio
@@ -21,10 +22,26 @@ async def test_hardware_is_looked_at_again_and_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(watching, "LOOK_S", 0.01)
     mailbox = Mailbox()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox)
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, tuple)
         seen = [await mailbox.take(5) for _ in range(3)]
         tasks.cancel_scope.cancel()
     assert all(isinstance(item, HardwareProbed) for item in seen)
+    mailbox.close()
+
+
+async def test_what_runners_hold_is_read_with_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "LOOK_S", 0.01)
+    mailbox = Mailbox()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, lambda: (os.getpid(),))
+        seen = await mailbox.take(5)
+        assert isinstance(seen, HardwareProbed)
+        assert seen.resident_bytes.keys() == {os.getpid()}
+        filled = b"x" * 50_000_000
+        later = [await mailbox.take(5) for _ in range(2)][-1]
+        assert isinstance(later, HardwareProbed)
+        assert later.resident_bytes[os.getpid()] - seen.resident_bytes[os.getpid()] > len(filled) // 2
+        tasks.cancel_scope.cancel()
     mailbox.close()
 
 

@@ -193,6 +193,7 @@ class Machine:
         return self._messages[type(news.message)](now_ms, news.message)
 
     def _on_hardware(self, _: int, news: HardwareProbed) -> list[Effect]:
+        self.runners.measure(news.resident_bytes)
         self.memory.probe(news.hardware, self.runners.held_bytes(), is_settled=not self.runners.is_memory_moving)
         return []
 
@@ -453,11 +454,12 @@ class Machine:
         """What the report would say; made anew only when one of its parts has changed."""
         parts = (self.runners.revision, self.downloads.revision, self.memory.revision)
         if self._content_made is None or self._content_made[0] != parts:
+            hardware = self.memory.show(self.runners.held_bytes())
             content = Content(
                 api_address=self.settings.api_address,
-                hardware=self.memory.show(self.runners.held_bytes()),
+                hardware=hardware,
                 downloads=self.downloads.reports(),
-                runners=self.runners.reports(),
+                runners=self.memory.steady(self.runners.reports()),
                 models_on_disk=self.downloads.models_on_disk(),
             )
             self._content_made = (parts, content)

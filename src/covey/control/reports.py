@@ -4,6 +4,8 @@ Free memory moves all the time; a figure counts as changed only if it moved by a
 placement.
 """
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -23,14 +25,15 @@ class Content(Struct, frozen=True, kw_only=True):
     models_on_disk: tuple[ModelId, ...]
 
 
-Held = dict[tuple[RunnerId, int], int]  # bytes of each process, by runner and attempt; 0 until it has loaded
+Held = dict[tuple[RunnerId, int], int]  # bytes of each process as last probed, by runner and attempt; 0 until loaded
 
 
 class MemoryFigures:
-    """The hardware as probed, steadied.
+    """The hardware as probed, and what runners hold of it, steadied.
 
     What a runner will take is promised in full until it has loaded. So a probe while it loads would count a part of
-    that twice: then the last settled figure goes on to count, less what runners have loaded since.
+    that twice: then the last settled figure goes on to count, less what runners have loaded, and their caches filled,
+    since. What is free and what runners hold is told together, since the one falls as the other grows.
     """
 
     def __init__(self, settings: MachineSettings) -> None:
@@ -40,6 +43,7 @@ class MemoryFigures:
         self.settled_bytes = 0  # free at the last probe during which no runner took memory or gave it back
         self.held_settled: Held = {}
         self.shown: Hardware | None = None
+        self.held_shown: Held = {}
         self.revision = 0
 
     def probe(self, hardware: Hardware, held: Held, *, is_settled: bool) -> None:
@@ -53,9 +57,18 @@ class MemoryFigures:
         if self.probed is None:
             return None
         current = replace(self.probed, memory_bytes_available=self._available(held))
-        if self.shown is None or self._differs(self.shown, current):
-            self.shown = current
+        if self.shown is None or self._differs(self.shown, current) or self._moved(current, held):
+            self.shown, self.held_shown = current, held
         return self.shown
+
+    def steady(self, reports: Sequence[RunnerReport]) -> tuple[RunnerReport, ...]:
+        """With what each runner held when `show` last had something new to show."""
+        return tuple(
+            replace(each, resident_bytes=self.held_shown.get((each.runner_id, each.attempt), 0))
+            if each.resident_bytes
+            else each
+            for each in reports
+        )
 
     def free_bytes(self, held: Held) -> int | None:
         """What is surely free now, not steadied; None before the first probe."""
@@ -66,16 +79,24 @@ class MemoryFigures:
         return held == self.held_at_probe
 
     def _available(self, held: Held) -> int:
-        return max(0, self.settled_bytes - sum(count for key, count in held.items() if not self.held_settled.get(key)))
+        taken = sum(max(0, count - self.held_settled.get(key, 0)) for key, count in held.items())
+        return max(0, self.settled_bytes - taken)
+
+    def _step(self, hardware: Hardware) -> int:
+        return max(self.settings.memory_step_bytes, hardware.memory_bytes_total // self.settings.memory_step_fraction)
+
+    def _moved(self, current: Hardware, held: Held) -> bool:
+        """Whether a runner has loaded, or its cache has filled by a step."""
+        pairs = [(count, self.held_shown.get(key, 0)) for key, count in held.items()]
+        return any(bool(count) != bool(shown) or abs(count - shown) >= self._step(current) for count, shown in pairs)
 
     def _differs(self, shown: Hardware, current: Hardware) -> bool:
-        step = max(self.settings.memory_step_bytes, current.memory_bytes_total // self.settings.memory_step_fraction)
         moved = max(
             abs(shown.memory_bytes_available - current.memory_bytes_available),
             abs(shown.swap_bytes_available - current.swap_bytes_available),
             abs(shown.disk_bytes_available - current.disk_bytes_available),
         )
-        return moved >= step or _fixed(shown) != _fixed(current)
+        return moved >= self._step(current) or _fixed(shown) != _fixed(current)
 
 
 class Reporter:

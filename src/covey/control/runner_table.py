@@ -52,6 +52,7 @@ class Runner(Struct):
     state: RunnerState = IDLE
     attempt: int = 0
     has_process: bool = False
+    process_id: int = 0  # of that, once it is known
     wanted: bool = True
     last_attempt: int = 0  # that had a process
     started_ms: int | None = None  # when that was started
@@ -169,6 +170,11 @@ def _stay(runner: Runner, _: Any) -> Outcome:
     return runner.state, []
 
 
+def _started(runner: Runner, news: RunnerStarted) -> Outcome:
+    runner.process_id = news.process_id
+    return runner.state, []
+
+
 def _listening(runner: Runner, news: Listening) -> Outcome:
     runner.data_address = Address(runner.listen_host, news.port)
     return CONNECTING, []
@@ -261,7 +267,7 @@ def _stop_effect(runner: Runner) -> StopRunner:
 
 
 def _forget_process(runner: Runner) -> None:
-    runner.has_process, runner.data_address, runner.linked_to = False, None, None
+    runner.has_process, runner.process_id, runner.data_address, runner.linked_to = False, 0, None, None
     runner.layers_loaded = runner.resident_bytes = runner.requests_running = runner.requests_queued = 0
 
 
@@ -286,7 +292,7 @@ TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (WARMING_UP, Ready): Transition(_ready, (READY,)),
     (READY, Activity): Transition(_activity, (READY, RUNNING)),
     (RUNNING, Activity): Transition(_activity, (READY, RUNNING)),
-    **{(state, RunnerStarted): Transition(_stay, (state,)) for state in (IDLE, SHUTTING_DOWN, FAILED)},
+    **{(state, RunnerStarted): Transition(_started, (state,)) for state in (IDLE, SHUTTING_DOWN, FAILED)},
     **{(state, PhaseFailed): Transition(_phase_failed, (FAILED,)) for state in STARTED_STATES},
     **{(state, RunnerExited): Transition(_crashed, (FAILED,)) for state in STARTED_STATES},
     (IDLE, Stop): Transition(_stop, (SHUTTING_DOWN, SHUTDOWN)),

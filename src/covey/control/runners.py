@@ -27,6 +27,7 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
+    LOADED_STATES,
     MOVING_STATES,
     SERVING_STATES,
     STARTED_STATES,
@@ -104,6 +105,12 @@ class Runners:
         if runner.has_failed and not runner.has_process and runner.retries_left:
             runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
 
+    def measure(self, resident_bytes: Mapping[int, int]) -> None:
+        """What the processes hold now, by process id: of those that have loaded, whose caches fill as they serve."""
+        for runner in self.runners.values():
+            if runner.state in LOADED_STATES and runner.process_id in resident_bytes:
+                runner.resident_bytes = resident_bytes[runner.process_id]
+
     # ---- desired minus actual ----
 
     def advance(self, now_ms: int, world: World) -> list[Effect]:
@@ -132,7 +139,7 @@ class Runners:
         return tuple(self.runners[runner_id].report() for runner_id in sorted(self.runners))
 
     def held_bytes(self) -> dict[tuple[RunnerId, int], int]:
-        """Memory of each process, by runner and attempt, as it measured it when it had loaded; 0 before."""
+        """Memory of each process, by runner and attempt, as of the last probe since it has loaded; 0 before."""
         running = [runner for runner in self.runners.values() if runner.has_process]
         return {(runner.stage.runner_id, runner.attempt): runner.resident_bytes for runner in running}
 

@@ -9,6 +9,8 @@ import os
 import platform
 import socket
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +56,15 @@ class Probe:
             disk_bytes_available=disk.free,
             interfaces=_interfaces(),
         )
+
+    @staticmethod
+    def resident_bytes(process_ids: Sequence[int]) -> dict[int, int]:
+        """What each of these processes holds of the memory. One that has ended is left out."""
+        found: dict[int, int] = {}
+        for process_id in process_ids:
+            with suppress(psutil.NoSuchProcess):
+                found[process_id] = psutil.Process(process_id).memory_info().rss
+        return {process_id: count for process_id, count in found.items() if count}  # none: ended, and not reaped yet
 
 
 def machine_id() -> str:

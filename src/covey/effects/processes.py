@@ -37,6 +37,7 @@ class _Runner:
     def __init__(self, effect: StartRunner) -> None:
         self.runner_id, self.attempt, self.spec = effect.runner_id, effect.attempt, effect.spec
         self.commands, self.outgoing = anyio.create_memory_object_stream[RunnerCommand](COMMANDS_MAX)
+        self.process_id = 0  # while it has one
         self.stop_wanted = anyio.Event()
         self.grace_ms = 0
         self.fault = ""  # why we ended it unasked, if we did
@@ -76,6 +77,10 @@ class Processes:
         self._decoder = msgspec.msgpack.Decoder(RunnerMessage)
         self._runners: dict[tuple[RunnerId, int], _Runner] = {}
 
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the runners that live now."""
+        return tuple(runner.process_id for runner in self._runners.values() if runner.process_id)
+
     def start(self, effect: StartRunner) -> None:
         """Answered by `RunnerStarted`, `RunnerSaid`..., and at the end by exactly one `RunnerExited`."""
         key = (effect.runner_id, effect.attempt)
@@ -114,12 +119,14 @@ class Processes:
             process = await anyio.open_process(self._command, env=_environment(runner.spec), start_new_session=True)
         except OSError as error:
             return f"could not be started: {error.strerror or error}"
+        runner.process_id = process.pid
         try:
             await self._deliver(RunnerStarted(runner.runner_id, runner.attempt, process.pid))
             await self._converse(runner, process, log)
         finally:
             with anyio.CancelScope(shield=True):
                 await _reap(process)
+            runner.process_id = 0
         ended = describe_exit(await process.wait())
         return f"{runner.fault} ({ended})" if runner.fault else ended
 

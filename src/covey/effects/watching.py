@@ -1,7 +1,7 @@
 """What is watched for as long as a node runs: its hardware, the models on its disk, and what happens in the cluster."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import anyio
@@ -24,14 +24,21 @@ WAIT_S_MAX: Final = 3600.0
 _log = logging.getLogger(__name__)
 
 
-async def watch_hardware(probe: Probe, mailbox: Mailbox) -> None:
-    """For ever. Whether a change is worth telling others is the machine's to decide."""
+async def watch_hardware(probe: Probe, mailbox: Mailbox, runners: Callable[[], Sequence[int]]) -> None:
+    """For ever. Whether a change is worth telling others is the machine's to decide.
+
+    `runners` gives the process ids of those that run now.
+    """
     while True:
         try:
-            mailbox.offer(HardwareProbed(await anyio.to_thread.run_sync(probe.hardware)))
+            mailbox.offer(await anyio.to_thread.run_sync(_look, probe, runners()))
         except OSError as error:
             _log.warning("this machine's memory and disk could not be read: %s", error)
         await anyio.sleep(LOOK_S)
+
+
+def _look(probe: Probe, process_ids: Sequence[int]) -> HardwareProbed:
+    return HardwareProbed(probe.hardware(), probe.resident_bytes(process_ids))
 
 
 class ModelWatch:

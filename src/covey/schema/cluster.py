@@ -133,7 +133,7 @@ class RunnerReport(Struct, frozen=True, kw_only=True):
     data_address: Address | None = None  # where its data port listens
     layers_loaded: int = 0
     layers_total: int = 0
-    resident_bytes: int = 0
+    resident_bytes: int = 0  # as of the node's figures of free memory; 0 until it has loaded
     requests_running: int = 0
     requests_queued: int = 0
     reason: str = ""  # when failed: one sentence, then the last lines of its log

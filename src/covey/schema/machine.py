@@ -30,7 +30,10 @@ class MessageReceived(Struct, frozen=True, tag=True):
 
 
 class HardwareProbed(Struct, frozen=True, tag=True):
+    """`resident_bytes`: what this node's runners hold, read at the same time, by process id."""
+
     hardware: Hardware
+    resident_bytes: dict[int, int] = {}
 
 
 class ModelsListed(Struct, frozen=True, tag=True):

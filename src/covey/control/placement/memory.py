@@ -58,6 +58,7 @@ def whole_bytes(load: Load, stage_count: int) -> int:
 def still_to_take_bytes(counted_bytes: int, resident_bytes: int | None) -> int:
     """What a runner will still take of the memory that is free: all that was counted, until it has loaded (None).
 
-    A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill.
+    A loaded runner holds its weights, but the pages of its KV cache are taken as its slots fill: what it holds is read
+    with what is free, else what is filled would be counted twice.
     """
     return counted_bytes if resident_bytes is None else max(counted_bytes - resident_bytes, 0)
