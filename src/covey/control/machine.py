@@ -287,6 +287,8 @@ class Machine:
 
     def _advance(self, now_ms: int) -> list[Effect]:
         self.membership.advance(now_ms)
+        for node_id in self.view.broken_off(now_ms):
+            self.membership.lose(now_ms, node_id)
         self.replication.forget(self.membership.peers)
         self._lead(now_ms)
         effects = [*self._ask(now_ms), *self._decide_next(now_ms), *self._tidy(now_ms), *self._work(now_ms)]

@@ -1,7 +1,8 @@
 """Who is here, by heartbeats that say whom their sender hears.
 
-A node is visible while it was heard lately and hears us. It is away after `away_ms`, and forgotten, with its report,
-`forgotten_ms` after it was last heard. A node that says that it leaves is forgotten at once. (boot, sequence) is
+A node is visible while it was heard lately and hears us. It is away after `away_ms`, lost after `lost_ms`, or sooner if
+more speaks for it (its work is given to others then), and forgotten, with its report, `forgotten_ms` after it was last
+heard. A node that says that it leaves is forgotten at once. (boot, sequence) is
 remembered even then: what was sent before what we have seen can't bring a node back, and of a boot that left nothing
 counts any more. Heartbeats and reports are counted together, and only the latest of both shows that its sender lives;
 what one of them says counts until a later one of its own kind comes.
@@ -36,6 +37,7 @@ class Peer(Struct):
     intent_digest: str | None = None
     report: NodeReport | None = None
     shown: Visibility = Visibility.AWAY  # as last announced
+    is_lost: bool = False
 
 
 class Membership:
@@ -101,6 +103,7 @@ class Membership:
             self.revision += 1
         if is_latest:
             peer.heard_ms, peer.forget_ms = now_ms, now_ms + self.settings.forgotten_ms
+            peer.is_lost = False
             self._remember(node_id, moment)
         return peer, arrived
 
@@ -119,13 +122,20 @@ class Membership:
     # ---- time ----
 
     def advance(self, now_ms: int) -> None:
-        """Lets nodes be away or forgotten as time passes."""
+        """Lets nodes be away, lost or forgotten as time passes."""
         for peer in list(self.peers.values()):
             if now_ms >= peer.forget_ms:
                 del self.peers[peer.node_id]
                 self.revision += 1
             else:
+                peer.is_lost |= now_ms >= self._lost_ms(peer)
                 self._show(now_ms, peer)
+
+    def lose(self, now_ms: int, node_id: NodeId) -> None:
+        """More than silence says that it is gone. Of a node that we hear that means nothing."""
+        peer = self.peers.get(node_id)
+        if peer and not self._hears(now_ms, peer):
+            peer.is_lost = True
 
     def wake(self, now_ms: int) -> None:
         """We slept and heard nothing meanwhile: everybody is away at first, and has the whole time to be heard."""
@@ -135,11 +145,15 @@ class Membership:
 
     def deadline(self) -> int | None:
         """When `advance` next has something to do."""
-        times = [
-            peer.heard_ms + self.settings.away_ms if peer.shown is Visibility.VISIBLE else peer.forget_ms
-            for peer in self.peers.values()
-        ]
-        return min(times, default=None)
+        return min((self._next_ms(peer) for peer in self.peers.values()), default=None)
+
+    def _next_ms(self, peer: Peer) -> int:
+        if peer.shown is Visibility.VISIBLE:
+            return peer.heard_ms + self.settings.away_ms
+        return peer.forget_ms if peer.is_lost else self._lost_ms(peer)
+
+    def _lost_ms(self, peer: Peer) -> int:
+        return peer.forget_ms - self.settings.forgotten_ms + self.settings.lost_ms
 
     def _show(self, now_ms: int, peer: Peer) -> None:
         shown = Visibility.VISIBLE if self.is_visible(now_ms, peer.node_id) else Visibility.AWAY

@@ -10,7 +10,7 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
-from covey.control.runner_table import LOADED_STATES, SERVING_STATES
+from covey.control.runner_table import LINKING_STATES, LOADED_STATES, SERVING_STATES
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,
@@ -197,6 +197,14 @@ def waits_for_memory(instance: Instance, reports: Reports) -> bool:
     """Whether a runner of it does not start for lack of memory."""
     found = [runner_report(stage, reports) for stage in instance.stages]
     return any(each.waiting for each in found if each)
+
+
+def has_broken(stage: Stage, reports: Reports) -> bool:
+    """Whether its runner failed, or waits for the others of its generation since."""
+    report = runner_report(stage, reports)
+    if report is None:
+        return False
+    return report.state is RunnerState.FAILED or (report.attempt > 1 and report.state in LINKING_STATES)
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:

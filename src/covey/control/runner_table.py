@@ -37,6 +37,7 @@ READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
 SHUTTING_DOWN, FAILED, SHUTDOWN = RunnerState.SHUTTING_DOWN, RunnerState.FAILED, RunnerState.SHUTDOWN
 
 STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+LINKING_STATES: Final = (IDLE, CONNECTING)  # until all runners of its generation are there
 MOVING_STATES: Final = (LOADING, SHUTTING_DOWN, FAILED)  # its process, if it has one, takes or gives back memory
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
 SERVING_STATES: Final = (READY, RUNNING)

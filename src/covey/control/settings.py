@@ -26,6 +26,9 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     # or late ones in a row are survived.
     heartbeat_ms: int = 500
     away_ms: int = 2_500
+    # A node that swaps or roams between access points is silent for seconds and comes back: moving its work then would
+    # only add load. But where a link to it broke too, its work is given to others as soon as it is away.
+    lost_ms: int = 10_000
     forgotten_ms: int = 30_000
     sleep_ms: int = 3_000  # a longer pause between two inputs means that this machine slept
 

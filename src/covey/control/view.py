@@ -7,7 +7,7 @@ from covey.control.dormancy import active, assigned_nodes
 from covey.control.membership import Membership
 from covey.control.placement.nodes import Candidate
 from covey.control.reports import Reporter
-from covey.control.routing import candidates
+from covey.control.routing import candidates, has_broken
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import Instance, NodeReport
 from covey.schema.ids import InstanceId, NodeId
@@ -35,14 +35,27 @@ class View:
         return self.listening_since_ms + self.settings.forgotten_ms
 
     def gone(self, now_ms: int) -> list[NodeId]:
-        """Nodes with assignments that are forgotten, or were never heard though we have listened long enough."""
+        """Nodes with assignments that are lost, forgotten, or were never heard though we have listened long enough."""
         listened = now_ms >= self.listened_ms
-        known = {self.reporter.node_id: True, **dict.fromkeys(self.membership.peers, True)}
+        peers = self.membership.peers
         return [
             node_id
             for node_id in assigned_nodes(self.cluster.instances.values())
-            if node_id not in known and (listened or node_id in self.membership.seen)
+            if node_id != self.reporter.node_id
+            and (peers[node_id].is_lost if node_id in peers else listened or node_id in self.membership.seen)
         ]
+
+    def broken_off(self, now_ms: int) -> set[NodeId]:
+        """Nodes that are away while a runner that worked with one of theirs, here or on a visible node, has failed."""
+        hears = (self.reporter.node_id, *self.membership.hears(now_ms))
+        reports = {node_id: report for node_id, report in self.reports().items() if node_id in hears}
+        return {
+            stage.node_id
+            for instance in self.cluster.instances.values()
+            if any(has_broken(stage, reports) for stage in instance.stages)
+            for stage in instance.stages
+            if stage.node_id in self.membership.peers and stage.node_id not in hears
+        }
 
     def active(self, now_ms: int) -> dict[InstanceId, Instance]:
         """The instances that count here and now."""
