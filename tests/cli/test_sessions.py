@@ -67,6 +67,12 @@ def one_machine() -> Any:
     return msgspec.structs.replace(state, members=(first, msgspec.structs.replace(second, report=shared)))
 
 
+def one_machine_half_away() -> Any:
+    first, second = one_machine().members
+    gone = msgspec.structs.replace(first, visibility=Visibility.AWAY, heard_ms_ago=4200)
+    return msgspec.structs.replace(one_machine(), members=(gone, second))
+
+
 def starting(state: RunnerState, done: int) -> Any:
     """Two nodes that have the file, or look for it, or fetch it."""
     members = []
@@ -98,6 +104,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "nothing_placed": ({"current": EMPTY}, [["ps"], ["ps", "--json"]]),
     "loading": ({"current": LOADING}, [["ps"]]),
     "one_machine": ({"current": one_machine()}, [["nodes"]]),
+    "one_machine_half_away": ({"current": one_machine_half_away()}, [["nodes"]]),
     "looking": ({"current": starting(RunnerState.IDLE, 0)}, [["ps"]]),
     "downloading": ({"current": starting(RunnerState.IDLE, 1_000_000)}, [["ps"]]),
     "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),

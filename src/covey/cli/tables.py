@@ -104,9 +104,9 @@ def _node_row(state: ClusterState, member: Member) -> Row:
 
 
 def nodes_table(rows: Sequence[Row]) -> Table:
-    """The memory of a machine stands at the first of its nodes, and nowhere twice."""
+    """The memory of a machine stands at one of its nodes, which is here if any is, and nowhere twice."""
     first: dict[str, Row] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["visibility"] != "visible"):
         first.setdefault(row["machine_id"] or row["node_id"], row)
     cells = [_node_cells(row, first[row["machine_id"] or row["node_id"]]) for row in rows]
     return table(("node", "id", "seen", "cores", "memory free", "role"), cells)
