@@ -20,7 +20,17 @@ from covey.cli.client import CliError, NodeClient, address
 from covey.cli.main import app
 from covey.cli.naming import short_ids
 from covey.control.activity import Activity
-from covey.schema.cluster import Accepted, ApiKey, CommandResult, DeleteInstance, PlaceModel, Refused, Visibility
+from covey.schema.cluster import (
+    Accepted,
+    ApiKey,
+    CommandResult,
+    DeleteInstance,
+    DownloadReport,
+    DownloadState,
+    PlaceModel,
+    Refused,
+    Visibility,
+)
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
@@ -48,6 +58,36 @@ def two_instances() -> Any:
     return msgspec.structs.replace(state, instances=instances)
 
 
+def one_machine() -> Any:
+    state = cluster()
+    first, second = state.members
+    assert first.report is not None
+    assert second.report is not None
+    shared = msgspec.structs.replace(second.report, hardware=first.report.hardware)
+    return msgspec.structs.replace(state, members=(first, msgspec.structs.replace(second, report=shared)))
+
+
+def one_machine_half_away() -> Any:
+    first, second = one_machine().members
+    gone = msgspec.structs.replace(first, visibility=Visibility.AWAY, heard_ms_ago=4200)
+    return msgspec.structs.replace(one_machine(), members=(gone, second))
+
+
+def starting(state: RunnerState, done: int) -> Any:
+    """Two nodes that have the file, or look for it, or fetch it."""
+    members = []
+    for each in cluster(state, state).members:
+        assert each.report is not None
+        download = DownloadReport(
+            model_id=CARD.model_id, state=DownloadState.ONGOING, bytes_done=done, bytes_total=CARD.file_bytes
+        )
+        runners = tuple(msgspec.structs.replace(runner, layers_loaded=0) for runner in each.report.runners)
+        downloads = (download,) if state is RunnerState.IDLE else ()
+        report = msgspec.structs.replace(each.report, runners=runners, downloads=downloads)
+        members.append(msgspec.structs.replace(each, report=report))
+    return msgspec.structs.replace(cluster(state, state), members=tuple(members))
+
+
 LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
 
 
@@ -63,6 +103,11 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "listing_json": ({}, [["ps", "--json"], ["nodes", "--json"], ["models", "--json"]]),
     "nothing_placed": ({"current": EMPTY}, [["ps"], ["ps", "--json"]]),
     "loading": ({"current": LOADING}, [["ps"]]),
+    "one_machine": ({"current": one_machine()}, [["nodes"]]),
+    "one_machine_half_away": ({"current": one_machine_half_away()}, [["nodes"]]),
+    "looking": ({"current": starting(RunnerState.IDLE, 0)}, [["ps"]]),
+    "downloading": ({"current": starting(RunnerState.IDLE, 1_000_000)}, [["ps"]]),
+    "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),
     "failed": ({"current": FAILED}, [["ps"], ["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]]),
     "away": ({"current": away()}, [["ps"], ["nodes"]]),
     "run": ({}, [["run", "Tiny-Chat", "Say hello."], ["run", "tiny-chat", "Say", "hello."]]),

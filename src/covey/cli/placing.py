@@ -121,7 +121,9 @@ def _show(progress: Progress, task: TaskID, state: ClusterState, instance: Insta
         download
         for report in reports
         for download in report.downloads
-        if download.model_id == instance.card.model_id and download.state is DownloadState.ONGOING
+        if download.model_id == instance.card.model_id
+        and download.state is DownloadState.ONGOING
+        and (download.bytes_done or download.reason)  # else the file may well be there
     ]
     if downloads:
         slowest = min(downloads, key=lambda each: each.bytes_done)

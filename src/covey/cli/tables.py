@@ -95,6 +95,7 @@ def _node_row(state: ClusterState, member: Member) -> Row:
         "leader": state.leader == member.node_id,
         "this_node": state.node_id == member.node_id,
         "processor": hardware.processor if hardware else None,
+        "machine_id": hardware.machine_id if hardware else None,
         "cores": hardware.physical_cores if hardware else None,
         "memory_bytes_available": hardware.memory_bytes_available if hardware else None,
         "memory_bytes_total": hardware.memory_bytes_total if hardware else None,
@@ -103,16 +104,25 @@ def _node_row(state: ClusterState, member: Member) -> Row:
 
 
 def nodes_table(rows: Sequence[Row]) -> Table:
-    return table(("node", "id", "seen", "cores", "memory free", "role"), [_node_cells(row) for row in rows])
+    """The memory of a machine stands at one of its nodes, which is here if any is, and nowhere twice."""
+    first: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row["visibility"] != "visible"):
+        first.setdefault(row["machine_id"] or row["node_id"], row)
+    cells = [_node_cells(row, first[row["machine_id"] or row["node_id"]]) for row in rows]
+    return table(("node", "id", "seen", "cores", "memory free", "role"), cells)
 
 
-def _node_cells(row: Row) -> tuple[str, ...]:
+def _node_cells(row: Row, first: Row) -> tuple[str, ...]:
     seen = row["visibility"] if row["visibility"] == "visible" else f"away for {row['heard_ms_ago'] // 1000} s"
+    roles = [word for word, holds in (("leader", row["leader"]), ("this node", row["this_node"])) if holds]
+    machine = _machine_cells(row) if row is first else ("", f"shared with {first['name']}")
+    return (row["name"] or "unknown", row["node_id"][:8], seen, *machine, ", ".join(roles))
+
+
+def _machine_cells(row: Row) -> tuple[str, str]:
     known = row["memory_bytes_total"] is not None
     memory = f"{size(row['memory_bytes_available'])} of {size(row['memory_bytes_total'])}" if known else "unknown"
-    roles = [word for word, holds in (("leader", row["leader"]), ("this node", row["this_node"])) if holds]
-    cores = str(row["cores"] or "unknown")
-    return (row["name"] or "unknown", row["node_id"][:8], seen, cores, memory, ", ".join(roles))
+    return str(row["cores"] or "unknown"), memory
 
 
 def models_table(models: Sequence[Row]) -> Table:

@@ -133,6 +133,8 @@ def _download(instance: Instance, reports: Reports) -> Progress | None:
     ongoing = [(name, each) for name, each in found if each and each.state is DownloadState.ONGOING]
     if not ongoing:
         return None
+    if not any(each.bytes_done or each.reason for _, each in ongoing):
+        return InstancePhase.DOWNLOADING, "looking for its file"  # it may well be there
     percent = min(99, *(each.bytes_done * 100 // max(each.bytes_total, 1) for _, each in ongoing))
     again = "".join(f"; {name} tries again after a failure ({each.reason})" for name, each in ongoing if each.reason)
     return InstancePhase.DOWNLOADING, f"downloading {percent} %{again}"
@@ -159,11 +161,13 @@ def _lack(instance: Instance, reports: Reports) -> Progress | None:
 
 def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
-    loaded = sum(each.layers_loaded for each in runners if each)
-    if loaded or any(each and each.state is RunnerState.LOADING for each in runners):
-        return InstancePhase.LOADING, f"loading {loaded} of {instance.card.layer_count} layers"
-    states = ", ".join(sorted({each.state.value if each else "not started" for each in runners}))
-    return InstancePhase.WAITING, f"waiting for its runners ({states})"
+    loaded, total = sum(each.layers_loaded for each in runners if each), instance.card.layer_count
+    states = {each.state if each else RunnerState.IDLE for each in runners}
+    if loaded >= total:
+        return InstancePhase.LOADING, "warming up"
+    if loaded or RunnerState.LOADING in states:
+        return InstancePhase.LOADING, f"loading {loaded} of {total} layers"
+    return InstancePhase.WAITING, f"{'starting' if RunnerState.IDLE in states else 'connecting'} its runners"
 
 
 def nodes_of(state: ClusterState, leaving: Sequence[Instance] = ()) -> tuple[Candidate, ...]:

@@ -17,7 +17,7 @@ MEGABYTE: Final = 1_000_000
 
 def too_few_nodes(asked: int, here: int) -> Refused:
     return Refused(
-        f"asked for {asked} nodes, {_are_here(here)}: start covey on {_more(asked - here)}, or ask for fewer.",
+        f"asked for {asked} nodes, {_are_here(here)}: run `covey up` on {_more(asked - here)}, or ask for fewer.",
         CONFLICT,
     )
 
@@ -86,7 +86,7 @@ def _are_here(count: int) -> str:
 
 
 def _more(count: int) -> str:
-    return "one more node" if count == 1 else f"{count} more nodes"
+    return "one more device" if count == 1 else f"{count} more devices"
 
 
 def _nodes(count: int) -> str:
