@@ -92,6 +92,14 @@ class Host:
         for process in list(self.processes):
             process.vanish()
 
+    def lose_file(self) -> None:
+        """Somebody deletes a model file by hand; the node sees what is left."""
+        if self.files:
+            model_id = self.world.random.choice(sorted(self.files))
+            del self.files[model_id]
+            self.world.note(f"somebody deletes the file of {model_id} on {self.name}")
+            self.tell_machine(ModelsListed(tuple(sorted(self.files))), self.boot)
+
     def leave(self) -> None:
         self.tell_machine(LeaveRequested(), self.boot)
 
