@@ -4,15 +4,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NODES ?= 2
+SEED ?= 1
+SEEDS ?= 1000
 export PROMPT ?= What is the capital of France?
 
-.PHONY: run test test-net check dist lock clean format
+.PHONY: run test test-net seeds check dist lock clean format
 
 run: $(VENV)/.runtime
 	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT)) $(if $(JSON),--json)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not net"
+	$(BIN)/python -m pytest -m "not net and not seeds"
+
+# Many worlds of the simulator, from SEED on: 10,000 take 20 minutes of one core. Then the bugs that are rarely met.
+seeds: $(VENV)/.test
+	$(BIN)/python -m simulation --seed $(SEED) --seeds $(SEEDS)
+	$(BIN)/python -m pytest -m seeds tests/simulation
 
 # Needs root and iproute2: machines are network namespaces.
 test-net: $(VENV)/.test

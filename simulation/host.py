@@ -56,6 +56,7 @@ class Host:
         self.clock = Clock()
         self.asleep_until_ms = 0
         self.deadline_ms: int | None = None  # by its own clock
+        self.due_ms = 0  # when, by the world's, it is to be told that time has passed
         self.processes: list[Process] = []
         self.processes_begun = 0
         self.greed_bytes = 0  # what other programs take beside their tenth of the memory
@@ -92,6 +93,14 @@ class Host:
         for process in list(self.processes):
             process.vanish()
 
+    def lose_file(self) -> None:
+        """Somebody deletes a model file by hand; the node sees what is left."""
+        if self.files:
+            model_id = self.world.random.choice(sorted(self.files))
+            del self.files[model_id]
+            self.world.note(f"somebody deletes the file of {model_id} on {self.name}")
+            self.tell_machine(ModelsListed(tuple(sorted(self.files))), self.boot)
+
     def leave(self) -> None:
         self.tell_machine(LeaveRequested(), self.boot)
 
@@ -100,6 +109,7 @@ class Host:
         self.asleep_until_ms = until_ms
         if self.world.faults.clocks_stop:
             self.clock.stand_still(self.world.now_ms, until_ms)
+        self._plan()
 
     @property
     def now_ms(self) -> int:
@@ -169,10 +179,15 @@ class Host:
         self.safety.before(news)
         effects = self.machine.handle(self.now_ms, news)
         self.deadline_ms = self.machine.deadline()
+        self._plan()
         self.world.record(self, news, effects)
         self.safety.check(news, effects)
         for effect in effects:
             self.carry_out(effect)
+
+    def _plan(self) -> None:
+        if self.deadline_ms is not None:
+            self.due_ms = max(self.clock.world_ms(self.deadline_ms), self.asleep_until_ms)
 
     def answer(self, news: Input, boot: int) -> None:
         """The end of a fetch or a process; it may come a second time, when it is stale."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from covey.control.cluster import wish_of
 from covey.control.placement.place import place
 from covey.control.routing import instance_status, nodes_of, options_of
 from covey.schema.cluster import (
@@ -13,12 +12,11 @@ from covey.schema.cluster import (
     ClusterState,
     Instance,
     InstancePhase,
-    PlaceModel,
     Refused,
     Visibility,
     Wish,
 )
-from covey.schema.ids import InstanceId
+from simulation.people import is_creation, lasting
 
 if TYPE_CHECKING:
     from covey.control.machine import Machine
@@ -86,23 +84,22 @@ def _on_disk(host: Host, machine: Machine) -> Iterator[str]:
 
 
 def _kept_promises(world: World) -> Iterator[str]:
-    """An accepted wish is there, or somebody asked for its end; an accepted end is one. (Unless its disks broke.)"""
+    """What was accepted is there, or somebody asked for its end; an accepted end is one. (Unless its disks broke.)"""
     if world.forgets:
         return
     for command_id, outcome in world.people.answers.items():
         if not isinstance(outcome, Accepted):
             continue
-        wish_id = wish_of(InstanceId(outcome.effect_id))
-        key = f"wish/{wish_id}"
+        command = world.people.asked[command_id]
+        key, creates = lasting(command, outcome), is_creation(command)
         if key in world.ledger.lost_with_disk:
             continue
-        is_placement = isinstance(world.people.asked[command_id], PlaceModel)
         entries = [host.disk.entries[key] for host in world.hosts if key in host.disk.entries]
-        if is_placement and not entries:
+        if creates and not entries:
             yield f"command {command_id} was accepted, and {key} is on no disk"
-        if is_placement and wish_id not in world.people.deletions and any(entry.value is None for entry in entries):
+        if creates and key not in world.people.ended and any(entry.value is None for entry in entries):
             yield f"{key} was accepted and is gone, though nobody deleted it"
-        if not is_placement and entries and max(entries, key=lambda entry: entry.version).value is not None:
+        if not creates and entries and max(entries, key=lambda entry: entry.version).value is not None:
             yield f"{key} was deleted, and is there on every disk"
 
 

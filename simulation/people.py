@@ -1,13 +1,22 @@
-"""The people of the world: they place models, delete instances, and wait for answers."""
+"""The people of the world: they place models, delete instances and files, give keys out, and wait for answers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from covey.control.cluster import wish_of
-from covey.schema.cluster import Command, CommandOutcome, DeleteInstance, PlaceModel
+from covey.control.cluster import INSTANCE, KEY, WISH, wish_of
+from covey.schema.cluster import (
+    Accepted,
+    AddKey,
+    ApiKey,
+    Command,
+    CommandOutcome,
+    DeleteInstance,
+    PlaceModel,
+    RevokeKey,
+)
 from covey.schema.ids import InstanceId, ModelId, NodeId
-from covey.schema.model import FileSource, ModelCard
+from covey.schema.model import HubSource, ModelCard
 from simulation.failure import Failure
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ def card(name: str, layer_count: int, layer_bytes: int) -> ModelCard:
     """A model of so many equal layers."""
     return ModelCard(
         model_id=ModelId(name),
-        source=FileSource(f"/models/{name}"),
+        source=HubSource("owner/repository", f"{name}.gguf"),
         architecture="llama",
         quantization="Q4_1",
         layer_count=layer_count,
@@ -44,6 +53,25 @@ LARGE = card("large", 24, 125 * MEGABYTE)
 HUGE = card("huge", 40, 2_500 * MEGABYTE)
 
 
+NAMES = ("ann", "ben", "cora")
+
+
+def subject(command: Command, outcome: Accepted) -> str:
+    """The key of what an accepted command has written or deleted."""
+    return (KEY if isinstance(command, AddKey | RevokeKey) else INSTANCE) + outcome.effect_id
+
+
+def lasting(command: Command, outcome: Accepted) -> str:
+    """The same, but of an instance its wish: that stays when the leader assigns it elsewhere."""
+    if isinstance(command, AddKey | RevokeKey):
+        return subject(command, outcome)
+    return WISH + wish_of(InstanceId(outcome.effect_id))
+
+
+def is_creation(command: Command) -> bool:
+    return isinstance(command, PlaceModel | AddKey)
+
+
 class People:
     """Asks at any node that is up. `answers` keeps every outcome."""
 
@@ -51,18 +79,42 @@ class People:
         self.world = world
         self.asked: dict[str, Command] = {}
         self.answers: dict[str, CommandOutcome] = {}
-        self.deletions: dict[str, list[str]] = {}  # by wish id: the commands that would delete it
+        self.ended: dict[str, None] = {}  # keys of wishes and API keys that somebody asked to end
 
     def place(self, host: Host, model: ModelCard, node_count_min: int = 1, node_ids: tuple[NodeId, ...] = ()) -> str:
         return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids))
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
-        command_id = self._ask(host, DeleteInstance(instance_id))
-        self.deletions.setdefault(wish_of(instance_id), []).append(command_id)
-        return command_id
+        self.ended[WISH + wish_of(instance_id)] = None
+        return self._ask(host, DeleteInstance(instance_id))
+
+    def add_key(self, host: Host, name: str) -> str:
+        key_id = f"{len(self.asked):012x}"
+        return self._ask(host, AddKey(ApiKey(key_id=key_id, name=name, salt=b"", digest=b"", created_s=0)))
+
+    def revoke_key(self, host: Host, key_id: str) -> str:
+        self.ended[KEY + key_id] = None
+        return self._ask(host, RevokeKey(key_id))
 
     def act(self, host: Host) -> None:
         """Something at random."""
+        what = self.world.random.random()
+        if what < 0.1:
+            self._change_keys(host)
+        elif what < 0.2:
+            host.lose_file()
+        else:
+            self._change_models(host)
+
+    def _change_keys(self, host: Host) -> None:
+        assert host.machine is not None
+        keys = host.machine.keys()
+        if keys and self.world.random.random() < 0.5:
+            self.revoke_key(host, self.world.random.choice(keys).key_id)
+        else:
+            self.add_key(host, self.world.random.choice(NAMES))
+
+    def _change_models(self, host: Host) -> None:
         random = self.world.random
         assert host.machine is not None
         instances = list(host.machine.cluster.instances)

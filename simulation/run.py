@@ -23,6 +23,7 @@ RETURN_MS = 45_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
 SETTLE_MS = 4_500  # a probe, a report, and the leader's mending
 QUIET_MS = 4_000  # how long nothing may be done once all is well
+SLEEPS_MS = (1_000, 1_000, 5_000, 5_000, 35_000, 35_000, 150_000)  # unnoticed, away, forgotten, and for minutes
 DRIFT_PERMILLE_MAX = 20  # real clocks are a hundred times better; what holds at 2 % holds there
 ACTION_MS = 2_000  # people and faults act about this often
 
@@ -140,7 +141,7 @@ def _strike(world: World, faults: Faults) -> None:
         host.leave()
         world.after(60_000, _restart, host)
     elif kind == "sleep":
-        host.sleep(world.now_ms + random.choice((1_000, 5_000, 35_000, 150_000)))
+        host.sleep(world.now_ms + random.choice(SLEEPS_MS))
     elif kind == "power cut":
         _cut_power(world)
     elif kind == "full disk":

@@ -11,14 +11,12 @@ from covey.control.membership import NEVER, Moment
 from covey.schema.cluster import (
     Accepted,
     CommandAnswer,
-    DeleteInstance,
     Entry,
     Heartbeat,
     Instance,
     IntentKept,
     IntentUpdate,
     NodeReport,
-    PlaceModel,
     Value,
     Visibility,
     Wish,
@@ -39,6 +37,7 @@ from covey.schema.machine import (
 )
 from simulation.failure import Failure
 from simulation.pace import Pace
+from simulation.people import is_creation, subject
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -355,16 +354,16 @@ class Safety:
         if not isinstance(effect.outcome, Accepted) or self.world.forgets:
             return
         command = self.world.people.asked[effect.command_id]
-        key = f"instance/{effect.outcome.effect_id}"
+        key, creates = subject(command, effect.outcome), is_creation(command)
         entry = machine.cluster.entries.get(key)
-        if isinstance(command, PlaceModel) and entry is None and not self.world.ledger.knows(key):
+        if creates and entry is None and not self.world.ledger.knows(key):
             self._fail(f"command {effect.command_id} was accepted, but {key} was never written")
-        if isinstance(command, DeleteInstance) and entry is not None and entry.value is not None:
+        if not creates and entry is not None and entry.value is not None:
             self._fail(f"the deletion of {key} was accepted, but it is still there")
         keepers = [
             host
             for host in self.world.hosts
-            if key in host.disk.entries and (isinstance(command, PlaceModel) or host.disk.entries[key].value is None)
+            if key in host.disk.entries and (creates or host.disk.entries[key].value is None)
         ]
         self._check_durable(effect.outcome, key, keepers)
 

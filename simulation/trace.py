@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from covey.schema.cluster import (
     Accepted,
+    AddKey,
     CommandAnswer,
     CommandOutcome,
     CommandRequest,
+    DeleteInstance,
     Heartbeat,
     IntentKept,
     IntentUpdate,
@@ -16,6 +18,7 @@ from covey.schema.cluster import (
     NodeReport,
     PlaceModel,
     Refused,
+    RevokeKey,
 )
 from covey.schema.machine import (
     AnswerCommand,
@@ -144,10 +147,15 @@ class Trace:
 
 
 def _command(news: CommandSubmitted) -> str:
-    command = news.command
-    if isinstance(command, PlaceModel):
-        return f"place {command.card.model_id} on at least {command.node_count_min}"
-    return f"delete {command.instance_id}"
+    match news.command:
+        case PlaceModel(card=card, node_count_min=node_count_min):
+            return f"place {card.model_id} on at least {node_count_min}"
+        case DeleteInstance(instance_id):
+            return f"delete {instance_id}"
+        case AddKey(key):
+            return f"add a key for {key.name}"
+        case RevokeKey(key):
+            return f"revoke {key}"
 
 
 def _answer(answer: CommandAnswer) -> str:

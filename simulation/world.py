@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from hashlib import blake2b
+from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -121,8 +122,8 @@ class World:
     def run_until(self, until_ms: int) -> None:
         """Lets everything happen that is due before `until_ms`."""
         while True:
-            host = min(self.up(), key=_deadline_ms, default=None)
-            deadline_ms = _deadline_ms(host) if host else until_ms
+            host = min(self.up(), key=attrgetter("due_ms"), default=None)
+            deadline_ms = host.due_ms if host else until_ms
             queued_ms = self._queue[0][0] if self._queue else until_ms
             if min(deadline_ms, queued_ms) >= until_ms:
                 break
@@ -182,9 +183,3 @@ class World:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
-
-
-def _deadline_ms(host: Host) -> int:
-    """When a host that is up wants to be told that time has passed."""
-    assert host.deadline_ms is not None
-    return max(host.clock.world_ms(host.deadline_ms), host.asleep_until_ms)

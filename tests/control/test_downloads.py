@@ -7,7 +7,7 @@ from covey.control.settings import MachineSettings
 from covey.schema.cluster import DownloadState
 from covey.schema.ids import ModelId
 from covey.schema.machine import CancelFetch, FetchFailed, FetchFinished, FetchProgressed, StartFetch
-from covey.schema.model import HubSource
+from covey.schema.model import FileSource
 from simulation.people import SMALL
 
 MODEL = SMALL.model_id
@@ -81,20 +81,20 @@ def test_what_is_not_needed_any_more_is_cancelled_once() -> None:
 
 def test_a_file_that_was_deleted_by_hand_is_fetched_again() -> None:
     downloads = Downloads(MachineSettings())
-    card = replace(SMALL, source=HubSource("owner/repository", "small.gguf"))
-    downloads.advance(0, {MODEL: card})
+    downloads.advance(0, NEEDED)
     downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
     downloads.list_models(1_000, (MODEL,))
-    assert downloads.advance(1_000, {MODEL: card}) == []
+    assert downloads.advance(1_000, NEEDED) == []
     downloads.list_models(5_000, ())
     assert downloads.paths() == {}
     assert downloads.models_on_disk() == ()
-    assert downloads.advance(5_000, {MODEL: card}) == [StartFetch(card, 2)]
+    assert downloads.advance(5_000, NEEDED) == [StartFetch(SMALL, 2)]
 
 
 def test_a_file_that_a_person_named_is_in_no_list() -> None:
     downloads = Downloads(MachineSettings())
-    downloads.advance(0, NEEDED)
+    card = replace(SMALL, source=FileSource("/small.gguf"))
+    downloads.advance(0, {MODEL: card})
     downloads.finish(FetchFinished(MODEL, 1, "/small.gguf", 80))
     downloads.list_models(1_000, ())
     assert downloads.paths() == {MODEL: "/small.gguf"}
