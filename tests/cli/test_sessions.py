@@ -48,6 +48,14 @@ def two_instances() -> Any:
     return msgspec.structs.replace(state, instances=instances)
 
 
+def disk_is_full() -> Any:
+    first, second = EMPTY.members
+    assert second.report is not None
+    report = msgspec.structs.replace(second.report, notices=("nothing can be kept in [/data]; free some space",))
+    members = (first, msgspec.structs.replace(second, report=report))
+    return msgspec.structs.replace(EMPTY, members=members, notices=("no multicast",))
+
+
 LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
 
 
@@ -65,6 +73,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "loading": ({"current": LOADING}, [["ps"]]),
     "failed": ({"current": FAILED}, [["ps"], ["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]]),
     "away": ({"current": away()}, [["ps"], ["nodes"]]),
+    "disk_is_full": ({"current": disk_is_full()}, [["nodes"]]),
     "run": ({}, [["run", "Tiny-Chat", "Say hello."], ["run", "tiny-chat", "Say", "hello."]]),
     "run_breaks": (
         {"events": (*ANSWER[:3], GenerationFailed("The node berta is lost."))},

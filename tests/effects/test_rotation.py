@@ -238,7 +238,7 @@ async def test_in_an_open_cluster_nobody_can_give_this_device_a_code() -> None:
     """Whoever is on the network is a member there: the next start without --open would be in his cluster."""
     kept: list[JoinCode] = []
 
-    def keep(code: JoinCode, *, ends_keys: bool) -> None:  # noqa: ARG001 - all that is wanted is whether it is called
+    def keep(code: JoinCode, *, ends_keys: bool) -> None:
         kept.append(code)
 
     mine = Rotation(MINE, OPEN_CODE, keep)
