@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
+from covey.api.server import create_app
 from covey.checkpoints.quantization import known_types
 from covey.cli.main import app
+from covey.schema.cluster import ClusterState, Member, NodeReport
+from tests.api.fake_backend import FakeBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -79,6 +83,24 @@ def test_the_changes_name_all_formats() -> None:
 
 def test_the_lines_of_the_changes_fit() -> None:
     assert max(len(line) for line in (ROOT / "CHANGELOG.md").read_text().splitlines()) <= LINE_CHARACTERS_MAX
+
+
+def test_no_two_decisions_share_a_number() -> None:
+    paths = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [path.name[:4] for path in paths] == [f"{number:04}" for number in range(1, len(paths) + 1)]
+    for path in paths:
+        assert path.read_text().startswith(f"# {path.name[:4]}: "), path.name
+
+
+def test_the_document_of_the_api_has_every_route_and_every_field_of_the_cluster() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    for route in create_app(FakeBackend()).routes:
+        if isinstance(route, APIRoute):
+            path = re.escape(route.path.partition("{")[0].rstrip("/"))
+            for method in route.methods:
+                assert re.search(rf"^\| .*\b{method}\b.*`{path}[`/?].*\|", text, re.MULTILINE), (method, route.path)
+    for field in (*ClusterState.__struct_fields__, *Member.__struct_fields__, *NodeReport.__struct_fields__):
+        assert f"`{field}`" in text, field
 
 
 def test_a_document_can_be_wrong() -> None:

@@ -340,6 +340,7 @@ class Node:
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
         life.deadline = min(life.deadline, anyio.current_time() + LEAVE_S_MAX)
+        self._serving.leave()
         await self._driver.leave()
 
     async def _leave_for_new_code(self, life: anyio.CancelScope) -> None:

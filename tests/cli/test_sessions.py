@@ -88,6 +88,14 @@ def starting(state: RunnerState, done: int) -> Any:
     return msgspec.structs.replace(cluster(state, state), members=tuple(members))
 
 
+def disk_is_full() -> Any:
+    first, second = EMPTY.members
+    assert second.report is not None
+    report = msgspec.structs.replace(second.report, notices=("nothing can be kept in [/data]; free some space",))
+    members = (first, msgspec.structs.replace(second, report=report))
+    return msgspec.structs.replace(EMPTY, members=members, notices=("no multicast",))
+
+
 LAPTOP = ApiKey(key_id="0123456789ab", name="laptop", salt=b"s", digest=b"d", created_s=1_700_000_000)
 
 
@@ -110,6 +118,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),
     "failed": ({"current": FAILED}, [["ps"], ["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]]),
     "away": ({"current": away()}, [["ps"], ["nodes"]]),
+    "disk_is_full": ({"current": disk_is_full()}, [["nodes"]]),
     "run": ({}, [["run", "Tiny-Chat", "Say hello."], ["run", "tiny-chat", "Say", "hello."]]),
     "run_breaks": (
         {"events": (*ANSWER[:3], GenerationFailed("The node berta is lost."))},

@@ -162,6 +162,35 @@ def test_a_full_disk_confirms_nothing_and_is_tried_again_later() -> None:
     assert rig.machine.keeping.unkept == {}
 
 
+def test_a_full_disk_is_in_the_nodes_report_until_there_is_room() -> None:
+    """Else only its own log has it, on a machine that nobody looks at; the answer to the person was "accepted"."""
+    rig = Rig(bea=True)
+    effects = rig.feed(MessageReceived(IntentUpdate(BEA, DELETED, (1, 3), (ADA,))))
+    rig.feed(KeepingFailed(kept(effects).token, "the disk is full"))
+    second = kept(rig.until(5_500))
+    assert notices(rig) == ("the disk is full",)  # also while it is tried again
+    rig.feed(KeepingFailed(second.token, "the disk is full"))
+    third = kept(rig.until(9_600))
+    assert notices(rig) == ("the disk is full",)
+    rig.feed(EntriesKept(third.token))
+    rig.until(11_000)
+    assert notices(rig) == ()
+
+
+def test_a_refused_command_leaves_no_notice_since_nothing_waits_for_the_disk() -> None:
+    """Whoever asked was told."""
+    rig = Rig(bea=True)
+    rig.feed(KeepingFailed(kept(rig.feed(PLACE)).token, "the disk is full"))
+    rig.until(6_000)
+    assert notices(rig) == ()
+
+
+def notices(rig: Rig) -> tuple[str, ...]:
+    report = next(each.report for each in rig.machine.state(rig.now_ms).members if each.node_id == ADA)
+    assert report is not None
+    return report.notices
+
+
 def test_an_older_version_that_came_during_a_write_does_not_replace_the_newer_one_on_disk() -> None:
     """The simulator's seed 367: disk and map differed for good."""
     rig = Rig(bea=False)

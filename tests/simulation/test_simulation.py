@@ -107,7 +107,7 @@ def accept_before_the_disk(self: Deciding, request: Any, outcome: Any, decided: 
     return [effect]
 
 
-def give_a_write_up(self: Keeping, _: int, __: int) -> None:
+def give_a_write_up(self: Keeping, *_: object) -> None:
     self.under_way = None
 
 

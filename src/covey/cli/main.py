@@ -241,7 +241,7 @@ def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (
 @app.command()
 @explained
 def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
-    """List the nodes of the cluster, and what is wrong with the network."""
+    """List the nodes of the cluster, and what is wrong with the network or with one of them."""
     with NodeClient(url) as node:
         state = node.cluster()
     rows = tables.node_rows(state)
@@ -249,7 +249,7 @@ def nodes(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT00
         print_json(rows)
     else:
         out.print(tables.nodes_table(rows))
-        for sentence in state.notices:
+        for sentence in tables.notices(state):
             out.print(f"\nNote: {sentence}.", soft_wrap=True, markup=False)
 
 

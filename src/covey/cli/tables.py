@@ -9,7 +9,7 @@ from rich.table import Table
 from covey.cli.console import harmless, size
 from covey.cli.naming import short_ids
 from covey.control.routing import instance_status
-from covey.schema.cluster import ClusterState, Instance, Member
+from covey.schema.cluster import ClusterState, Instance, Member, Visibility
 
 Row = dict[str, Any]
 GAP: Final = 2  # columns
@@ -100,7 +100,15 @@ def _node_row(state: ClusterState, member: Member) -> Row:
         "memory_bytes_available": hardware.memory_bytes_available if hardware else None,
         "memory_bytes_total": hardware.memory_bytes_total if hardware else None,
         "os": f"{hardware.os_name} {hardware.os_version}" if hardware else None,
+        "notices": list(report.notices) if report else [],
     }
+
+
+def notices(state: ClusterState) -> list[str]:
+    """What a person should know: of the network as this node sees it, then of each node, as it says itself."""
+    reports = [each.report for each in state.members if each.report and each.visibility is Visibility.VISIBLE]
+    said = [f"{report.name}: {harmless(sentence)}" for report in reports for sentence in report.notices]
+    return [*state.notices, *said]
 
 
 def nodes_table(rows: Sequence[Row]) -> Table:

@@ -29,6 +29,7 @@ class Keeping:
         self.under_way: Changes | None = None
         self.due_ms: int | None = None  # after a failure: when to try again
         self.failures = 0  # in a row
+        self.notices: tuple[str, ...] = ()  # why what waits for the disk is not there yet
         self.owed: list[Owed] = []
 
     @property
@@ -61,12 +62,12 @@ class Keeping:
         """The write has ended well; a stale answer changes nothing."""
         if self.is_free or token != self.token:
             return []
-        self.under_way, self.due_ms, self.failures = None, None, 0
+        self.under_way, self.due_ms, self.failures, self.notices = None, None, 0, ()
         ready = [SendTo(owed.message.target, owed.message) for owed in self.owed if owed.token <= token]
         self.owed = [owed for owed in self.owed if owed.token > token]
         return [*ready]
 
-    def hear_failed(self, now_ms: int, token: int) -> None:
+    def hear_failed(self, now_ms: int, token: int, reason: str) -> None:
         """Nothing of it was written. Who waits for a confirmation asks again, or does without."""
         if self.under_way is None or token != self.token:
             return
@@ -74,6 +75,7 @@ class Keeping:
         self.due_ms = now_ms + steps[min(self.failures, len(steps) - 1)]
         self.failures += 1
         self.under_way, self.unkept = None, {**self.under_way, **self.unkept}
+        self.notices = (reason,) if self.unkept else ()  # else nothing waits: who asked for it was told
         self.owed = []
 
     def owe(self, message: IntentKept) -> list[Effect]:

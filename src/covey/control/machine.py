@@ -215,7 +215,7 @@ class Machine:
 
     def _on_keeping_failed(self, now_ms: int, news: KeepingFailed) -> list[Effect]:
         self.deciding.hear_failed(news)
-        self.keeping.hear_failed(now_ms, news.token)
+        self.keeping.hear_failed(now_ms, news.token, news.reason)
         return []
 
     def _on_fetch_progressed(self, now_ms: int, news: FetchProgressed) -> list[Effect]:
@@ -454,7 +454,7 @@ class Machine:
 
     def _content(self) -> Content:
         """What the report would say; made anew only when one of its parts has changed."""
-        parts = (self.runners.revision, self.downloads.revision, self.memory.revision)
+        parts = (self.runners.revision, self.downloads.revision, self.memory.revision, self.keeping.notices)
         if self._content_made is None or self._content_made[0] != parts:
             hardware = self.memory.show(self.runners.held_bytes())
             content = Content(
@@ -463,6 +463,7 @@ class Machine:
                 downloads=self.downloads.reports(),
                 runners=self.memory.steady(self.runners.reports()),
                 models_on_disk=self.downloads.models_on_disk(),
+                notices=self.keeping.notices,
             )
             self._content_made = (parts, content)
         return self._content_made[1]

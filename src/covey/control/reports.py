@@ -23,6 +23,7 @@ class Content(Struct, frozen=True, kw_only=True):
     downloads: tuple[DownloadReport, ...]
     runners: tuple[RunnerReport, ...]
     models_on_disk: tuple[ModelId, ...]
+    notices: tuple[str, ...]
 
 
 Held = dict[tuple[RunnerId, int], int]  # bytes of each process as last probed, by runner and attempt; 0 until loaded
@@ -138,6 +139,7 @@ class Reporter:
             runners=content.runners,
             models_on_disk=content.models_on_disk,
             public_key=self.settings.public_key,
+            notices=content.notices,
         )
         return self.last
 

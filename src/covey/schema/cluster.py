@@ -154,6 +154,7 @@ class NodeReport(Struct, frozen=True, tag=True, kw_only=True):
     runners: tuple[RunnerReport, ...]
     models_on_disk: tuple[ModelId, ...] = ()
     public_key: bytes = b""  # Ed25519, 32 bytes: its hash is the node's id, so nobody can report another
+    notices: tuple[str, ...] = ()  # what a person should do something about there, one sentence each: a full disk
 
 
 # ---- messages on the mesh ----

@@ -66,6 +66,7 @@ class Serving:
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
         self._heads = Heads(credentials, self._start_reader)
+        self._is_leaving = False
 
     async def __aenter__(self) -> Self:
         await self._readers.__aenter__()
@@ -76,6 +77,10 @@ class Serving:
     ) -> bool | None:
         self._readers.cancel_scope.cancel()
         return await self._readers.__aexit__(kind, error, trace)
+
+    def leave(self) -> None:
+        """From now on what breaks is not tried again: this node is being stopped, and takes its runners along."""
+        self._is_leaving = True
 
     def _start_reader(self, connection: HeadConnection) -> None:
         self._readers.start_soon(connection.read)
@@ -189,7 +194,9 @@ class Serving:
                     raise HeadLostError(loss) from None
 
     async def _go_on(self, progress: Progress, card: ModelCard, lost: HeadLostError) -> None:
-        """Raises `RefusedError` if it was tried often enough."""
+        """Raises `RefusedError` if it was tried often enough, or is not to be tried again."""
+        if self._is_leaving:
+            raise RefusedError(f"{lost} This node is being stopped.", GONE)
         if progress.admit.attempt >= ATTEMPTS_MAX:
             message = f"{lost} This was attempt {ATTEMPTS_MAX}, so the request is given up; send it again."
             raise RefusedError(message, GONE)
