@@ -178,7 +178,8 @@ def test_a_damaged_store_stops_no_node_and_the_other_gives_back_what_it_held(tmp
         for part in (tmp_path / "b").rglob("intent.sqlite*"):
             part.write_bytes(b"not a database " * 1_000)
         with running(tmp_path, "b", cluster=cluster) as (again,):
-            until(lambda: list(again.runners().values()) == ["Ready"] * 2)
+            until(lambda: len(again.visibility()) == 2 and set(again.runners().values()) == {"Ready"})
+            assert len(again.get("/cluster")["wishes"]) == 1
             assert again.errors().count("is damaged") == 1
             assert list((tmp_path / "b").rglob("intent.sqlite.damaged-*Z"))
 
