@@ -164,6 +164,7 @@ class FakeBackend:
     hang_after: int | None = None  # events, then silence until it is cancelled
     valid_keys: list[ApiKey] = field(default_factory=list)
     happened: Activity = field(default_factory=Activity)
+    listed: list[ListedModel] = field(default_factory=lambda: [ListedModel(CARD, on_disk=True)])
     closed: int = 0  # generations that ended, however
 
     def state(self) -> ClusterState:
@@ -192,7 +193,7 @@ class FakeBackend:
         return CARD
 
     def models(self) -> Sequence[ListedModel]:
-        return [ListedModel(CARD, on_disk=True)]
+        return self.listed
 
     async def submit(self, command: Command) -> CommandResult:
         self.commands.append(command)

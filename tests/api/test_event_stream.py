@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from covey.api import event_stream
+from covey.api.errors import render_error
 from covey.api.server import create_app
 from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest
 from covey.schema.runner import RunnerState
@@ -94,7 +95,7 @@ def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "/v1/chat/completions",
-            [{"error": {"message": "The node has not the model.", "type": "NotFound", "code": 404}}, "[DONE]"],
+            [render_error("The node has not the model.", 404, "model", "model_not_found"), "[DONE]"],
         ),
         ("/generate", [{"type": "GenerationFailed", "message": "The node has not the model.", "status": 404}]),
     ],
@@ -118,7 +119,7 @@ def test_a_refusal_that_comes_late_is_told_in_the_dialects_own_way(
     [
         (
             "/v1/chat/completions",
-            [{"error": {"message": CRASHED, "type": "InternalServerError", "code": 500}}, "[DONE]"],
+            [render_error(CRASHED, 500), "[DONE]"],
         ),
         ("/generate", [{"type": "GenerationFailed", "message": CRASHED, "status": 500}]),
     ],

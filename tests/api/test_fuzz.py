@@ -55,7 +55,7 @@ def assert_sensible(content: bytes) -> None:
     assert answer.status_code in {200, 400, 404}, answer.text
     if answer.status_code != 200:
         error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        assert set(error) == {"message", "type", "param", "code", "status"}
         assert SENTENCE.fullmatch(error["message"]), error["message"]
 
 
@@ -74,7 +74,7 @@ def test_any_bytes(content: bytes) -> None:
 def assert_envelope(answer: httpx.Response, statuses: set[int]) -> None:
     assert answer.status_code in statuses, answer.text
     if answer.is_error:
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code", "status"}
 
 
 @QUICK

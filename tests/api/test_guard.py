@@ -33,7 +33,7 @@ def owner(backend: FakeBackend) -> FakeBackend:
 
 def message(answer: Any) -> str:
     error = answer.json()["error"]
-    assert error["code"] == answer.status_code
+    assert error["status"] == answer.status_code
     return str(error["message"])
 
 

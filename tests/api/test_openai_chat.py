@@ -1,15 +1,19 @@
 """A client's fields are honoured or refused by name; nothing is dropped in silence."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from msgspec import structs
 
 from covey.api import openai_chat
+from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.schema.generation import ChatMessage, FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
-from tests.api.fake_backend import ANSWER, FakeBackend
+from covey.schema.ids import ModelId
+from tests.api.fake_backend import ANSWER, CARD, FakeBackend
 
 SMALLEST: dict[str, Any] = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -245,8 +249,8 @@ def test_usage_is_streamed_only_if_asked_for(client: TestClient, *, include_usag
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert "".join(delta.get("content", "") for delta in deltas) == "Hello, world – 🐦"
     assert [chunk["usage"]["total_tokens"] for chunk in found if "usage" in chunk] == [11] * include_usage
-    finishes = [choice["finish_reason"] for chunk in found for choice in chunk["choices"] if "finish_reason" in choice]
-    assert finishes == ["stop"]
+    finishes = [choice["finish_reason"] for chunk in found for choice in chunk["choices"]]
+    assert finishes == [None] * (len(finishes) - 1) + ["stop"]
 
 
 def test_an_answer_cut_by_its_limit_says_so(client: TestClient, backend: FakeBackend) -> None:
@@ -270,7 +274,8 @@ def test_a_stream_that_breaks_says_so_and_is_done(client: TestClient, backend: F
     backend.events = [*ANSWER[:3], GenerationFailed("The node berta is lost.", 503)]
     answer = client.post("/v1/chat/completions", json={**SMALLEST, "stream": True})
     last = chunks(answer.text)[-1]
-    assert last == {"error": {"message": "The node berta is lost.", "type": "ServiceUnavailable", "code": 503}}
+    error = {"message": "The node berta is lost.", "type": "server_error", "param": None, "code": None, "status": 503}
+    assert last == {"error": error}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -280,7 +285,7 @@ def test_an_answer_without_an_end_does_not_look_complete(
     backend.events = ANSWER[:3]
     answer = client.post("/v1/chat/completions", json={**SMALLEST, "stream": stream})
     if stream:
-        assert chunks(answer.text)[-1]["error"]["code"] == 500
+        assert chunks(answer.text)[-1]["error"]["status"] == 500
     else:
         assert answer.status_code == 500
 
@@ -288,4 +293,67 @@ def test_an_answer_without_an_end_does_not_look_complete(
 def test_an_unknown_model_is_told_the_known_ones(client: TestClient) -> None:
     answer = client.post("/v1/chat/completions", json={**SMALLEST, "model": "GPT-9"})
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == "There is no model 'GPT-9'; listed are: Tiny-Chat."
+    assert answer.json()["error"] == {
+        "message": "There is no model 'GPT-9'; listed are: Tiny-Chat.",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+        "status": 404,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (400, "invalid_request_error", None),
+        (404, "invalid_request_error", "model_not_found"),
+        (429, "rate_limit_error", "rate_limit_exceeded"),
+        (503, "server_error", None),
+    ],
+)
+def test_errors_have_the_types_that_openais_clients_know(
+    client: TestClient, backend: FakeBackend, status: int, kind: str, code: str | None
+) -> None:
+    """A typed client can't read an error whose code is a number."""
+    backend.events = [GenerationFailed("It can't be.", status)]
+    error = client.post("/v1/chat/completions", json=SMALLEST).json()["error"]
+    assert (error["type"], error["code"], error["status"]) == (kind, code, status)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("name", ["Tiny-Chat", "tiny-chat"])
+def test_one_model(client: TestClient, name: str) -> None:
+    answer = client.get(f"/v1/models/{name}")
+    assert answer.status_code == 200
+    assert answer.json() == client.get("/v1/models").json()["data"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("hf:owner/repo/file.gguf", "hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/file.gguf", "hf%3Aowner%2Frepo%2Ffile.gguf"),
+        ("/models/a b.gguf", "/models/a%20b.gguf"),
+        ("/models/a b.gguf", "%2Fmodels%2Fa%20b.gguf"),
+    ],
+)
+def test_a_model_whose_id_has_slashes(client: TestClient, backend: FakeBackend, name: str, path: str) -> None:
+    backend.listed = [ListedModel(structs.replace(CARD, model_id=ModelId(name)), on_disk=True)]
+    answer = client.get(f"/v1/models/{path}")
+    assert (answer.status_code, answer.json().get("id")) == (200, name)
+
+
+def test_a_model_that_is_not_there(client: TestClient) -> None:
+    answer = client.get("/v1/models/owner/GPT-9")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert answer.json()["error"]["message"] == "There is no model 'owner/GPT-9'; listed are: Tiny-Chat."
+
+
+def test_the_document_of_the_api_tells_what_each_field_means() -> None:
+    """What is accepted and changes nothing, and what is refused."""
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for name in (*openai_chat.HARMLESS, *openai_chat.UNSUPPORTED, *openai_chat.ChatBody.model_fields):
+        assert f"`{name}`" in text, name

@@ -20,8 +20,8 @@ def test_routes_that_are_none(client: TestClient, method: str, path: str, status
     answer = client.request(method, path)
     assert answer.status_code == status
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
+    assert set(error) == {"message", "type", "param", "code", "status"}
+    assert error["status"] == status
     assert path in error["message"]
 
 
@@ -36,7 +36,7 @@ def test_a_body_over_the_limit_is_refused_declared_or_not(client: TestClient) ->
     chunked = client.post("/v1/chat/completions", content=iter([b" " * 1024 * 1024] * 9))
     for answer in (declared, chunked):
         assert answer.status_code == 413
-        assert answer.json()["error"]["code"] == 413
+        assert answer.json()["error"]["status"] == 413
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -8,7 +8,8 @@ import pytest
 
 from covey.cli import joining
 from covey.cli.client import CliError
-from covey.effects.code_file import known_code, replace_code
+from covey.control.join_code import JoinCode
+from covey.effects.code_file import Former, known_code, replace_code
 from tests.credentials import CODE, OTHER_CODE
 
 
@@ -81,6 +82,17 @@ def test_a_service_with_the_old_code_does_not_undo_a_rotation(
     assert "is ignored; update it" in " ".join(capsys.readouterr().err.split())
     join(OTHER_CODE.text())
     assert known_code(home) == OTHER_CODE
+
+
+def test_nor_does_one_with_a_code_from_before_the_last_rotation(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices were lost in a year; nobody has touched the service's file since the first start."""
+    third = JoinCode(bytes([3]) * 16)
+    replace_code(home, CODE)
+    replace_code(home, OTHER_CODE, Former(CODE))
+    replace_code(home, third, Former(OTHER_CODE))
+    monkeypatch.setenv("COVEY_JOIN", CODE.text())
+    joining.take_code(None)
+    assert known_code(home) == third
 
 
 def test_a_damaged_code_is_put_back(home: Path) -> None:

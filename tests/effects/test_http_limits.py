@@ -104,7 +104,7 @@ async def test_a_head_over_the_limit_is_told_so() -> None:
             async with await anyio.connect_tcp("127.0.0.1", port) as client:
                 await client.send(sent)
                 said = await until_closed(client)
-                assert (status(said), error(said)["code"]) == (431, 431)
+                assert (status(said), error(said)["status"]) == (431, 431)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ async def test_what_is_no_request_is_answered_in_the_envelope(sent: bytes) -> No
         await client.send(sent)
         said = await until_closed(client)
         assert status(said) == 400
-        assert set(error(said)) == {"message", "type", "param", "code"}
+        assert set(error(said)) == {"message", "type", "param", "code", "status"}
 
 
 async def test_a_websocket_is_an_ordinary_request_here(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,7 +145,7 @@ async def test_a_body_that_drips_in_ends_in_time() -> None:
         tasks.start_soon(drip, client, b" ")
         said = await until_closed(client)
         tasks.cancel_scope.cancel()
-        assert (status(said), error(said)["code"]) == (408, 408)
+        assert (status(said), error(said)["status"]) == (408, 408)
 
 
 async def test_an_endless_body_ends_at_the_limit() -> None:
@@ -245,7 +245,7 @@ async def test_only_so_many_connections_are_open(monkeypatch: pytest.MonkeyPatch
         await anyio.sleep(0.1)
         async with await anyio.connect_tcp("127.0.0.1", port) as one_too_many:
             said = await until_closed(one_too_many)
-            assert (status(said), error(said)["code"]) == (503, 503)
+            assert (status(said), error(said)["status"]) == (503, 503)
         for client in held:
             await client.aclose()
         await anyio.sleep(0.1)

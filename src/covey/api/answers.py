@@ -33,7 +33,8 @@ def error_response(error: RequestError) -> Response:
     headers = dict(error.headers)
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    return json_response(render_error(error.message, error.status, error.param), error.status, headers)
+    body = render_error(error.message, error.status, error.param, error.code)
+    return json_response(body, error.status, headers)
 
 
 async def refused(_: Request, error: RequestError) -> Response:

@@ -75,3 +75,8 @@ class ClusterRoutes:
         """The models that can be named here; `status=downloaded` keeps those on this node's disk."""
         status = request.query_params.get("status")
         return json_response(models.render_models(self._backend.models(), self._created_s, status))
+
+    async def model(self, request: Request) -> Response:
+        """One of them. Its id may have slashes, written as they are or as %2F."""
+        found = models.find_model(self._backend.models(), request.path_params["model_id"])
+        return json_response(models.render_model(found, self._created_s))

@@ -48,7 +48,7 @@ class EventStream(Generic[Event]):
         events: AsyncGenerator[Event, None],
         render: Callable[[Event], Iterable[bytes]],
         refusal: Callable[[Event], RequestError | None] = lambda _: None,
-        failure: Callable[[RequestError], bytes] = lambda error: sse.failure(error.message, error.status) + sse.DONE,
+        failure: Callable[[RequestError], bytes] = lambda error: sse.failure(error) + sse.DONE,
     ) -> None:
         self._events = events
         self._render = render

@@ -1,10 +1,10 @@
 """The list of models: OpenAI's, with the fields that exo's clients read. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from covey.api.backend import ListedModel
-from covey.api.errors import RequestError
+from covey.api.errors import MODEL_NOT_FOUND, RequestError
 
 STATUSES = ("downloaded",)
 
@@ -15,6 +15,16 @@ def render_models(models: Iterable[ListedModel], created_s: int, status: str | N
         raise RequestError(f"The parameter 'status' must be 'downloaded', and was '{status}'.", param="status")
     chosen = [model for model in models if status is None or model.on_disk]
     return {"object": "list", "data": [render_model(model, created_s) for model in chosen]}
+
+
+def find_model(models: Sequence[ListedModel], name: str) -> ListedModel:
+    """In either case of letters, as requests may name it; else as it is written. Raises `RequestError` 404."""
+    found = [model for model in models if model.card.model_id.lower() == name.lower()]
+    if not found:
+        known = ", ".join(model.card.model_id for model in models)
+        sentence = f"There is no model '{name}'; listed are: {known}."
+        raise RequestError(sentence, status=404, param="model", code=MODEL_NOT_FOUND)
+    return min(found, key=lambda model: model.card.model_id != name)
 
 
 def render_model(model: ListedModel, created_s: int) -> dict[str, Any]:

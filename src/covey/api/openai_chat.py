@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from covey.api import sse
 from covey.api.body import DialectBody, fields, json_object
-from covey.api.errors import RequestError
+from covey.api.errors import RequestError, about_model
 from covey.api.generation_body import GenerationBody
 from covey.api.sampling import TokenCount
 from covey.schema.generation import (
@@ -183,7 +183,7 @@ class StreamRenderer:
             case GenerationFinished():
                 yield from self._end(event)
             case GenerationFailed():
-                yield sse.failure(event.message, event.status)
+                yield sse.failure(about_model(RequestError(event.message, status=event.status)))
                 yield sse.DONE
 
     def _end(self, event: GenerationFinished) -> Iterator[bytes]:
@@ -202,9 +202,7 @@ class StreamRenderer:
         }
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "delta": delta}
-        if finish_reason is not None:
-            choice["finish_reason"] = finish_reason
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return sse.data({**self._head(), "choices": [choice]})
 
     def _progress(self, event: PrefillProgressed) -> dict[str, Any]:

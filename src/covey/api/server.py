@@ -23,7 +23,7 @@ from covey.api.answers import ERROR_HANDLERS, NO_STORE, RETRY_AFTER_S, BodyReade
 from covey.api.backend import Backend
 from covey.api.cluster_routes import WAIT_S_MAX, ClusterRoutes
 from covey.api.code_routes import CodeRoutes
-from covey.api.errors import RequestError
+from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard
 from covey.api.key_routes import KeyRoutes
@@ -69,6 +69,7 @@ def create_app(backend: Backend) -> FastAPI:
         ("GET", "/events", cluster.events),
         ("GET", "/models", cluster.models),
         ("GET", "/v1/models", cluster.models),
+        ("GET", "/v1/models/{model_id:path}", cluster.model),
         ("POST", "/place_instance", instances.place),
         ("GET", "/instance/await", instances.wait_ready),
         ("GET", "/instance/{instance_id}", instances.get),
@@ -125,7 +126,10 @@ class ChatRoutes:
         """Resolves the model's name, unless an instance has it: its file may be known elsewhere only."""
         placed = {instance.card.model_id for instance in self._backend.state().instances}
         if asked.model_id not in placed:
-            card = await self._backend.resolve_model(asked.model_id)
+            try:
+                card = await self._backend.resolve_model(asked.model_id)
+            except RequestError as error:
+                raise about_model(error) from None
             asked = msgspec.structs.replace(asked, model_id=card.model_id)
         return complete(self._backend.generate(asked))
 
@@ -146,7 +150,7 @@ def refusal(event: GenerationEvent) -> RequestError | None:
 
 def as_error(failed: GenerationFailed) -> RequestError:
     retry_after_s = RETRY_AFTER_S if failed.status in WORTH_A_RETRY else None
-    return RequestError(failed.message, status=failed.status, retry_after_s=retry_after_s)
+    return about_model(RequestError(failed.message, status=failed.status, retry_after_s=retry_after_s))
 
 
 def server_timing(timings: Timings) -> str:

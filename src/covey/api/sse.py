@@ -1,9 +1,10 @@
 """Server-sent events: how objects, comments and failures look on the wire. Pure."""
 
-from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
+
+from covey.api.errors import RequestError, render_error
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 DONE: Final = b"data: [DONE]\n\n"
@@ -21,7 +22,6 @@ def comment(name: str, value: Any) -> bytes:
     return b": " + name.encode() + b" " + _encode(value) + b"\n\n"
 
 
-def failure(message: str, status: int) -> bytes:
-    """An error after the stream has begun, when its status can't be told any more."""
-    kind = HTTPStatus(status).phrase.replace(" ", "")
-    return data({"error": {"message": message, "type": kind, "code": status}})
+def failure(error: RequestError) -> bytes:
+    """An error after the stream has begun, when its status can't be told any more, in the envelope of all errors."""
+    return data(render_error(error.message, error.status, error.param, error.code))

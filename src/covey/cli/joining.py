@@ -63,7 +63,7 @@ def _given(typed: str | None) -> JoinCode | None:
     if not variable:
         return None
     code = _parsed(variable)
-    if code == _former():  # it stands in a service's file, and was replaced by a rotation since
+    if code in _replaced():  # it stands in a service's file, and was replaced by a rotation since
         os.environ.pop(VARIABLE)
         sentence = f"{VARIABLE} holds a join code that was replaced on this machine, and is ignored; update it."
         err.print(f"{sentence} `covey up --join CODE` would go back to it.", soft_wrap=True)
@@ -82,12 +82,15 @@ def _parsed(typed: str) -> JoinCode:
         raise CliError(f"{_capital(str(error))}.") from None
 
 
-def _former() -> JoinCode | None:
-    path = paths.home() / code_file.FORMER_FILE
+def _replaced() -> list[JoinCode]:
+    """By rotations, and the last one that was replaced in any way."""
     try:
-        return join_code.parse(path.read_text(errors="replace"))
-    except (OSError, JoinCodeError):  # there is none that could be mistaken
-        return None
+        present = code_file.known_code(paths.home())
+        rotated = code_file.former_codes(paths.home(), present) if present else ()
+        former = join_code.parse((paths.home() / code_file.FORMER_FILE).read_text(errors="replace"))
+    except (CodeFileError, OSError, JoinCodeError):  # there is none that could be mistaken
+        return []
+    return [code for code in (former, *(each.code for each in rotated)) if code != present]
 
 
 def _keep(code: JoinCode) -> Path | None:

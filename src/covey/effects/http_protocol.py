@@ -11,10 +11,12 @@ import resource
 import socket
 import sys
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from h11 import RemoteProtocolError
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from covey.api.errors import render_error
 
 HEAD_S_MAX: Final = 10.0  # from the connection, or the end of the last answer, to the end of the next request's head
 HEAD_BYTES_MAX: Final = 16 * 1024
@@ -111,7 +113,6 @@ class BoundedProtocol(H11Protocol):
 
 
 def _plain_answer(status: HTTPStatus, sentence: str) -> bytes:
-    error: dict[str, Any] = {"message": sentence, "type": status.phrase, "param": None, "code": int(status)}
-    body = json.dumps({"error": error}).encode()
+    body = json.dumps(render_error(sentence, status)).encode()
     head = f"HTTP/1.1 {int(status)} {status.phrase}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
