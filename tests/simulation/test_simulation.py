@@ -145,7 +145,7 @@ def claim_two_disks(self: Deciding, promise: Any, **_: bool) -> None:
     self.conclude(promise.request, promise.outcome)
 
 
-def try_again_at_once(self: Keeping, _: int, token: int) -> None:
+def try_again_at_once(self: Keeping, _: int, token: int, __: str) -> None:
     if self.under_way is not None and token == self.token:
         self.under_way, self.unkept = None, {**self.under_way, **self.unkept}
 
@@ -198,9 +198,11 @@ BUGS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 
 RARE = (  # found, but only after some dozens of seeds: `make seeds` looks for these
     "a choice of nodes is forgotten",
+    "a runner starts without looking at the memory",
     "a write that failed is not tried again",
     "deletions are remembered for ever",
     "what came during a write goes to disk after what is newer",
+    "what is dormant is dropped",
     "while one waits for memory the others run on",
 )
 
