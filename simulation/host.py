@@ -56,7 +56,7 @@ class Host:
         self.clock = Clock()
         self.asleep_until_ms = 0
         self.deadline_ms: int | None = None  # by its own clock
-        self.due_ms = 0  # when, by the world's, it is to be told that time has passed
+        self.due_ms: int | None = None  # when, by the world's, it is to be told that time has passed
         self.processes: list[Process] = []
         self.processes_begun = 0
         self.greed_bytes = 0  # what other programs take beside their tenth of the memory
@@ -87,7 +87,7 @@ class Host:
 
     def go(self) -> None:
         """It is gone, with all its processes."""
-        self.machine, self.deadline_ms, self.asleep_until_ms = None, None, 0
+        self.machine, self.deadline_ms, self.due_ms, self.asleep_until_ms = None, None, None, 0
         self.disk.cut_power()
         self.fetches.clear()
         for process in list(self.processes):
@@ -186,8 +186,12 @@ class Host:
             self.carry_out(effect)
 
     def _plan(self) -> None:
-        if self.deadline_ms is not None:
-            self.due_ms = max(self.clock.world_ms(self.deadline_ms), self.asleep_until_ms)
+        if self.deadline_ms is None:
+            return
+        due_ms = max(self.clock.world_ms(self.deadline_ms), self.asleep_until_ms)
+        if due_ms != self.due_ms:
+            self.due_ms = due_ms
+            self.world.at(due_ms, self._pass_deadline, due_ms, rank=1 + self.world.hosts.index(self))
 
     def answer(self, news: Input, boot: int) -> None:
         """The end of a fetch or a process; it may come a second time, when it is stale."""
@@ -195,8 +199,11 @@ class Host:
         if self.world.happens(self.world.faults.echo_percent):
             self.world.after(5_000, self.tell_machine, news, boot)
 
-    def pass_deadline(self) -> None:
-        self.tell_machine(DeadlinePassed(), self.boot)
+    def _pass_deadline(self, due_ms: int) -> None:
+        """Unless another deadline, or another life, has come since."""
+        if due_ms == self.due_ms:
+            self.due_ms = None
+            self.tell_machine(DeadlinePassed(), self.boot)
 
     def carry_out(self, effect: Effect) -> None:
         if isinstance(effect, Publish):

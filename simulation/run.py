@@ -19,7 +19,7 @@ from simulation.world import World
 
 GIGABYTE = 10**9
 TROUBLE_MS = 40_000  # how long faults last
-RETURN_MS = 45_000  # some come back after they were forgotten, some still sleep
+RETURN_MS = 35_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
 SETTLE_MS = 4_500  # a probe, a report, and the leader's mending
 QUIET_MS = 4_000  # how long nothing may be done once all is well

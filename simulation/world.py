@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from hashlib import blake2b
-from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -31,7 +30,7 @@ SETTINGS = MachineSettings(
     fetch_back_off_ms=(1_000, 2_000, 4_000, 8_000),
 )
 
-Moment = tuple[int, int, Callable[..., None], tuple[Any, ...]]
+Moment = tuple[int, int, int, Callable[..., None], tuple[Any, ...]]
 
 
 class World:
@@ -108,9 +107,10 @@ class World:
 
     # ---- time ----
 
-    def at(self, when_ms: int, action: Callable[..., None], *arguments: Any) -> None:
+    def at(self, when_ms: int, action: Callable[..., None], *arguments: Any, rank: int = 0) -> None:
+        """Of what happens in one millisecond the lowest rank comes first, then what was known first."""
         self._queued += 1
-        heapq.heappush(self._queue, (when_ms, self._queued, action, arguments))
+        heapq.heappush(self._queue, (when_ms, rank, self._queued, action, arguments))
 
     def after(self, delay_ms_max: int, action: Callable[..., None], *arguments: Any) -> None:
         """Within so many milliseconds from now."""
@@ -121,24 +121,15 @@ class World:
 
     def run_until(self, until_ms: int) -> None:
         """Lets everything happen that is due before `until_ms`."""
-        while True:
-            host = min(self.up(), key=attrgetter("due_ms"), default=None)
-            deadline_ms = host.due_ms if host else until_ms
-            queued_ms = self._queue[0][0] if self._queue else until_ms
-            if min(deadline_ms, queued_ms) >= until_ms:
-                break
-            if host and deadline_ms < queued_ms:
-                self.now_ms = max(self.now_ms, deadline_ms)
-                host.pass_deadline()
-            else:
-                when_ms, _, action, arguments = heapq.heappop(self._queue)
-                self.now_ms = max(self.now_ms, when_ms)
-                action(*arguments)
+        while self._queue and self._queue[0][0] < until_ms:
+            when_ms, _, _, action, arguments = heapq.heappop(self._queue)
+            self.now_ms = max(self.now_ms, when_ms)
+            action(*arguments)
         self.now_ms = until_ms
 
     def awaited(self) -> str | None:
         """A sentence if somebody is still to start, or memory still to be given back."""
-        names = [action.__name__ for _, _, action, _ in self._queue]
+        names = [action.__name__ for _, _, _, action, _ in self._queue]
         if "_start" in names:
             return "somebody is still to start"
         return "another program is still to give memory back" if "_take_memory" in names else None
