@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from covey.control import cluster, tending
+from covey.control import cluster, runners, tending
 from covey.control.cluster import Cluster
 from covey.control.commands import Answering, Asking
 from covey.control.deciding import Deciding
@@ -138,6 +138,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
     "what was long under way counts as a sign of life": ((Membership, "_hear", take_anything_for_a_sign_of_life),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
+    "a process that hangs is left alone": ((runners, "overdue", lambda *_: None),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
     "a command is accepted before it is on disk": ((Deciding, "promise", accept_before_the_disk),),
     "a command is accepted although the disk is full": ((Deciding, "hear_failed", accept_what_failed),),

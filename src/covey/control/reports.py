@@ -25,7 +25,7 @@ class Content(Struct, frozen=True, kw_only=True):
     models_on_disk: tuple[ModelId, ...]
 
 
-Held = dict[tuple[RunnerId, int], int]  # bytes of each process as last probed, by runner and attempt; 0 before it loaded
+Held = dict[tuple[RunnerId, int], int]  # bytes of each process as last probed, by runner and attempt; 0 until loaded
 
 
 class MemoryFigures:
