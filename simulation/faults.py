@@ -28,7 +28,8 @@ class Faults(Struct, frozen=True, kw_only=True):
     fetch_ms_max: int = 500
     start_failure_percent: int = 0  # of runner processes that can't be started
     phase_failure_percent: int = 0  # of the phases of a runner's life
-    hangs: bool = False  # failed runners wait to be stopped
+    hangs: bool = False  # failed runners wait to be stopped, and some end only long after they were killed
+    stall_permille: int = 0  # of all that a process does: it is its last, and the process goes on living
     echo_percent: int = 0  # of the ends of fetches and processes that are told again, later
     link_loss_goes_unnoticed: bool = False
     disk_ms_max: int = 5
@@ -86,5 +87,6 @@ def draw(random: Random) -> Faults:
         greedy_programs=exists(),
         load_ms_max=amount(1_000, 4_000, NONE.load_ms_max),
         caches_fill=exists(),
+        stall_permille=amount(5, 60),
         late_percent=amount(1, 10),
     )

@@ -129,9 +129,13 @@ class Host:
 
     def probe(self, boot: int) -> None:
         if boot == self.boot and self.is_up:
-            held = {process.process_id: process.resident_bytes for process in self.processes}
-            self.tell_machine(HardwareProbed(self.hardware(), held), boot)
+            self.look(boot)
             self.world.at(self.world.now_ms + PROBE_MS, self.probe, boot)
+
+    def look(self, boot: int) -> None:
+        held = {process.process_id: process.resident_bytes for process in self.processes if process.is_known}
+        self.safety.probed_ms = self.world.now_ms
+        self.tell_machine(HardwareProbed(self.hardware(), held), boot)
 
     def hardware(self) -> Hardware:
         return Hardware(
@@ -243,7 +247,7 @@ class Host:
         if isinstance(effect, TellRunner):
             process.tell(effect.command)
         else:
-            process.stop(effect.grace_ms)
+            process.stop(effect.grace_ms, asks_first=effect.asks_first)
 
     def start_process(self, effect: StartRunner) -> None:
         assert self.machine is not None

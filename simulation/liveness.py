@@ -174,6 +174,7 @@ def _linked(world: World, instance: Instance) -> Iterator[str]:
         for process in world.host(stage.node_id).processes
         if process.spec.runner_id == stage.runner_id
     ]
+    yield from (f"{process.spec.runner_id} hangs, and is left alone" for process in processes if process.has_stalled)
     if len(processes) != len(instance.stages):
         return
     for index, process in enumerate(processes):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from covey.control.deadlines import BEAT_MS
 from covey.schema.machine import RunnerExited, RunnerSaid, RunnerStarted
 from covey.schema.runner import (
     Activity,
     Address,
+    Beat,
     Connected,
     ConnectTo,
     Listening,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from simulation.host import Host
 
 CONNECT_MS_MAX = 15_000
+CLINGS_MS = 25_000
 PORTS = 12  # so few that they are soon used again
 
 
@@ -42,7 +45,10 @@ class Process:
         self.process_id = 1000 + host.processes_begun
         self.alive = True
         self.was_asked_to_stop = False
-        self.has_failed = False  # before it was asked to stop
+        self.has_failed = False  # before it was asked to stop, or by not getting on
+        self.has_stalled = False  # it lives, and does nothing any more
+        self.is_known = False  # to its node
+        self.steps = 0
         self.resident_bytes = 0
         self.address: Address | None = None
         self.next_address: Address | None = None
@@ -68,13 +74,18 @@ class Process:
         elif isinstance(command, WarmUp):
             self.after(200, self._phase, "warm up", Ready())
 
-    def stop(self, grace_ms: int) -> None:
-        self.was_asked_to_stop = True
-        self.after(2 * grace_ms if self.world.faults.hangs else 100, self.die, "exit status 0")
+    def stop(self, grace_ms: int, *, asks_first: bool) -> None:
+        self.was_asked_to_stop, self.has_failed = True, self.has_failed or not asks_first
+        hangs = self.world.faults.hangs
+        wait_ms = (1 + asks_first) * grace_ms if hangs or self.has_stalled else 100
+        if hangs and self.world.happens(20):  # not even SIGKILL ends what waits for a disk
+            wait_ms += CLINGS_MS
+        self.after(wait_ms, self.die, "exit status 0")
 
     # ---- its life ----
 
     def _started(self) -> None:
+        self.is_known = True
         self.host.tell_machine(RunnerStarted(self.spec.runner_id, self.attempt, self.process_id), self.boot)
         self.after(300, self._listen)
 
@@ -132,7 +143,15 @@ class Process:
             return
         self.say(message)
         if isinstance(message, Ready):
+            self._beat()
             self.after(5_000, self._serve, 1)
+
+    def _beat(self) -> None:
+        """As its thread does, until it stalls. (No chance is drawn: others' lives don't depend on it.)"""
+        if self.alive and not self.has_stalled:
+            self.steps += 1
+            self.say(Beat(self.steps, is_busy=True))
+            self.world.at(self.world.now_ms + BEAT_MS, self._beat)
 
     def _serve(self, running: int) -> None:
         """Now and then a request, and rarely a crash."""
@@ -163,6 +182,7 @@ class Process:
         self.vanish()
         self.host.safety.process_ended(self)
         self.host.answer(RunnerExited(self.spec.runner_id, self.attempt, description, "the last line"), self.boot)
+        self.world.at(self.world.now_ms + 1, self.host.look, self.boot)
 
     def vanish(self) -> None:
         """Ends without anybody being told: with its node."""
@@ -183,6 +203,8 @@ class Process:
         self.world.after(delay_ms_max, self._if_alive, action, *arguments)
 
     def _if_alive(self, action: object, *arguments: object) -> None:
-        if self.alive:
+        """Any of its deeds may be the last, but it can always be ended."""
+        self.has_stalled = self.has_stalled or self.world.happens_rarely(self.world.faults.stall_permille)
+        if self.alive and (not self.has_stalled or action == self.die):
             assert callable(action)
             action(*arguments)

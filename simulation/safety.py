@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from covey.control.cluster import INSTANCE, value_of, wish_of
 from covey.control.machine import Machine
 from covey.control.membership import NEVER, Moment
+from covey.control.runner_table import Runner
 from covey.schema.cluster import (
     Accepted,
     CommandAnswer,
@@ -62,6 +63,8 @@ class Safety:
         self.reports: dict[NodeId, Moment] = {}
         self.waiting: dict[str, int] = {}  # commands: when they were submitted
         self.attempts: dict[RunnerId, tuple[int, int]] = {}  # (attempt, when it was started)
+        self.ended_ms: dict[RunnerId, int] = {}  # when its last process did
+        self.probed_ms = -1  # when its memory was last looked at
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
         self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
@@ -80,6 +83,7 @@ class Safety:
         self.waiting[command_id] = self.host.now_ms
 
     def process_ended(self, process: Process) -> None:
+        self.ended_ms[process.spec.runner_id] = self.world.now_ms
         if process.has_failed or not process.was_asked_to_stop:
             self.failures.setdefault(process.spec.runner_id, []).append(self.host.now_ms)
 
@@ -253,7 +257,7 @@ class Safety:
     def _check_lacks(self, machine: Machine, effects: Sequence[Effect]) -> None:
         """What waits for memory does not fit, unless what other nodes of its machine freed is not probed yet."""
         is_alone = [host.machine_id for host in self.world.hosts].count(self.host.machine_id) == 1
-        lacking = {runner_id for runner_id, runner in machine.runners.runners.items() if runner.waiting}
+        lacking = {runner_id for runner_id, runner in machine.runners.runners.items() if _lacks(runner)}
         for runner_id in lacking - self.lacking if is_alone else ():
             if self.host.fits(machine.runners.runners[runner_id].stage, effects):
                 self._fail(f"{runner_id} waits for memory, and yet it would fit")
@@ -310,6 +314,8 @@ class Safety:
         if now_ms - started_ms < machine.settings.runner_spacing_ms:
             self._fail(f"{runner_id} is started twice within {now_ms - started_ms} ms")
         self.attempts[runner_id] = (effect.attempt, now_ms)
+        if self.probed_ms < self.ended_ms.get(runner_id, 0):
+            self._fail(f"it starts {runner_id} before it has seen what memory its last process left free")
         self._check_room(effect)
         self._check_back_off(machine, runner_id)
 
@@ -391,3 +397,8 @@ class Safety:
 
     def _fail(self, sentence: str) -> None:
         raise Failure(f"{self.host.name}: {sentence}")
+
+
+def _lacks(runner: Runner) -> bool:
+    """Whether it waits for memory, and not for its former process to end."""
+    return bool(runner.waiting) and not runner.has_process

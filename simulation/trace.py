@@ -44,6 +44,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
+from covey.schema.runner import Beat
 from simulation.host import Host
 from simulation.world import World
 
@@ -96,6 +97,8 @@ class Trace:
                 said = self._message("from", message)
             case CommandSubmitted(command_id):
                 said = f"{command_id}: {_command(news)}"
+            case RunnerSaid(message=Beat()):
+                said = None
             case RunnerSaid(runner_id, attempt, message):
                 said = f"{runner_id} attempt {attempt} says {message}"
             case RunnerExited(runner_id, attempt, description):

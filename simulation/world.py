@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from covey.control.settings import TOMBSTONES_MAX, MachineSettings
+from covey.control.settings import TOMBSTONES_MAX, MachineSettings, PhaseLimits
 from covey.schema.cluster import CommandAnswer, IntentKept, MeshMessage
 from covey.schema.ids import NodeId
 from covey.schema.machine import Effect, Input, MessageReceived
@@ -22,12 +22,13 @@ from simulation.network import Network
 from simulation.people import People
 from simulation.processes import Process
 
-# The real ones but for shorter back-off, so that budgets are used up within a run.
+# The real ones but for shorter limits and back-off, so that budgets are used up within a run.
 SETTINGS = MachineSettings(
     engine="fake",
     memory_wait_ms=15_000,
     runner_back_off_ms=(1_000, 2_000, 4_000),
     fetch_back_off_ms=(1_000, 2_000, 4_000, 8_000),
+    limits=PhaseLimits(connect_ms=20_000, load_ms=10_000, warm_up_ms=5_000, step_ms=10_000),
 )
 
 Moment = tuple[int, int, int, Callable[..., None], tuple[Any, ...]]
@@ -115,6 +116,9 @@ class World:
     def after(self, delay_ms_max: int, action: Callable[..., None], *arguments: Any) -> None:
         """Within so many milliseconds from now."""
         self.at(self.now_ms + self.random.randint(1, delay_ms_max), action, *arguments)
+
+    def happens_rarely(self, permille: int) -> bool:
+        return permille > 0 and self.random.randrange(1000) < permille
 
     def happens(self, percent: int) -> bool:
         return percent > 0 and self.random.randrange(100) < percent

@@ -4,6 +4,7 @@ One task group holds all that a node does. A signal makes it leave: runners end 
 """
 
 import math
+import os
 import platform
 import secrets
 import signal
@@ -29,7 +30,7 @@ from covey.checkpoints.gguf_file import GgufHeader
 from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
-from covey.control.settings import MachineSettings
+from covey.control.settings import MachineSettings, PhaseLimits
 from covey.effects import addresses, clock, identity, mesh, paths, processes, store
 from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
@@ -45,6 +46,7 @@ from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation, RotationError
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
+from covey.effects.time_limits import MS_PER_S, TimeLimitError, time_limits
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityEvent, ActivityPage
 from covey.schema.cluster import (
@@ -71,7 +73,7 @@ from covey.serving.serving import Serving
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
 EXIT_INTERRUPTED: Final = 130  # as shells count: 128 and the number of SIGINT
-LEAVE_S_MAX: Final = 12.0  # runners get twice their grace of 3 s, answers 2 s, the mesh 2 s; then all is cancelled
+LEAVE_S_MAX: Final = 6.0  # beside what runners may take: answers get 2 s, the mesh 2 s; then all is cancelled
 
 
 class NodeOptions(Struct, frozen=True, kw_only=True):
@@ -93,6 +95,7 @@ class NodeOptions(Struct, frozen=True, kw_only=True):
     is_open: bool = False  # no API key is asked of other machines
     asks_everybody: bool = False  # an API key is asked on this machine, too
     logs_requests: bool = False  # one line each, to standard error
+    limits: PhaseLimits | None = None  # of its runners; None: as the environment says
 
 
 class NodeReady(Struct, frozen=True, kw_only=True):
@@ -121,6 +124,7 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None], tell: 
     `announce` is called once, when clients can connect; `tell` with each thing that happens in the cluster.
     """
     try:
+        options = structs.replace(options, limits=options.limits or time_limits(os.environ))
         with ExitStack() as held:
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
@@ -129,7 +133,7 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None], tell: 
             if options.logs_requests:
                 log_requests()
             reason = _lives(options, folder, mine, listener, announce, tell)
-    except (CodeFileError, IdentityError, ListenError, MeshError, StoreError) as error:
+    except (CodeFileError, IdentityError, ListenError, MeshError, StoreError, TimeLimitError) as error:
         sys.stderr.write(f"covey: {error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to end in order
@@ -243,6 +247,7 @@ class Node:
         self.node_id = mine.node_id
         self._folder = folder
         self._until_stdin_closes = options.until_stdin_closes
+        self._limits = options.limits or PhaseLimits()
         self._mailbox = mailbox
         self._mesh = opened
         self._name = options.name or platform.node().partition(".")[0] or "node"
@@ -266,7 +271,6 @@ class Node:
             clock=clock.now_ms,
             command_prefix=f"{mine.node_id[:8]}-{mine.boot}",
         )
-        self._runners: processes.Processes | None = None  # once the driver runs
         self._serving = Serving(self.state, self.wait_changed, ModelTexts(self._text_source), credentials)
         self._activity = Activity()
         application = create_guarded_app(self, _access(options))
@@ -284,6 +288,7 @@ class Node:
             api_address=Address(hosts[0], self._port),
             listen_host=_data_host(options.interfaces),
             public_key=self._public_key,
+            limits=self._limits,
         )
 
     # ---- its life ----
@@ -299,7 +304,6 @@ class Node:
             if self._until_stdin_closes:
                 tasks.start_soon(self._leave_with_input, tasks.cancel_scope)
             tasks.start_soon(self._mesh.run)
-            tasks.start_soon(watch_hardware, self._probe, self._mailbox, self._runner_process_ids)
             tasks.start_soon(self._models.run, self._mailbox)
             tasks.start_soon(watch_activity, self._driver, self._activity, tell)
             tasks.start_soon(self._serving.read_ahead)
@@ -313,11 +317,9 @@ class Node:
         return None if self._begins_anew else reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
-        self._runners = processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
-        return self._runners
-
-    def _runner_process_ids(self) -> tuple[int, ...]:
-        return self._runners.process_ids() if self._runners else ()
+        runners = processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
+        tasks.start_soon(watch_hardware, self._probe, self._mailbox, runners)
+        return runners
 
     async def _serve(self) -> None:
         await self._server.serve()
@@ -339,8 +341,13 @@ class Node:
 
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
+<<<<<<< HEAD
         life.deadline = min(life.deadline, anyio.current_time() + LEAVE_S_MAX)
         self._serving.leave()
+=======
+        wait_s = self._limits.shut_down_ms / MS_PER_S + LEAVE_S_MAX
+        life.deadline = min(life.deadline, anyio.current_time() + wait_s)
+>>>>>>> deadlines
         await self._driver.leave()
 
     async def _leave_for_new_code(self, life: anyio.CancelScope) -> None:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from fastapi.testclient import TestClient
 
-from covey.api import cluster_state
-from covey.api.case import camel
+from covey.api import cluster_objects, cluster_state
+from covey.api.case import camel, camel_case
 from covey.api.errors import RequestError
 from covey.schema.cluster import (
     ClusterState,
@@ -21,12 +21,16 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import InstanceId, NodeId
 from covey.schema.runner import RunnerState
-from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member
+from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member, runner
 
 READY = RunnerState.READY
 
 
 # ---- state ----
+
+
+def test_a_runner_whose_process_does_not_end_is_shutting_down_as_far_as_exo_knows() -> None:
+    assert cluster_objects.runner(camel_case, runner(1, RunnerState.STUCK)) == {"RunnerShuttingDown": {}}
 
 
 def test_an_unchanged_state_is_not_sent_again(client: TestClient) -> None:

@@ -105,6 +105,18 @@ def test_an_instance_is_placed_fails_recovers_and_is_removed() -> None:
     ]
 
 
+def test_a_process_that_does_not_end_is_told_once() -> None:
+    failed, ended = cluster(READY, FAILED, reason="It hung"), cluster(READY, RunnerState.STUCK)
+    anna, berta = ended.members
+    assert berta.report is not None
+    runners = tuple(replace(each, waiting="can't end process 7") for each in berta.report.runners)
+    stuck = replace(ended, members=(anna, replace(berta, report=replace(berta.report, runners=runners))))
+    assert told(cluster(READY, RunnerState.LOADING), failed, stuck, stuck, failed) == [
+        "The part of Tiny-Chat on berta failed: It hung.",
+        "berta can't end process 7.",
+    ]
+
+
 def test_a_download_begins_fails_and_ends() -> None:
     begun, more = downloading(DownloadState.ONGOING, 1), downloading(DownloadState.ONGOING, 5)
     failed = downloading(DownloadState.FAILED, 5, "the disk is full")

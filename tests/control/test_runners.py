@@ -2,18 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from msgspec.structs import replace
+from runner_bench import MINE, Bench, instance, second
 
 from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
-from covey.control.runners import Runners, World
-from covey.control.settings import MachineSettings
-from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
-from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
-from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
-from covey.schema.model import Shard
+from covey.schema.ids import ModelId, RunnerId
+from covey.schema.machine import RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
 from covey.schema.runner import (
     Activity,
     Address,
@@ -28,98 +23,39 @@ from covey.schema.runner import (
     RunnerState,
     WarmUp,
 )
-from simulation.people import SMALL
 
-ME, OTHER = NodeId("me"), NodeId("other")
-MINE, THEIRS = RunnerId("i.0"), RunnerId("i.1")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "runner-states.md"
 PAGE_TEXT = """# The states of a runner
 
 Drawn from the table in `src/covey/control/runner_table.py`; `COVEY_UPDATE_GOLDEN=1 make test` draws it again. Inputs
-that change nothing are left out. `Begin`, `Link`, `Proceed`, `Stop` and `Retry` are what the node itself decides,
-the others are what the process says or does.
+that change nothing are left out. `Begin`, `Link`, `Proceed`, `Stop`, `Retry` and `Overdue` are what the node itself
+decides, the others are what the process says or does.
 
 ```mermaid
 {diagram}```
+
+## Time limits
+
+`Overdue` comes when a process has got no further for this long (`src/covey/control/deadlines.py`). Each sign of
+progress begins the time anew, and so does a sleep of the machine.
+
+| state | what it owes | limit | environment variable of `covey up` |
+|---|---|---|---|
+| Idle, with a process | to listen | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
+| Connecting, once all stages listen | links to its neighbours | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
+| Loading | the next layer | 300 s | `COVEY_LOAD_TIMEOUT_S` |
+| WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
+| Ready, Running | the end of a step, while it is busy with one | 300 s | `COVEY_STEP_TIMEOUT_S` |
+| Ready, Running | a beat every 2 s | 30 s, or less if a step has less | |
+| ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
+| ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
+
+A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later. What it was at, how far it had
+come, how it ended and the last lines of its log are the reason that `covey ps`, API errors and `GET /cluster` show.
+The next one starts when it is reaped and the memory was looked at without it. While one is Stuck its memory counts as
+taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is
+placed on other nodes if it fits there.
 """
-
-
-def instance(stage_count: int, memory_bytes: int = 100) -> Instance:
-    cuts = [0, 3, 6] if stage_count == 2 else [0, 6]
-    owners = [(MINE, ME), (THEIRS, OTHER)][:stage_count]
-    stages = [
-        Stage(runner_id, node_id, Shard(start, end, 6), memory_bytes)
-        for (runner_id, node_id), start, end in zip(owners, cuts, cuts[1:], strict=False)
-    ]
-    return Instance(
-        instance_id=InstanceId("i"),
-        wish_id="w",
-        card=SMALL,
-        context_length=512,
-        slot_count=1,
-        engine="fake",
-        stages=tuple(stages),
-    )
-
-
-class Bench:
-    """One node's runners, with the other node's reports written by hand."""
-
-    def __init__(self, stage_count: int = 1) -> None:
-        self.runners = Runners(ME, 1, MachineSettings())
-        self.instances = [instance(stage_count)]
-        self.paths = {ModelId("small"): "/small.gguf"}
-        self.other: NodeReport | None = None
-        self.free_bytes: int | None = 1_000
-        self.is_memory_fresh = True
-        self.now_ms = 0
-
-    def report(
-        self, state: RunnerState, attempt: int, boot: int = 1, port: int | None = None, waiting: str = ""
-    ) -> None:
-        """What the other node says of its runner."""
-        runner = RunnerReport(
-            runner_id=THEIRS,
-            instance_id=InstanceId("i"),
-            state=state,
-            attempt=attempt,
-            data_address=Address("other", port) if port else None,
-            waiting=waiting,
-        )
-        self.other = NodeReport(
-            node_id=OTHER,
-            boot=boot,
-            sequence=1,
-            name="other",
-            version="1",
-            api_address=None,
-            hardware=None,
-            downloads=(),
-            runners=(runner,),
-        )
-
-    def advance(self, by_ms: int = 0) -> list[Effect]:
-        self.now_ms += by_ms
-        reports = {OTHER: self.other} if self.other else {}
-        world = World(self.instances, reports, self.paths, self.free_bytes, self.is_memory_fresh)
-        return self.runners.advance(self.now_ms, world)
-
-    def say(self, message: Any, attempt: int = 1) -> list[Effect]:
-        return self.hear(RunnerSaid(MINE, attempt, message))
-
-    def hear(self, news: Any) -> list[Effect]:
-        return [*self.runners.hear(self.now_ms, news), *self.advance()]
-
-    def exit(self, attempt: int = 1) -> list[Effect]:
-        return self.hear(RunnerExited(MINE, attempt, "exit status 1", "out of memory"))
-
-    def until_ready(self, attempt: int = 1) -> None:
-        for message in (Listening(7), Connected(), Loaded(5), Ready()):
-            self.say(message, attempt)
-
-    @property
-    def mine(self) -> Runner:
-        return self.runners.runners[MINE]
 
 
 def test_one_runner_from_assignment_to_ready() -> None:
@@ -156,7 +92,7 @@ def test_an_unassigned_runner_is_stopped_reaped_and_forgotten() -> None:
     bench.until_ready()
     bench.instances = []
     assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
-    assert bench.advance(60_000) == []
+    assert bench.advance(15_000) == []
     assert bench.mine.state is RunnerState.SHUTTING_DOWN
     bench.exit()
     assert bench.runners.runners == {}
@@ -322,13 +258,6 @@ def test_nothing_is_said_of_memory_on_figures_from_before_a_runner_started_loade
     bench.is_memory_fresh = True
     bench.advance()
     assert bench.mine.waiting != ""
-
-
-def second() -> Instance:
-    """Another instance on this node."""
-    return replace(
-        instance(1), instance_id=InstanceId("j"), stages=(replace(instance(1).stages[0], runner_id=RunnerId("j.0")),)
-    )
 
 
 def test_a_runner_waits_without_a_word_while_another_takes_memory() -> None:

@@ -11,6 +11,7 @@ import anyio
 import psutil
 import pytest
 
+from covey.effects import processes as runner_processes
 from covey.effects.processes import Processes
 from covey.schema.ids import RunnerId
 from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
@@ -149,6 +150,59 @@ async def test_a_hanging_runner_is_ended(tmp_path: Path, code: str, description:
         await stage.wait_for(lambda item: isinstance(item, kind))
         processes.stop(StopRunner(RunnerId("r1"), 1, grace_ms=100))
         assert (await stage.wait_exit()).description == description
+
+
+async def test_a_process_that_is_stopped_for_good_is_killed_without_being_asked(tmp_path: Path) -> None:
+    """It can't hear SIGTERM either; nothing but SIGKILL reaches it."""
+    stage = Stage()
+    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); say(Ready()); time.sleep(60)"
+    async with running(stage, tmp_path, code) as processes:
+        started = await stage.wait_for(lambda item: isinstance(item, RunnerStarted))
+        await stage.wait_for(lambda item: isinstance(item, RunnerSaid))
+        os.kill(started.process_id, signal.SIGSTOP)
+        before = anyio.current_time()
+        processes.stop(StopRunner(RunnerId("r1"), 1, grace_ms=300, asks_first=False))
+        assert (await stage.wait_exit()).description == "signal 9 (killed)"
+        assert anyio.current_time() - before < 2  # once the grace, not twice
+
+
+async def test_a_process_that_hangs_may_still_say_goodbye(tmp_path: Path) -> None:
+    stage = Stage()
+    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); say(Ready()); time.sleep(60)"
+    async with running(stage, tmp_path, code) as processes:
+        await stage.wait_for(lambda item: isinstance(item, RunnerSaid))
+        before = anyio.current_time()
+        processes.stop(StopRunner(RunnerId("r1"), 1, grace_ms=10_000, asks_first=False))
+        assert (await stage.wait_exit()).description == "exit status 7"
+        assert anyio.current_time() - before < 5
+
+
+async def test_who_lives_is_known_and_who_ended_is_told(tmp_path: Path) -> None:
+    stage = Stage()
+    async with running(stage, tmp_path, "hear(); hear()") as processes:
+        started = await stage.wait_for(lambda item: isinstance(item, RunnerStarted))
+        await anyio.sleep(0.05)
+        assert processes.process_ids() == (started.process_id,)
+        ended = processes.next_end()
+        processes.stop(StopRunner(RunnerId("r1"), 1, grace_ms=5_000))
+        with anyio.fail_after(10):
+            await ended.wait()
+        assert isinstance(stage.inputs[-1], RunnerExited)
+        assert processes.process_ids() == ()
+        assert not processes.next_end().is_set()
+
+
+async def test_a_node_ends_although_a_killed_process_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver holds it: whoever waited for it would hang as well."""
+    monkeypatch.setattr(runner_processes, "REAP_S_MAX", 0.2)
+    stage = Stage()
+    with anyio.fail_after(10):
+        with monkeypatch.context() as broken:
+            broken.setattr(runner_processes, "_signal", lambda *_: None)
+            async with running(stage, tmp_path, "time.sleep(60)"):
+                started = await stage.wait_for(lambda item: isinstance(item, RunnerStarted))
+        os.kill(started.process_id, signal.SIGKILL)
+        await anyio.sleep(0.5)  # the event loop closes what belonged to it
 
 
 async def test_a_stop_that_overtakes_the_start_still_stops(tmp_path: Path) -> None:

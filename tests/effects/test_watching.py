@@ -15,6 +15,21 @@ from covey.effects.probe import Probe
 from covey.schema.machine import HardwareProbed, ModelsListed
 from covey.schema.model import FileSource, HubSource
 
+
+class Runners:
+    """Those that run, and what tells that one has ended."""
+
+    def __init__(self, *process_ids: int) -> None:
+        self.ids = process_ids
+        self.ended = anyio.Event()
+
+    def process_ids(self) -> tuple[int, ...]:
+        return self.ids
+
+    def next_end(self) -> anyio.Event:
+        return self.ended
+
+
 pytestmark = pytest.mark.anyio
 
 
@@ -22,7 +37,7 @@ async def test_hardware_is_looked_at_again_and_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(watching, "LOOK_S", 0.01)
     mailbox = Mailbox()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, tuple)
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, Runners())
         seen = [await mailbox.take(5) for _ in range(3)]
         tasks.cancel_scope.cancel()
     assert all(isinstance(item, HardwareProbed) for item in seen)
@@ -33,7 +48,7 @@ async def test_what_runners_hold_is_read_with_the_memory_that_is_free(monkeypatc
     monkeypatch.setattr(watching, "LOOK_S", 0.01)
     mailbox = Mailbox()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, lambda: (os.getpid(),))
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, Runners(os.getpid()))
         seen = await mailbox.take(5)
         assert isinstance(seen, HardwareProbed)
         assert seen.resident_bytes.keys() == {os.getpid()}
@@ -41,6 +56,20 @@ async def test_what_runners_hold_is_read_with_the_memory_that_is_free(monkeypatc
         later = [await mailbox.take(5) for _ in range(2)][-1]
         assert isinstance(later, HardwareProbed)
         assert later.resident_bytes[os.getpid()] - seen.resident_bytes[os.getpid()] > len(filled) // 2
+        tasks.cancel_scope.cancel()
+    mailbox.close()
+
+
+async def test_the_end_of_a_runner_is_followed_by_a_look_at_once() -> None:
+    """The next one waits for it."""
+    mailbox, runners = Mailbox(), Runners()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watching.watch_hardware, Probe(Path("/")), mailbox, runners)
+        assert isinstance(await mailbox.take(5), HardwareProbed)
+        assert await mailbox.take(0.2) is None
+        ended, runners.ended = runners.ended, anyio.Event()
+        ended.set()
+        assert isinstance(await mailbox.take(1), HardwareProbed)
         tasks.cancel_scope.cancel()
     mailbox.close()
 

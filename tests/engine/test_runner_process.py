@@ -17,7 +17,18 @@ from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, receive_
 from covey.engine.link import LinkBrokenError
 from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
 from covey.schema.ids import RequestId
-from covey.schema.runner import Activity, Address, Connected, ConnectTo, Listening, Load, PhaseFailed, Ready, WarmUp
+from covey.schema.runner import (
+    Activity,
+    Address,
+    Beat,
+    Connected,
+    ConnectTo,
+    Listening,
+    Load,
+    PhaseFailed,
+    Ready,
+    WarmUp,
+)
 from covey.schema.wire import FrameBuffer, pack
 from tests.credentials import credentials, node
 from tests.engine.harness import (
@@ -152,6 +163,18 @@ def test_activity_tells_busy_and_idle(alone: tuple[Runner, int]) -> None:
         told.append(runner.wait(Activity))
     assert told[0] == Activity(1, 0)
     assert told[-1] == Activity(0, 0)
+
+
+def test_it_beats_while_it_waits_and_while_it_computes() -> None:
+    """So the node tells a process that was stopped, or hangs in a step, from one that is slow or has nothing to do."""
+    with pipeline(2, engine_options={"step_delay_ms": "3000"}) as (runners, port), Client(port) as client:
+        assert [runner.wait(Beat) for runner in runners] == [Beat(0, is_busy=False)] * 2
+        client.send(make_admit("r", [1], 3))
+        seen = [[runner.wait(Beat) for _ in range(4)] for runner in runners]
+        for beats in seen:
+            assert any(beat.is_busy for beat in beats)
+            assert 0 < beats[-1].steps <= 3
+            assert [beat.steps for beat in beats] == sorted(beat.steps for beat in beats)
 
 
 @pytest.mark.parametrize(

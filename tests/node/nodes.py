@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import psutil
 
 START_S_MAX = 60.0  # a loaded machine; what is promised is measured from the moment that nodes listen
 SCRIPT = """
+import json
 import sys
 from pathlib import Path
 from covey.node import NodeOptions, run_node
-folder, cluster, port, ends_with_input, *peers = sys.argv[1:]
+folder, cluster, port, ends_with_input, engine_options, *peers = sys.argv[1:]
 options = NodeOptions(
     port=int(port), data_dir=Path(folder), name=Path(folder).name, cluster=cluster, peers=tuple(peers),
     until_stdin_closes=bool(ends_with_input),
     interfaces=("127.0.0.1",),  # others who run these tests on this network are not to be heard
-    engine="fake", engine_options={"vocabulary_size": "259", "step_delay_ms": "5"},
+    engine="fake", engine_options=json.loads(engine_options),
 )
 sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
 """
@@ -42,12 +44,24 @@ class NodeProcess:
         peers: tuple[str, ...] = (),
         *,
         ends_with_input: bool = False,
+        **engine_options: str,
     ) -> None:
         self.name = name
+        options = json.dumps({"vocabulary_size": "259", "step_delay_ms": "5", **engine_options})
         self._log = home / f"{name}.stderr"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(home / name), cluster, str(port), "x" * ends_with_input, *peers],
+                [
+                    sys.executable,
+                    "-c",
+                    SCRIPT,
+                    str(home / name),
+                    cluster,
+                    str(port),
+                    "x" * ends_with_input,
+                    options,
+                    *peers,
+                ],
                 stdin=subprocess.PIPE if ends_with_input else None,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -93,6 +107,22 @@ class NodeProcess:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
         return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
+    def stream(self, model: str) -> threading.Thread:
+        """A request whose answer goes on until something ends it."""
+        body = {"model": model, "messages": [{"role": "user", "content": "?"}], "stream": True, "seed": 1}
+
+        def listen() -> None:
+            with (
+                suppress(httpx.RemoteProtocolError),
+                httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60) as response,
+            ):
+                for _ in response.iter_lines():
+                    pass
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        return thread
+
     def leave(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(20)
@@ -121,11 +151,14 @@ def cluster_name() -> str:
 
 @contextmanager
 def running(
-    home: Path, *names: str, cluster: str | None = None, ends_with_input: bool = False
+    home: Path, *names: str, cluster: str | None = None, ends_with_input: bool = False, **engine_options: str
 ) -> Generator[list[NodeProcess]]:
-    """Nodes that have been started together and listen; ended by force if the test did not end them."""
+    """Nodes that have been started together and listen; ended by force if the test did not end them.
+
+    `engine_options`: of the fake engine.
+    """
     cluster = cluster or cluster_name()
-    nodes = [NodeProcess(home, name, cluster, ends_with_input=ends_with_input) for name in names]
+    nodes = [NodeProcess(home, name, cluster, ends_with_input=ends_with_input, **engine_options) for name in names]
     try:
         for node in nodes:
             node.wait_listening()

@@ -175,6 +175,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "what was long under way counts as a sign of life": ((Membership, "_hear", take_anything_for_a_sign_of_life),),
     "a choice of nodes is forgotten": ((tending, "options_of", any_nodes),),
     "what a node said before it left brings it back": ((Membership, "_let_go", let_go_and_forget),),
+    "a process that hangs is left alone": ((runners, "overdue", lambda *_: None),),
     "runners outlive their instance": ((Runners, "_must_stop", never),),
     "a command is accepted before it is on disk": ((Deciding, "promise", accept_before_the_disk),),
     "a command is accepted although the disk is full": ((Deciding, "hear_failed", accept_what_failed),),

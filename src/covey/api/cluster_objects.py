@@ -92,7 +92,8 @@ def host(stage: Stage, runners: dict[RunnerId, RunnerReport]) -> dict[str, Any]:
 
 
 def runner(case: Case, report: RunnerReport) -> dict[str, Any]:
-    match report.state:
+    state = RunnerState.SHUTTING_DOWN if report.state is RunnerState.STUCK else report.state  # as far as exo knows
+    match state:
         case RunnerState.LOADING:
             inside = case(layers_loaded=report.layers_loaded, total_layers=report.layers_total)
         case RunnerState.READY:
@@ -101,7 +102,7 @@ def runner(case: Case, report: RunnerReport) -> dict[str, Any]:
             inside = case(error_message=report.reason, diagnostics=[])
         case _:
             inside = {}
-    return {f"Runner{report.state}": inside}
+    return {f"Runner{state}": inside}
 
 
 def download(case: Case, node_id: NodeId, report: DownloadReport, shard_metadata: dict[str, Any]) -> dict[str, Any]:

@@ -169,10 +169,13 @@ def _runners(before: Seen, after: Seen) -> Iterator[Note]:
     models = {stage.runner_id: each for each in after.state.instances for stage in each.stages}
     for node_id, report in _runner_reports(after.state):
         known = old.get(report.runner_id)
-        failed_before = known is not None and known.state is RunnerState.FAILED and known.attempt == report.attempt
+        had_failed = known is not None and known.state in (RunnerState.FAILED, RunnerState.STUCK)
+        failed_before = known is not None and had_failed and known.attempt == report.attempt
         if report.state is RunnerState.FAILED and not failed_before:
             text = f"{_part_of(models, report)} on {_name(after.state, node_id)} failed: {_sentence(report.reason)}"
             yield EventKind.RUNNER_FAILED, report.runner_id, text
+        if report.state is RunnerState.STUCK and (known is None or known.state is not RunnerState.STUCK):
+            yield EventKind.RUNNER_FAILED, report.runner_id, f"{_name(after.state, node_id)} {report.waiting}."
 
 
 def _runner_reports(state: ClusterState) -> Iterator[tuple[NodeId, RunnerReport]]:

@@ -168,7 +168,7 @@ class Machine:
             members=self.membership.members(now_ms, self.reporter.last),
             wishes=tuple(self.cluster.wishes.values()),
             instances=tuple(self.view.active(now_ms).values()),
-            notices=self._notices,
+            notices=(*self._notices, *self.runners.notices()),
         )
 
     def keys(self) -> tuple[ApiKey, ...]:
@@ -193,6 +193,8 @@ class Machine:
         return self._messages[type(news.message)](now_ms, news.message)
 
     def _on_hardware(self, _: int, news: HardwareProbed) -> list[Effect]:
+        if not self.runners.knows(news.resident_bytes):
+            return []  # it was read before a runner ended; the next one comes at once
         self.runners.measure(news.resident_bytes)
         self.memory.probe(news.hardware, self.runners.held_bytes(), is_settled=not self.runners.is_memory_moving)
         return []
@@ -298,7 +300,7 @@ class Machine:
             self._shown = seen
             self._revision += 1
             effects.append(StateChanged())
-        if self._is_leaving and not self.runners.runners and self.keeping.is_free:
+        if self._is_leaving and self.runners.are_gone and self.keeping.is_free:
             self._has_left = True
             effects.append(Left(self._leaving_reason))
         return effects
@@ -390,6 +392,7 @@ class Machine:
         if self._now_ms is not None and now_ms - self._now_ms > self.settings.sleep_ms:
             self.membership.wake(now_ms)
             self.leadership.resign(now_ms)
+            self.runners.wake(now_ms)
             self.view.listening_since_ms = now_ms
 
     def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:

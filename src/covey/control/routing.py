@@ -10,7 +10,11 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
+<<<<<<< HEAD
 from covey.control.runner_table import LINKING_STATES, LOADED_STATES, SERVING_STATES
+=======
+from covey.control.runner_table import MEASURED_STATES, SERVING_STATES
+>>>>>>> deadlines
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,
@@ -151,7 +155,7 @@ def _retry(instance: Instance, reports: Reports) -> Progress | None:
 
 
 def _lack(instance: Instance, reports: Reports) -> Progress | None:
-    """A runner that waits for memory which others use now."""
+    """A runner that waits for memory which others use now, or for its former process to end."""
     for stage in instance.stages:
         report = runner_report(stage, reports)
         if report and report.waiting:
@@ -198,7 +202,7 @@ def is_ready(instance: Instance, reports: Reports) -> bool:
 
 
 def waits_for_memory(instance: Instance, reports: Reports) -> bool:
-    """Whether a runner of it does not start for lack of memory."""
+    """Whether a runner of it does not start for lack of memory, or because its former process does not end."""
     found = [runner_report(stage, reports) for stage in instance.stages]
     return any(each.waiting for each in found if each)
 
@@ -248,8 +252,12 @@ def _candidate(
     report: NodeReport, hardware: Hardware, instances: Sequence[Instance], leaving: Sequence[Instance]
 ) -> Candidate:
     ending = {stage.runner_id for each in leaving for stage in each.stages if stage.node_id == report.node_id}
-    given_back = sum(each.resident_bytes for each in report.runners if each.runner_id in ending)
-    held = sum(each.resident_bytes for each in report.runners if each.state in LOADED_STATES)
+    given_back = sum(
+        each.resident_bytes
+        for each in report.runners
+        if each.runner_id in ending and each.state is not RunnerState.STUCK  # nobody knows when that ends
+    )
+    held = sum(each.resident_bytes for each in report.runners if each.state in MEASURED_STATES)
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -265,7 +273,7 @@ def _promised(stage: Stage, report: NodeReport) -> int:
     """What a stage will still take of the memory that its node says is available."""
     if stage.node_id != report.node_id:
         return 0
-    own = [each for each in report.runners if each.runner_id == stage.runner_id and each.state in LOADED_STATES]
+    own = [each for each in report.runners if each.runner_id == stage.runner_id and each.state in MEASURED_STATES]
     return still_to_take_bytes(stage.memory_bytes, own[0].resident_bytes if own else None)
 
 

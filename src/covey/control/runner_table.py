@@ -4,8 +4,8 @@ An instance runs as one generation: all its runners have the same attempt number
 whatever reason, is reaped before the next attempt starts. A pair that the table lacks is a bug and raises with its
 story. `docs/runner-states.md` is drawn from this table.
 
-Deadlines of phases belong in `Runners.advance`, next to the back-off: a phase that outlives its limit is treated like
-`PhaseFailed`, whose handler already asks the process to stop.
+A process that takes longer for its phase than `deadlines` allows is `Overdue`: it is not asked any more but ended. One
+that does not end even then is stuck: it keeps its memory, and no other process takes its place before it is reaped.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from covey.schema.machine import Effect, RunnerExited, RunnerStarted, StartRunne
 from covey.schema.runner import (
     Activity,
     Address,
+    Beat,
     Connected,
     ConnectTo,
     Listening,
@@ -34,13 +35,21 @@ from covey.schema.runner import (
 IDLE, CONNECTING, CONNECTED = RunnerState.IDLE, RunnerState.CONNECTING, RunnerState.CONNECTED
 LOADING, LOADED, WARMING_UP = RunnerState.LOADING, RunnerState.LOADED, RunnerState.WARMING_UP
 READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
-SHUTTING_DOWN, FAILED, SHUTDOWN = RunnerState.SHUTTING_DOWN, RunnerState.FAILED, RunnerState.SHUTDOWN
+SHUTTING_DOWN, STUCK = RunnerState.SHUTTING_DOWN, RunnerState.STUCK
+FAILED, SHUTDOWN = RunnerState.FAILED, RunnerState.SHUTDOWN
 
 STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+<<<<<<< HEAD
 LINKING_STATES: Final = (IDLE, CONNECTING)  # until all runners of its generation are there
 MOVING_STATES: Final = (LOADING, SHUTTING_DOWN, FAILED)  # its process, if it has one, takes or gives back memory
+=======
+ENDING_STATES: Final = (SHUTTING_DOWN, FAILED)  # its process, if it has one, was told to end
+MOVING_STATES: Final = (LOADING, *ENDING_STATES)  # its process, if it has one, takes or gives back memory
+>>>>>>> deadlines
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
 SERVING_STATES: Final = (READY, RUNNING)
+MEASURED_STATES: Final = (*LOADED_STATES, STUCK)  # what it holds is known, and what it will still take is the rest
+HUNG_GRACE_MS: Final = 2_000  # between SIGTERM and SIGKILL for a process that did not get on: long enough for its log
 LOG_TAIL_CHARACTERS_MAX: Final = 2_000
 
 
@@ -55,6 +64,7 @@ class Runner(Struct):
     has_process: bool = False
     process_id: int = 0  # of that, once it is known
     wanted: bool = True
+    is_seen_gone: bool = True  # the memory was looked at since its last process ended
     last_attempt: int = 0  # that had a process
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
@@ -65,11 +75,18 @@ class Runner(Struct):
     data_address: Address | None = None
     linked_to: int | None = None  # the boot of the next stage's node
     layers_loaded: int = 0
+    bytes_loaded: int = 0
+    steps: int = 0  # that it has finished in its life
+    is_busy: bool = False  # with a step; the head: with a request
+    phase_since_ms: int = 0  # when its phase began, or last got further
+    progress: tuple[object, ...] = ()  # as it was then
+    heard_ms: int = 0  # when its process last said something
+    is_overdue: bool = False  # it was ended because it did not get further
     resident_bytes: int = 0
     requests_running: int = 0
     requests_queued: int = 0
     reason: str = ""
-    waiting: str = ""  # while it lacks memory to start: what its node says of that
+    waiting: str = ""  # while it can't start, for lack of memory or because it is stuck: what its node says of that
 
     def report(self) -> RunnerReport:
         shard = self.stage.shard
@@ -120,6 +137,12 @@ class Retry(Struct, frozen=True):
     """The back-off after a failure is over."""
 
     attempt: int
+
+
+class Overdue(Struct, frozen=True):
+    """Its process has taken too long for what it is to do now."""
+
+    reason: str
 
 
 Outcome = tuple[RunnerState, list[Effect]]
@@ -195,7 +218,7 @@ def _load(runner: Runner, _: Proceed) -> Outcome:
 
 
 def _load_progressed(runner: Runner, news: LoadProgressed) -> Outcome:
-    runner.layers_loaded = news.layers_loaded
+    runner.layers_loaded, runner.bytes_loaded = news.layers_loaded, news.bytes_loaded
     return LOADING, []
 
 
@@ -219,6 +242,23 @@ def _activity(runner: Runner, news: Activity) -> Outcome:
     return (RUNNING if news.running or news.queued else READY), []
 
 
+def _beat(runner: Runner, news: Beat) -> Outcome:
+    runner.steps, runner.is_busy = news.steps, news.is_busy
+    return runner.state, []
+
+
+def _overdue(runner: Runner, news: Overdue) -> Outcome:
+    runner.has_failed, runner.is_overdue, runner.reason = True, True, news.reason
+    grace_ms = min(runner.grace_ms, HUNG_GRACE_MS)
+    return FAILED, [StopRunner(runner.stage.runner_id, runner.attempt, grace_ms, asks_first=False)]
+
+
+def _stuck(runner: Runner, news: Overdue) -> Outcome:
+    runner.waiting = news.reason
+    runner.resident_bytes = runner.resident_bytes or 1  # the next probe reads it; until then no figure is fresh
+    return STUCK, []
+
+
 def _phase_failed(runner: Runner, news: PhaseFailed) -> Outcome:
     runner.has_failed, runner.reason = True, f"{news.phase}: {news.reason}"
     return FAILED, [_stop_effect(runner)]
@@ -231,8 +271,8 @@ def _crashed(runner: Runner, news: RunnerExited) -> Outcome:
 
 
 def _failed_and_gone(runner: Runner, news: RunnerExited) -> Outcome:
+    _close_reason(runner, news)
     _forget_process(runner)
-    runner.reason = _with_log(runner.reason, news.log_tail)
     return FAILED, []
 
 
@@ -246,7 +286,9 @@ def _stop_failed(runner: Runner, _: Stop) -> Outcome:
     return (SHUTTING_DOWN if runner.has_process else SHUTDOWN), []  # a failed process was asked to stop already
 
 
-def _stopped(runner: Runner, _: RunnerExited) -> Outcome:
+def _stopped(runner: Runner, news: RunnerExited) -> Outcome:
+    if runner.has_failed:
+        _close_reason(runner, news)
     _forget_process(runner)
     if not runner.wanted:
         return SHUTDOWN, []
@@ -270,6 +312,14 @@ def _stop_effect(runner: Runner) -> StopRunner:
 def _forget_process(runner: Runner) -> None:
     runner.has_process, runner.process_id, runner.data_address, runner.linked_to = False, 0, None, None
     runner.layers_loaded = runner.resident_bytes = runner.requests_running = runner.requests_queued = 0
+    runner.is_seen_gone = False
+    runner.bytes_loaded, runner.steps, runner.is_busy, runner.is_overdue, runner.waiting = 0, 0, False, False, ""
+
+
+def _close_reason(runner: Runner, news: RunnerExited) -> None:
+    """How the process ended is no news where it said itself why it would."""
+    ended = f"; its process was ended: {news.description}" if runner.is_overdue else ""
+    runner.reason = _with_log(runner.reason + ended, news.log_tail)
 
 
 def _with_log(sentence: str, log_tail: str) -> str:
@@ -279,7 +329,16 @@ def _with_log(sentence: str, log_tail: str) -> str:
 
 # ---- the table ----
 
-PROCESS_WORDS: Final = (Listening, Connected, LoadProgressed, Loaded, Ready, Activity, PhaseFailed)  # all it can say
+PROCESS_WORDS: Final = (
+    Listening,
+    Connected,
+    LoadProgressed,
+    Loaded,
+    Ready,
+    Activity,
+    Beat,
+    PhaseFailed,
+)  # all it can say
 
 TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (IDLE, Begin): Transition(_begin, (IDLE,)),
@@ -293,15 +352,19 @@ TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (WARMING_UP, Ready): Transition(_ready, (READY,)),
     (READY, Activity): Transition(_activity, (READY, RUNNING)),
     (RUNNING, Activity): Transition(_activity, (READY, RUNNING)),
-    **{(state, RunnerStarted): Transition(_started, (state,)) for state in (IDLE, SHUTTING_DOWN, FAILED)},
+    **{(state, Beat): Transition(_beat, (state,)) for state in SERVING_STATES},
+    **{(state, Overdue): Transition(_overdue, (FAILED,)) for state in (IDLE, CONNECTING, LOADING, WARMING_UP)},
+    **{(state, Overdue): Transition(_overdue, (FAILED,)) for state in SERVING_STATES},
+    **{(state, Overdue): Transition(_stuck, (STUCK,)) for state in ENDING_STATES},
+    **{(state, RunnerStarted): Transition(_started, (state,)) for state in (IDLE, *ENDING_STATES, STUCK)},
     **{(state, PhaseFailed): Transition(_phase_failed, (FAILED,)) for state in STARTED_STATES},
     **{(state, RunnerExited): Transition(_crashed, (FAILED,)) for state in STARTED_STATES},
     (IDLE, Stop): Transition(_stop, (SHUTTING_DOWN, SHUTDOWN)),
     **{(state, Stop): Transition(_stop, (SHUTTING_DOWN,)) for state in STARTED_STATES if state is not IDLE},
     # What a process said before it heard that it is to stop is no news.
-    **{(state, word): Transition(_stay, (state,)) for state in (SHUTTING_DOWN, FAILED) for word in PROCESS_WORDS},
-    (SHUTTING_DOWN, Stop): Transition(_stay, (SHUTTING_DOWN,)),
-    (SHUTTING_DOWN, RunnerExited): Transition(_stopped, (IDLE, FAILED, SHUTDOWN)),
+    **{(state, word): Transition(_stay, (state,)) for state in (*ENDING_STATES, STUCK) for word in PROCESS_WORDS},
+    **{(state, Stop): Transition(_stay, (state,)) for state in (SHUTTING_DOWN, STUCK)},
+    **{(state, RunnerExited): Transition(_stopped, (IDLE, FAILED, SHUTDOWN)) for state in (SHUTTING_DOWN, STUCK)},
     (FAILED, RunnerExited): Transition(_failed_and_gone, (FAILED,)),
     (FAILED, Stop): Transition(_stop_failed, (SHUTTING_DOWN, SHUTDOWN)),
     (FAILED, Retry): Transition(_retry, (IDLE,)),

@@ -13,21 +13,25 @@ from the others' reports, with these rules:
 Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
 first rule the others stay stopped.
 
+A process that takes too long for its phase is ended (`deadlines`). The next one starts once it is reaped and a probe
+has seen what is free without it.
+
 A runner starts when its node has the memory for it. Where it has not, that is no failure: others may give back what
 they use, so it is looked at again with every probe. Nothing is said of memory while another runner takes or gives
 back some, nor before the first probe after that: the figures would count it twice, or not at all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
+from covey.control.deadlines import due_ms, overdue
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
-    LOADED_STATES,
+    MEASURED_STATES,
     MOVING_STATES,
     SERVING_STATES,
     STARTED_STATES,
@@ -82,8 +86,10 @@ class Runners:
         runner = self.runners.get(news.runner_id)
         if runner is None or runner.attempt != news.attempt or not runner.has_process:
             return []
+        runner.heard_ms = now_ms
         effects = self._step(runner, self._word(runner, news.message) if isinstance(news, RunnerSaid) else news)
         self._note(now_ms, runner)
+        _keep_time(now_ms, runner)
         return effects
 
     @staticmethod
@@ -106,10 +112,19 @@ class Runners:
             runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
 
     def measure(self, resident_bytes: Mapping[int, int]) -> None:
-        """What the processes hold now, by process id: of those that have loaded, whose caches fill as they serve."""
+        """What the processes hold now, by process id: of those that have loaded, whose caches fill as they serve.
+
+        The memory of those that have ended is not among it, so that others may start in their place.
+        """
         for runner in self.runners.values():
-            if runner.state in LOADED_STATES and runner.process_id in resident_bytes:
+            runner.is_seen_gone = not runner.has_process
+            if runner.state in MEASURED_STATES and runner.process_id in resident_bytes:
                 runner.resident_bytes = resident_bytes[runner.process_id]
+
+    def wake(self, now_ms: int) -> None:
+        """Our machine slept, and the processes with it: their time begins anew."""
+        for runner in self.runners.values():
+            runner.phase_since_ms = runner.heard_ms = now_ms
 
     # ---- desired minus actual ----
 
@@ -119,14 +134,16 @@ class Runners:
         effects: list[Effect] = []
         for runner in list(self.runners.values()):
             effects += self._advance_one(now_ms, runner, world)
+            _keep_time(now_ms, runner)
             if runner.state is RunnerState.SHUTDOWN:
                 self._forget(runner)
         return effects
 
     def deadline(self) -> int | None:
-        """When the next back-off or spacing ends."""
+        """When the next back-off, spacing, or time for a phase ends."""
         spacing = self.settings.runner_spacing_ms
         times = [runner.retry_ms for runner in self.runners.values()]
+        times += [due_ms(runner, self.settings.limits) for runner in self.runners.values()]
         times += [
             runner.started_ms + spacing
             for runner in self.runners.values()
@@ -142,6 +159,20 @@ class Runners:
         """Memory of each process, by runner and attempt, as of the last probe since it has loaded; 0 before."""
         running = [runner for runner in self.runners.values() if runner.has_process]
         return {(runner.stage.runner_id, runner.attempt): runner.resident_bytes for runner in running}
+
+    @property
+    def are_gone(self) -> bool:
+        """Whether nothing is left that could still be ended."""
+        return all(runner.state is RunnerState.STUCK for runner in self.runners.values())
+
+    def knows(self, process_ids: Iterable[int]) -> bool:
+        """Whether all of these are processes of ours that have not ended, as far as we have heard."""
+        return {*process_ids} <= {runner.process_id for runner in self.runners.values()}
+
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know: one sentence each."""
+        stuck = [runner for runner in self.runners.values() if runner.state is RunnerState.STUCK]
+        return tuple(f"this node {runner.waiting}." for runner in stuck)
 
     @property
     def is_memory_moving(self) -> bool:
@@ -167,7 +198,7 @@ class Runners:
         former = self.former.pop(stage.runner_id, None)
         if former is None:
             budget = len(self.settings.runner_back_off_ms)
-            return Runner(instance, stage, self.settings.stop_grace_ms, retries_left=budget)
+            return Runner(instance, stage, self.settings.limits.shut_down_ms // 2, retries_left=budget)
         state = RunnerState.FAILED if former.has_failed else RunnerState.IDLE
         return replace(former, instance=instance, stage=stage, state=state, waiting="")
 
@@ -179,6 +210,9 @@ class Runners:
 
     def _advance_one(self, now_ms: int, runner: Runner, world: World) -> list[Effect]:
         """At most two steps lie between what a runner is and what it should be: stop, or go on."""
+        late = overdue(now_ms, runner, self.settings.limits)
+        if late:
+            return self._step(runner, late)
         others = _neighbours(runner, world.reports)
         generation = max([runner.attempt, *(other.report.attempt for other in others.values())])
         if self._must_stop(runner, others, generation):
@@ -194,7 +228,7 @@ class Runners:
         return []
 
     def _must_stop(self, runner: Runner, others: dict[int, Neighbour], generation: int) -> bool:
-        if runner.state in (RunnerState.SHUTTING_DOWN, RunnerState.SHUTDOWN):
+        if runner.state in (RunnerState.SHUTTING_DOWN, RunnerState.STUCK, RunnerState.SHUTDOWN):
             return False
         if not runner.wanted:
             return True
@@ -212,7 +246,9 @@ class Runners:
         path = world.paths.get(runner.instance.card.model_id)
         last = runner.started_ms
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
-        if path is None or too_soon or not self._has_room(runner, others, world) or _is_held_up(others):
+        if path is None or too_soon or not runner.is_seen_gone:
+            return []
+        if not self._has_room(runner, others, world) or _is_held_up(others):
             return []
         return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
 
@@ -278,7 +314,16 @@ class Runners:
             slot_count=instance.slot_count,
             thread_count=self.settings.thread_count,
             listen_host=self.settings.listen_host,
+            connect_ms=self.settings.limits.connect_ms * 2 // 3,  # so that it can say who was not reached
         )
+
+
+def _keep_time(now_ms: int, runner: Runner) -> None:
+    """The time of a phase begins anew with each thing that the process, or we, have done."""
+    loaded, answered = (runner.layers_loaded, runner.bytes_loaded), (runner.steps, runner.is_busy)
+    progress = (runner.state, runner.attempt, runner.has_process, runner.linked_to, loaded, answered)
+    if progress != runner.progress:
+        runner.progress, runner.phase_since_ms = progress, now_ms
 
 
 def _index(runner: Runner) -> int:

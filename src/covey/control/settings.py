@@ -18,6 +18,16 @@ KEEPERS_MAX: Final = 3  # nodes asked to confirm a write; one of them has to
 ACKNOWLEDGEMENTS_MAX: Final = 64  # owed while a write is under way; whoever waits for one asks again
 
 
+class PhaseLimits(Struct, frozen=True, kw_only=True):
+    """How long a runner's process may go without progress, by phase. People set them by `COVEY_..._TIMEOUT_S`."""
+
+    connect_ms: int = 30_000  # to start and listen; then to reach its neighbours, who start at the same time
+    load_ms: int = 300_000  # a layer of a large model from a slow disk takes half a minute, packing all of them more
+    warm_up_ms: int = 120_000  # one short prompt, which touches all weights for the first time
+    step_ms: int = 300_000  # the 256 tokens of a long prompt's step, on a board that takes a second for each
+    shut_down_ms: int = 6_000  # half of it for the end that it is asked for, half of it for SIGTERM; then it is killed
+
+
 class MachineSettings(Struct, frozen=True, kw_only=True):
     """What one node's machine is told at its start."""
 
@@ -59,7 +69,7 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     memory_wait_ms: int = 60_000  # a runner may wait for so long for others' memory before its wish is placed elsewhere
     runner_spacing_ms: int = 1_000  # between two starts of one runner, for whatever reason
     runner_healthy_ms: int = 60_000  # a runner that was ready for so long has its budget of failures back
-    stop_grace_ms: int = 3_000
+    limits: PhaseLimits = PhaseLimits()
 
     life: str = ""  # drawn at random at every start
     listen_host: str = "127.0.0.1"  # the runners' data ports

@@ -2,24 +2,34 @@
 
 Where an instance has a stage on a node that is gone, the wish is placed again on what is left, and the old assignment
 stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. A stage whose
-node has had too little memory for a while is mended alike, but until there is another place its instance goes on
-waiting. Of several instances whose nodes are all here (two leaders, apart for a while, each assigned the wish) one
-stays: a ready one if there is one, then one that serves requests, then the one that this leader has seen whole for
-longest.
+node has had too little memory for a while, or can't end its former process, is mended alike, but until there is another
+place its instance goes on waiting. Of several instances whose nodes are all here (two leaders, apart for a while, each
+assigned the wish) one stays: a ready one if there is one, then one that serves requests, then the one that this leader
+has seen whole for longest.
 """
 
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
+from msgspec.structs import replace
+
 from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written, assignment, wish_of
 from covey.control.dormancy import lacks
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import place
-from covey.control.routing import Reports, is_ready, options_of, request_count, waits_for_memory
+from covey.control.placement.place import Options, place
+from covey.control.routing import (
+    Reports,
+    is_ready,
+    options_of,
+    request_count,
+    runner_report,
+    waits_for_memory,
+)
 from covey.schema.cluster import Instance, Refused, Version, Wish
 from covey.schema.ids import InstanceId, NodeId
 from covey.schema.model import Shard
+from covey.schema.runner import RunnerState
 
 DORMANT_MAX: Final = 2  # of one wish: the sides of a cut; of more those go that were assigned first
 
@@ -60,7 +70,7 @@ class Tending:
         if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
             return dropped
-        replaced = self._replace(wish, look(tuple(mine)), whole[:1])
+        replaced = self._replace(wish, look(tuple(mine)), whole[:1], reports)
         return (*dropped, *replaced, *(Written(INSTANCE + each.instance_id, None) for each in whole[:1] if replaced))
 
     def leftovers(self) -> tuple[Written, ...]:
@@ -81,16 +91,33 @@ class Tending:
         """The later it was assigned, the higher."""
         return self.cluster.entries[INSTANCE + instance.instance_id].version
 
-    def _replace(self, wish: Wish, context: Context, stuck: Sequence[Instance]) -> tuple[Written, ...]:
+    def _replace(
+        self, wish: Wish, context: Context, stuck: Sequence[Instance], reports: Reports
+    ) -> tuple[Written, ...]:
         """Another assignment than those that are stuck, if there is one."""
         if self.refused_with.get(wish.wish_id) == context.nodes:
             return ()
-        placement = place(wish.card, context.nodes, options_of(wish, context.nodes))
+        placement = place(wish.card, context.nodes, _options_without(_hung(stuck, reports), wish, context.nodes))
         instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
         if instance is None or any(_shards(each) == _shards(instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
             return ()
         return (Written(INSTANCE + instance.instance_id, instance),)
+
+
+def _hung(instances: Sequence[Instance], reports: Reports) -> set[NodeId]:
+    """The nodes that can't end a process of these."""
+    found = [(stage.node_id, runner_report(stage, reports)) for each in instances for stage in each.stages]
+    return {node_id for node_id, report in found if report and report.state is RunnerState.STUCK}
+
+
+def _options_without(hung: Collection[NodeId], wish: Wish, nodes: Sequence[Candidate]) -> Options:
+    """For placing it on other nodes than those, if there are any."""
+    others = [node for node in nodes if node.node_id not in hung]
+    options = options_of(wish, others or nodes)
+    if not hung or not others:
+        return options
+    return replace(options, node_ids=options.node_ids or tuple(node.node_id for node in others))
 
 
 def _shards(instance: Instance) -> list[tuple[NodeId, Shard]]:

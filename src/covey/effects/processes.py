@@ -4,6 +4,7 @@ A runner is in a session of its own, so that Ctrl-C in a terminal reaches only t
 Should the node die, the end of its standard input tells the runner to end as well; nothing here must survive for it.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -25,8 +26,11 @@ from covey.schema.trust import Credentials
 
 RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
 COMMANDS_MAX: Final = 64  # a whole life takes five; more means that the runner has stopped reading
+REAP_S_MAX: Final = 10.0  # a killed process ends within milliseconds, unless a driver or a disk holds it
 PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+_log = logging.getLogger(__name__)
 
 Deliver = Callable[[Input], Awaitable[None]]
 
@@ -39,7 +43,7 @@ class _Runner:
         self.commands, self.outgoing = anyio.create_memory_object_stream[RunnerCommand](COMMANDS_MAX)
         self.process_id = 0  # while it has one
         self.stop_wanted = anyio.Event()
-        self.grace_ms = 0
+        self.grace_ms, self.asks_first = 0, True
         self.fault = ""  # why we ended it unasked, if we did
 
     def close(self) -> None:
@@ -76,10 +80,15 @@ class Processes:
         self._command = command
         self._decoder = msgspec.msgpack.Decoder(RunnerMessage)
         self._runners: dict[tuple[RunnerId, int], _Runner] = {}
+        self._ended = anyio.Event()
 
     def process_ids(self) -> tuple[int, ...]:
         """Of the runners that live now."""
         return tuple(runner.process_id for runner in self._runners.values() if runner.process_id)
+
+    def next_end(self) -> anyio.Event:
+        """Set when the next process has ended, and the machine was told."""
+        return self._ended
 
     def start(self, effect: StartRunner) -> None:
         """Answered by `RunnerStarted`, `RunnerSaid`..., and at the end by exactly one `RunnerExited`."""
@@ -101,7 +110,7 @@ class Processes:
     def stop(self, effect: StopRunner) -> None:
         runner = self._runners.get((effect.runner_id, effect.attempt))
         if runner is not None and not runner.stop_wanted.is_set():
-            runner.grace_ms = effect.grace_ms
+            runner.grace_ms, runner.asks_first = effect.grace_ms, effect.asks_first
             runner.stop_wanted.set()
 
     async def _run(self, runner: _Runner) -> None:
@@ -113,19 +122,25 @@ class Processes:
             runner.close()
             log.close()
         await self._deliver(RunnerExited(runner.runner_id, runner.attempt, description, log.tail()))
+        self._ended.set()
+        self._ended = anyio.Event()
 
     async def _run_process(self, runner: _Runner, log: RunnerLog) -> str:
         try:
             process = await anyio.open_process(self._command, env=_environment(runner.spec), start_new_session=True)
         except OSError as error:
             return f"could not be started: {error.strerror or error}"
-        runner.process_id = process.pid
         try:
             await self._deliver(RunnerStarted(runner.runner_id, runner.attempt, process.pid))
+            runner.process_id = process.pid
             await self._converse(runner, process, log)
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(REAP_S_MAX, shield=True):
                 await _reap(process)
+            if process.returncode is None:
+                _log.error(
+                    "process %d of a runner does not end, although it was killed: it is left behind", process.pid
+                )
             runner.process_id = 0
         ended = describe_exit(await process.wait())
         return f"{runner.fault} ({ended})" if runner.fault else ended
@@ -192,9 +207,10 @@ async def _stop_when_asked(runner: _Runner, process: Process) -> None:
     """Asks, then insists, then kills; the end of the process ends this task."""
     await runner.stop_wanted.wait()
     if not runner.fault:
-        with suppress(anyio.WouldBlock):
-            runner.commands.send_nowait(ShutDown())
-        await anyio.sleep(runner.grace_ms / 1000)
+        if runner.asks_first:
+            with suppress(anyio.WouldBlock):
+                runner.commands.send_nowait(ShutDown())
+            await anyio.sleep(runner.grace_ms / 1000)
         _signal(process, signal.SIGTERM)
         await anyio.sleep(runner.grace_ms / 1000)
     _signal(process, signal.SIGKILL)
@@ -208,7 +224,10 @@ def _signal(process: Process, number: signal.Signals) -> None:
 
 
 async def _reap(process: Process) -> None:
-    """Kills it if it still runs, which it only does when our task was cancelled."""
+    """Kills it if it still runs, which it only does when our task was cancelled.
+
+    Its pipes are closed only after its end, since `aclose` waits for that too, whoever cancels it.
+    """
     _signal(process, signal.SIGKILL)
     await process.wait()
     await process.aclose()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 import anyio.to_thread
@@ -25,17 +25,24 @@ WAIT_S_MAX: Final = 3600.0
 _log = logging.getLogger(__name__)
 
 
-async def watch_hardware(probe: Probe, mailbox: Mailbox, runners: Callable[[], Sequence[int]]) -> None:
-    """For ever. Whether a change is worth telling others is the machine's to decide.
+class Runners(Protocol):
+    def process_ids(self) -> Sequence[int]: ...
+    def next_end(self) -> anyio.Event: ...
 
-    `runners` gives the process ids of those that run now.
+
+async def watch_hardware(probe: Probe, mailbox: Mailbox, runners: Runners) -> None:
+    """For ever, and at once when a runner has ended: the next one waits for what is free then.
+
+    Whether a change is worth telling others is the machine's to decide.
     """
     while True:
+        ended = runners.next_end()
         try:
-            mailbox.offer(await anyio.to_thread.run_sync(_look, probe, runners()))
+            mailbox.offer(await anyio.to_thread.run_sync(_look, probe, runners.process_ids()))
         except OSError as error:
             _log.warning("this machine's memory and disk could not be read: %s", error)
-        await anyio.sleep(LOOK_S)
+        with anyio.move_on_after(LOOK_S):
+            await ended.wait()
 
 
 def _look(probe: Probe, process_ids: Sequence[int]) -> HardwareProbed:

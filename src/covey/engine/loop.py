@@ -48,7 +48,15 @@ class Stage:
 
 
 class Loop(Protocol):
-    """What the runner's main thread drives."""
+    """What the runner's main thread drives. Another thread tells the node how it gets on, and only looks."""
+
+    @property
+    def steps(self) -> int:
+        """How many have ended."""
+        ...
+
+    @property
+    def is_busy(self) -> bool: ...
 
     def handle(self, message: ServeMessage | Frame) -> None: ...
 
@@ -66,11 +74,15 @@ class Follower:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.steps = 0
+        self.is_busy = False
 
     def handle(self, message: ServeMessage | Frame) -> None:
         if not (isinstance(message, Frame) and isinstance(message.message, StepPlan) and message.values is not None):
             raise ProtocolError("The stage before sent something that is no step.")
+        self.is_busy = True
         self._stage.run(message.message, message.values)
+        self.steps, self.is_busy = self.steps + 1, False
 
     def step(self) -> bool:
         return False
@@ -85,6 +97,7 @@ class Head:
     def __init__(self, spec: RunnerSpec, stage: Stage, tell: Callable[[Activity], None]) -> None:
         self._stage = stage
         self._tell = tell
+        self.steps = 0
         self._told = Activity(0, 0)
         self._told_at = 0.0
         self._connections: dict[int, ServeConnection] = {}
@@ -94,6 +107,11 @@ class Head:
             stage_count=spec.stage_count,
             vocabulary_size=spec.vocabulary_size,
         )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way, so that steps come back."""
+        return self._scheduler.running_count > 0
 
     def step(self) -> bool:
         """Starts the next step if there is one: schedule, run, learn."""
@@ -134,6 +152,7 @@ class Head:
         self._connections[said.owner].handled()
 
     def _learn(self, outcome: StepOutcome) -> None:
+        self.steps += 1
         self._send(self._scheduler.learn(outcome, time.monotonic()))
 
     def _send(self, events: Events) -> None:

@@ -28,6 +28,7 @@ class NodePipe:
         self._main_thread = threading.get_ident()
         self._input = os.dup(INPUT)
         self._output = os.dup(OUTPUT)
+        self._telling = threading.Lock()  # two threads tell, and a long message may go in pieces
         self.is_ending = False  # the node has asked for it
         empty = os.open(os.devnull, os.O_RDONLY)
         os.dup2(empty, INPUT)
@@ -41,8 +42,9 @@ class NodePipe:
     def tell(self, message: RunnerMessage) -> None:
         data = pack(message)
         try:
-            while data:
-                data = data[os.write(self._output, data) :]
+            with self._telling:
+                while data:
+                    data = data[os.write(self._output, data) :]
         except BrokenPipeError:
             self._vanish("the node reads no more")
 

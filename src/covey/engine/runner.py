@@ -26,6 +26,7 @@ from covey.engine.port import DataPort
 from covey.engine.tls import client_context
 from covey.schema.runner import (
     Address,
+    Beat,
     Configure,
     Connected,
     ConnectTo,
@@ -40,7 +41,8 @@ from covey.schema.runner import (
     WarmUp,
 )
 
-CONNECT_SECONDS: Final = 20.0  # neighbours start at the same time, on machines that may be slow
+BEAT_SECONDS: Final = 2.0  # between two signs of life
+MS_PER_S: Final = 1000
 
 log = logging.getLogger(__name__)
 Command = TypeVar("Command", bound=RunnerCommand)
@@ -102,19 +104,21 @@ class Runner:
     def _connect(self, configure: Configure, port: DataPort, addresses: Sequence[Address]) -> Link | None:
         """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
         link, spec = None, configure.spec
+        seconds = spec.connect_ms / MS_PER_S
         if spec.stage_count > 1:
-            deadline = time.monotonic() + CONNECT_SECONDS
-            link = connect(spec, addresses, client_context(configure.credentials), CONNECT_SECONDS)
+            deadline = time.monotonic() + seconds
+            link = connect(spec, addresses, client_context(configure.credentials), seconds)
             self._listen_to(link, self._report_end)
-            self._listen_to(self._wait_before(port, deadline), self._pass_on_frames)
+            self._listen_to(self._wait_before(port, seconds, deadline), self._pass_on_frames)
         self._pipe.tell(Connected())
         return link
 
-    def _wait_before(self, port: DataPort, deadline: float) -> Link:
+    @staticmethod
+    def _wait_before(port: DataPort, seconds: float, deadline: float) -> Link:
         try:
             return port.links.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
-            raise LinkBrokenError(f"The stage before opened no link within {CONNECT_SECONDS:.0f} s.") from None
+            raise LinkBrokenError(f"The stage before opened no link within {seconds:.0f} s.") from None
 
     def _load(self, spec: RunnerSpec) -> StageEngine:
         engine = create(spec)
@@ -131,6 +135,7 @@ class Runner:
         loop = self._loop = Head(spec, stage, self._pipe.tell) if spec.stage_index == 0 else Follower(stage)
         port.open_for_requests()
         self._pipe.tell(Ready())
+        threading.Thread(target=self._beat, args=(loop,), name="beat", daemon=True).start()
         for message in self._early:
             self._handle(loop, message)
         while True:
@@ -148,7 +153,13 @@ class Runner:
             case _:
                 raise ProtocolError(f"The node sent {type(message).__name__} to a runner that serves already.")
 
-    # ---- threads that listen to links ----
+    # ---- other threads ----
+
+    def _beat(self, loop: Loop) -> NoReturn:
+        """Tells the node, which sees from outside neither whether a process was stopped nor how its work gets on."""
+        while True:
+            self._pipe.tell(Beat(loop.steps, loop.is_busy))
+            time.sleep(BEAT_SECONDS)
 
     def _listen_to(self, link: Link, listen: Callable[[Link], None]) -> None:
         self._links.append(link)

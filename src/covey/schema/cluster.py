@@ -137,7 +137,7 @@ class RunnerReport(Struct, frozen=True, kw_only=True):
     requests_running: int = 0
     requests_queued: int = 0
     reason: str = ""  # when failed: one sentence, then the last lines of its log
-    waiting: str = ""  # while it lacks memory to start: "has too little memory now: ...", said of its node
+    waiting: str = ""  # while it can't start: "has too little memory now: ...", "can't end ...", said of its node
 
 
 class NodeReport(Struct, frozen=True, tag=True, kw_only=True):

@@ -193,11 +193,15 @@ class TellRunner(Struct, frozen=True, tag=True):
 
 
 class StopRunner(Struct, frozen=True, tag=True):
-    """Ask it to shut down, SIGTERM after `grace_ms`, SIGKILL as long again after that. Answered by `RunnerExited`."""
+    """Ask it to shut down, SIGTERM after `grace_ms`, SIGKILL as long again after that. Answered by `RunnerExited`.
+
+    One that hangs is not asked first: SIGTERM at once.
+    """
 
     runner_id: RunnerId
     attempt: int
     grace_ms: int
+    asks_first: bool = True
 
 
 class StateChanged(Struct, frozen=True, tag=True):

@@ -2,7 +2,8 @@
 
 The node sends `Configure` first; the runner opens its data port and answers `Listening`. Then each command moves it
 one phase on: `ConnectTo` (ends in `Connected`), `Load` (`LoadProgressed` ..., `Loaded`), `WarmUp` (`Ready`),
-`ShutDown` (the process ends). Any phase can end in `PhaseFailed`, after which the process ends by itself.
+`ShutDown` (the process ends). While it serves it sends `Beat`, and the head `Activity`. Any phase can end in
+`PhaseFailed`, after which the process ends by itself.
 The end of standard input means that the node is gone, and ends the runner too.
 """
 
@@ -30,6 +31,7 @@ class RunnerState(StrEnum):
     READY = "Ready"
     RUNNING = "Running"
     SHUTTING_DOWN = "ShuttingDown"
+    STUCK = "Stuck"  # killed, and yet its process is still there: its memory stays taken (no state of exo's)
     FAILED = "Failed"
     SHUTDOWN = "Shutdown"
 
@@ -57,6 +59,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     slot_count: int  # requests that run at once
     thread_count: int
     listen_host: str  # the data port listens here; `EVERYWHERE`: at all addresses that are not the internet's
+    connect_ms: int = 20_000  # to reach the neighbours, who start at the same time, on machines that may be slow
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
 
 
@@ -120,6 +123,13 @@ class Activity(Struct, frozen=True, tag=True):
     queued: int
 
 
+class Beat(Struct, frozen=True, tag=True):
+    """While it serves, every few seconds, from a thread that computing does not hold up."""
+
+    steps: int  # that have ended; the head counts those that came back from the last stage
+    is_busy: bool  # one is under way; the head: a request is
+
+
 class PhaseFailed(Struct, frozen=True, tag=True):
     """A phase ended badly; `reason` is one sentence for a person."""
 
@@ -127,4 +137,4 @@ class PhaseFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
-RunnerMessage = Listening | Connected | LoadProgressed | Loaded | Ready | Activity | PhaseFailed
+RunnerMessage = Listening | Connected | LoadProgressed | Loaded | Ready | Activity | Beat | PhaseFailed

@@ -1,0 +1,105 @@
+"""How long a runner's process may owe us something, and what is said of one that took longer.
+
+Every phase has a limit without progress, which starts anew with each sign of it: layers and bytes while it loads,
+steps while it answers. Where a process waits for others (until all stages listen) or for requests it owes nothing but
+its beat, which comes from a thread that computing does not hold up. After this machine slept every limit begins anew.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from msgspec import Struct
+
+from covey.control.runner_table import SERVING_STATES, Overdue, Runner
+from covey.control.settings import PhaseLimits
+from covey.schema.runner import RunnerState
+
+BEATS_MISSED_MAX: Final = 3
+BEAT_MS: Final = 2_000  # between two beats, as `engine/runner` sends them
+SILENCE_MS: Final = 30_000  # a machine that swaps can hold up any thread for many seconds
+REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
+MS_PER_S: Final = 1_000
+
+
+class Phase(Struct, frozen=True):
+    """What a process owes us in one state. `told`: for people, with `{seconds}` of the limit."""
+
+    limit_ms: Callable[[PhaseLimits], int]
+    told: Callable[[Runner], str]
+
+
+PHASES: Final[dict[RunnerState, Phase]] = {
+    RunnerState.IDLE: Phase(
+        lambda limits: limits.connect_ms,
+        lambda _: "it did not start within {seconds} s (COVEY_CONNECT_TIMEOUT_S allows more)",
+    ),
+    RunnerState.CONNECTING: Phase(
+        lambda limits: limits.connect_ms,
+        lambda _: "connecting took longer than {seconds} s (COVEY_CONNECT_TIMEOUT_S allows more)",
+    ),
+    RunnerState.LOADING: Phase(
+        lambda limits: limits.load_ms,
+        lambda runner: (
+            f"loading came no further than {runner.layers_loaded} of {_layers(runner)} layers for {{seconds}} s "
+            "(COVEY_LOAD_TIMEOUT_S allows more)"
+        ),
+    ),
+    RunnerState.WARMING_UP: Phase(
+        lambda limits: limits.warm_up_ms,
+        lambda _: "warming up took longer than {seconds} s (COVEY_WARM_UP_TIMEOUT_S allows more)",
+    ),
+    **dict.fromkeys(
+        SERVING_STATES,
+        Phase(
+            lambda limits: limits.step_ms,
+            lambda runner: (
+                f"no step ended for {{seconds}} s after {runner.steps} steps (COVEY_STEP_TIMEOUT_S allows more)"
+            ),
+        ),
+    ),
+    **dict.fromkeys(
+        (RunnerState.SHUTTING_DOWN, RunnerState.FAILED),
+        Phase(
+            lambda limits: limits.shut_down_ms + REAP_MS,
+            lambda runner: (
+                f"can't end process {runner.process_id} of a former try: it was killed {REAP_MS // MS_PER_S} s ago and "
+                "is still there, so its memory stays taken (a driver or a disk holds it; restart the device)"
+            ),
+        ),
+    ),
+}
+
+
+def due_ms(runner: Runner, limits: PhaseLimits) -> int | None:
+    """When its process has taken too long, unless it gets further; None while it owes nothing."""
+    phase = PHASES.get(runner.state)
+    if phase is None or not runner.has_process:
+        return None
+    limit_ms = runner.phase_since_ms + phase.limit_ms(limits)
+    if runner.state in SERVING_STATES:
+        return min(limit_ms, _silent_ms(runner, limits)) if runner.is_busy else _silent_ms(runner, limits)
+    waits_for_others = runner.state is RunnerState.CONNECTING and runner.linked_to is None
+    return None if waits_for_others else limit_ms
+
+
+def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
+    """What to tell the table of a process that has taken too long."""
+    due = due_ms(runner, limits)
+    if due is None or now_ms < due:
+        return None
+    phase = PHASES[runner.state]
+    if runner.state in SERVING_STATES and now_ms >= _silent_ms(runner, limits):
+        return Overdue(f"it gave no sign of life for {_silence_ms(limits) // MS_PER_S} s while {runner.state}")
+    return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / MS_PER_S:g}"))
+
+
+def _silent_ms(runner: Runner, limits: PhaseLimits) -> int:
+    return runner.heard_ms + _silence_ms(limits)
+
+
+def _silence_ms(limits: PhaseLimits) -> int:
+    return min(SILENCE_MS, max(limits.step_ms, BEATS_MISSED_MAX * BEAT_MS))
+
+
+def _layers(runner: Runner) -> int:
+    return runner.stage.shard.layer_end - runner.stage.shard.layer_start

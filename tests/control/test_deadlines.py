@@ -1,0 +1,267 @@
+"""Every phase of a runner has a time limit, which progress extends; past it the process ends, and nothing else does."""
+
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+from runner_bench import MINE, Bench, second
+
+from covey.control.deadlines import PHASES
+from covey.control.routing import instance_status, ready_instances
+from covey.control.runner_table import TABLE, Overdue
+from covey.control.settings import MachineSettings, PhaseLimits
+from covey.schema.cluster import InstancePhase, RunnerReport
+from covey.schema.ids import RunnerId
+from covey.schema.machine import LeaveRequested, RunnerExited, RunnerStarted, StartRunner, StopRunner
+from covey.schema.runner import Activity, Beat, Connected, Listening, LoadProgressed, PhaseFailed, RunnerState
+from simulation.people import SMALL
+from simulation.world import World
+
+GIGABYTE = 10**9
+LIMITS = PhaseLimits()
+HANGS = StopRunner(MINE, 1, 2_000, asks_first=False)
+
+
+def in_state(state: RunnerState, stage_count: int = 1) -> Bench:
+    bench = Bench(stage_count)
+    bench.advance()
+    bench.hear(RunnerStarted(MINE, 1, 4711))
+    bench.until(state)
+    assert bench.mine.state is state
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("state", "limit_ms", "reason"),
+    [
+        (RunnerState.IDLE, LIMITS.connect_ms, "it did not start within 30 s (COVEY_CONNECT_TIMEOUT_S allows more)"),
+        (
+            RunnerState.CONNECTING,
+            LIMITS.connect_ms,
+            "connecting took longer than 30 s (COVEY_CONNECT_TIMEOUT_S allows more)",
+        ),
+        (
+            RunnerState.LOADING,
+            LIMITS.load_ms,
+            "loading came no further than 0 of 6 layers for 300 s (COVEY_LOAD_TIMEOUT_S allows more)",
+        ),
+        (
+            RunnerState.WARMING_UP,
+            LIMITS.warm_up_ms,
+            "warming up took longer than 120 s (COVEY_WARM_UP_TIMEOUT_S allows more)",
+        ),
+        (RunnerState.READY, 30_000, "it gave no sign of life for 30 s while Ready"),
+    ],
+)
+def test_a_process_that_does_not_get_on_is_ended_and_its_story_kept(
+    state: RunnerState, limit_ms: int, reason: str
+) -> None:
+    bench = in_state(state)
+    assert bench.advance(limit_ms - 1) == []
+    assert bench.runners.deadline() == bench.now_ms + 1
+    assert bench.advance(1) == [HANGS]
+    assert bench.runners.reports()[0].reason == reason
+    assert bench.hear(RunnerExited(MINE, 1, "signal 9 (killed)", "layer 3\nlayer 4")) == []
+    [report] = bench.runners.reports()
+    assert (report.state, report.retries_left) == (RunnerState.FAILED, 3)
+    assert report.reason == f"{reason}; its process was ended: signal 9 (killed)\nlayer 3\nlayer 4"
+
+
+def test_a_load_that_gets_on_is_left_alone_however_long_it_takes() -> None:
+    bench = in_state(RunnerState.LOADING)
+    for number in range(1, 100):
+        assert bench.advance(LIMITS.load_ms - 1) == []
+        assert bench.say(LoadProgressed(number // 20, 6, number, 100)) == []
+    assert bench.advance(LIMITS.load_ms - 1) == []
+    bench.say(LoadProgressed(4, 6, 99, 100))  # says the same again: that is no progress
+    assert bench.advance(1) == [HANGS]
+    assert "no further than 4 of 6 layers" in bench.mine.reason
+
+
+def test_a_stage_that_waits_for_others_owes_nothing() -> None:
+    """Their files may come for hours, and while nobody asks anything no step ends."""
+    bench = Bench(2)
+    bench.advance()
+    bench.say(Listening(7))
+    assert bench.advance(10**7) == []
+    bench.report(RunnerState.CONNECTING, 1, port=8)
+    bench.advance()
+    assert bench.advance(LIMITS.connect_ms - 1) == []
+    bench.say(Connected())
+    assert bench.mine.state is RunnerState.LOADING
+    bench = in_state(RunnerState.READY)
+    for _ in range(1_000):
+        assert bench.advance(10_000) == []
+        assert bench.say(Beat(7, is_busy=False)) == []
+
+
+def test_a_step_that_hangs_is_found_and_a_long_one_is_not_taken_for_it() -> None:
+    """A board that takes four minutes for a part of a prompt beats all the while; one that hangs does, too."""
+    bench = in_state(RunnerState.READY)
+    bench.say(Activity(1, 0))
+    for steps in (0, 1, 2):
+        for _ in range(120):
+            assert bench.advance(2_000) == []
+            assert bench.say(Beat(steps, is_busy=True)) == []
+    for _ in range(31):
+        bench.advance(2_000)
+        bench.say(Beat(2, is_busy=True))
+    assert bench.mine.state is RunnerState.FAILED
+    assert bench.mine.reason.startswith("no step ended for 300 s after 2 steps (COVEY_STEP_TIMEOUT_S allows more)")
+
+
+def test_a_stopped_process_is_found_also_while_it_answers() -> None:
+    bench = in_state(RunnerState.READY)
+    bench.say(Activity(1, 0))
+    bench.say(Beat(3, is_busy=True))
+    assert bench.advance(29_999) == []
+    assert bench.advance(1) == [HANGS]
+    assert bench.mine.reason == "it gave no sign of life for 30 s while Running"
+
+
+@pytest.mark.parametrize(("step_ms", "silent_ms"), [(1_000, 6_000), (8_000, 8_000), (10**9, 30_000)])
+def test_a_few_missed_beats_are_forgiven_whatever_limit_was_set(step_ms: int, silent_ms: int) -> None:
+    bench = Bench()
+    bench.runners.settings = MachineSettings(limits=PhaseLimits(step_ms=step_ms))
+    bench.advance()
+    bench.until_ready()
+    assert bench.advance(silent_ms - 1) == []
+    assert bench.advance(1) == [HANGS]
+
+
+@pytest.mark.parametrize("state", [state for state in PHASES if state is not RunnerState.RUNNING])
+def test_after_this_machine_slept_every_limit_begins_anew(state: RunnerState) -> None:
+    """Its processes slept with it, and have had no time to say anything."""
+    bench = in_state(state if state not in (RunnerState.SHUTTING_DOWN, RunnerState.FAILED) else RunnerState.LOADING)
+    if state is RunnerState.SHUTTING_DOWN:
+        bench.instances = []
+        bench.advance()
+    if state is RunnerState.FAILED:
+        bench.say(PhaseFailed("load", "the file is cut short"))
+    bench.now_ms += 3_600_000
+    bench.runners.wake(bench.now_ms)
+    assert bench.advance() == []
+    assert bench.advance(5_900) == []
+    assert bench.mine.state is state
+
+
+def test_no_process_takes_the_place_of_another_before_the_memory_was_seen_without_it() -> None:
+    bench = in_state(RunnerState.LOADING)
+    bench.advance(LIMITS.load_ms)
+    bench.runners.measure({4711: 80})
+    bench.hear(RunnerExited(MINE, 1, "signal 9 (killed)", ""))
+    assert bench.advance(1_000) == []
+    assert bench.mine.state is RunnerState.IDLE
+    bench.runners.measure({})
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+    assert start.attempt == 2
+
+
+# ---- what can't even be killed ----
+
+
+def stuck() -> Bench:
+    bench = in_state(RunnerState.LOADING)
+    assert bench.advance(LIMITS.load_ms) == [HANGS]
+    assert bench.advance(LIMITS.shut_down_ms + 10_000 - 1) == []
+    assert bench.mine.state is RunnerState.FAILED
+    assert bench.advance(1) == []
+    assert bench.mine.state is RunnerState.STUCK
+    return bench
+
+
+def test_what_does_not_end_when_it_is_killed_is_stuck_and_people_are_told() -> None:
+    bench = stuck()
+    [report] = bench.runners.reports()
+    assert report.waiting == (
+        "can't end process 4711 of a former try: it was killed 10 s ago and is still there, so its memory stays taken "
+        "(a driver or a disk holds it; restart the device)"
+    )
+    assert bench.runners.notices() == (f"this node {report.waiting}.",)
+    assert bench.advance(10**9) == []
+    assert bench.hear(RunnerExited(MINE, 1, "signal 9 (killed)", "")) == []
+    bench.runners.measure({})
+    assert bench.mine.state is RunnerState.FAILED
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+    assert bench.runners.reports()[0].waiting == ""
+    assert bench.runners.notices() == ()
+
+
+def test_a_stuck_process_keeps_its_memory_and_holds_no_figure_up() -> None:
+    """What it takes was moving as long as it was about to load or to end; nobody waits for that for ever."""
+    bench = stuck()
+    assert not bench.runners.is_memory_moving
+    bench.instances.append(second())
+    bench.runners.measure({4711: 70})
+    bench.free_bytes = 129  # 100 for the second, and 30 that the first one may still take
+    assert bench.advance() == []
+    assert bench.runners.runners[RunnerId("j.0")].waiting != ""
+    bench.free_bytes = 130
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+
+
+def test_a_stuck_process_is_forgotten_with_its_assignment_once_it_is_gone_and_not_before() -> None:
+    bench = stuck()
+    bench.instances = []
+    assert bench.advance(10**6) == []
+    assert bench.mine.state is RunnerState.STUCK
+    bench.exit()
+    assert bench.runners.runners == {}
+
+
+def test_while_a_neighbour_is_stuck_its_instance_waits_and_says_so() -> None:
+    """The others give their memory back, the wish is placed elsewhere after a while, and its node can still leave."""
+    world = World(Random(7))
+    [ada, bea] = [world.add(name, 8 * GIGABYTE) for name in ("ada", "bea")]
+    for host in (ada, bea):
+        host.start()
+    world.run_until(2_000)
+    world.people.place(ada, SMALL, 2)
+    world.run_until(12_000)
+    [process] = bea.processes
+    process.has_stalled, process.die = True, lambda _: None  # type: ignore[method-assign]
+    world.run_until(42_000)
+    assert ada.machine is not None
+    assert bea.machine is not None
+    assert [runner.state for runner in bea.machine.runners.runners.values()] == [RunnerState.STUCK]
+    state = ada.machine.state(world.now_ms)
+    [instance] = state.instances
+    status = instance_status(state, instance)
+    assert status.phase is InstancePhase.WAITING
+    assert status.text.startswith(f"bea can't end process {process.process_id} of a former try")
+    assert bea.machine.state(world.now_ms).notices == bea.machine.runners.notices() != ()
+    world.run_until(70_000)
+    [instance] = ready_instances(ada.machine.state(world.now_ms), SMALL.model_id)
+    assert [stage.node_id for stage in instance.stages] == [ada.node_id]
+    bea.tell_machine(LeaveRequested(), bea.boot)
+    assert bea.machine is None
+
+
+def test_memory_that_a_stuck_process_holds_is_not_given_back_to_a_placement() -> None:
+    world = World(Random(7))
+    ada = world.add("ada", 8 * GIGABYTE)
+    ada.start()
+    world.run_until(2_000)
+    world.people.place(ada, SMALL)
+    world.run_until(12_000)
+    assert ada.machine is not None
+    [instance] = ada.machine.state(world.now_ms).instances
+    last = ada.machine.reporter.last
+    assert last is not None
+    [report] = last.runners
+
+    def free_bytes(changed: RunnerReport) -> int:
+        assert ada.machine is not None
+        ada.machine.reporter.last = replace(last, runners=(changed,))
+        [node] = ada.machine.view.candidates(world.now_ms, (instance,))
+        return node.memory_bytes_free
+
+    assert free_bytes(report) - free_bytes(replace(report, state=RunnerState.STUCK)) == report.resident_bytes
+
+
+def test_whatever_has_a_limit_can_pass_it() -> None:
+    for state in PHASES:
+        assert (state, Overdue) in TABLE
