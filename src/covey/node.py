@@ -341,13 +341,9 @@ class Node:
 
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
-<<<<<<< HEAD
-        life.deadline = min(life.deadline, anyio.current_time() + LEAVE_S_MAX)
-        self._serving.leave()
-=======
         wait_s = self._limits.shut_down_ms / MS_PER_S + LEAVE_S_MAX
         life.deadline = min(life.deadline, anyio.current_time() + wait_s)
->>>>>>> deadlines
+        self._serving.leave()
         await self._driver.leave()
 
     async def _leave_for_new_code(self, life: anyio.CancelScope) -> None:

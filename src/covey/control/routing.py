@@ -10,11 +10,7 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
-<<<<<<< HEAD
-from covey.control.runner_table import LINKING_STATES, LOADED_STATES, SERVING_STATES
-=======
-from covey.control.runner_table import MEASURED_STATES, SERVING_STATES
->>>>>>> deadlines
+from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,

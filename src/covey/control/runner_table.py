@@ -39,13 +39,9 @@ SHUTTING_DOWN, STUCK = RunnerState.SHUTTING_DOWN, RunnerState.STUCK
 FAILED, SHUTDOWN = RunnerState.FAILED, RunnerState.SHUTDOWN
 
 STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
-<<<<<<< HEAD
 LINKING_STATES: Final = (IDLE, CONNECTING)  # until all runners of its generation are there
-MOVING_STATES: Final = (LOADING, SHUTTING_DOWN, FAILED)  # its process, if it has one, takes or gives back memory
-=======
 ENDING_STATES: Final = (SHUTTING_DOWN, FAILED)  # its process, if it has one, was told to end
 MOVING_STATES: Final = (LOADING, *ENDING_STATES)  # its process, if it has one, takes or gives back memory
->>>>>>> deadlines
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
 SERVING_STATES: Final = (READY, RUNNING)
 MEASURED_STATES: Final = (*LOADED_STATES, STUCK)  # what it holds is known, and what it will still take is the rest
