@@ -132,7 +132,8 @@ def all_that_is_assigned(self: View, _: int) -> dict[Any, Any]:
 
 
 def begin_anew(self: Runners, given: Any, stage: Any) -> Runner:
-    return Runner(given, stage, self.settings.stop_grace_ms, retries_left=len(self.settings.runner_back_off_ms))
+    budget = len(self.settings.runner_back_off_ms)
+    return Runner(given, stage, self.settings.limits.shut_down_ms // 2, retries_left=budget)
 
 
 def wait_for_ever(_: Runners, runner: Any, __: Any, ___: Any) -> bool:
