@@ -47,6 +47,11 @@ def test_the_order(theirs: list[str], ours: list[str], expected: list[str]) -> N
     assert hosts(report("b", *theirs), report("a", *ours)) == expected
 
 
+def test_what_is_no_address_is_passed_over() -> None:
+    there = report("b", "", "eth0", "192.168.1.300", "192.168.1.7", "fd00::1::2", "10.0.0.7/24")
+    assert hosts(there, report("a", "nonsense", "192.168.1.2")) == ["192.168.1.7"]
+
+
 def test_one_machine_is_reached_by_loopback_first() -> None:
     there, here = report("b", "10.0.0.7", machine="m"), report("a", "10.0.0.7", machine="m")
     assert hosts(there, here) == ["127.0.0.1"]

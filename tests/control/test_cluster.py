@@ -1,5 +1,6 @@
 """Intent: merging is free of order, and a command is carried out once, whoever leads."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -9,7 +10,7 @@ from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.settings import TOMBSTONES_MAX
 from covey.control.tending import Tending
-from covey.schema.cluster import Accepted, DeleteInstance, Entry, Forgotten, PlaceModel, Refused, Version
+from covey.schema.cluster import Accepted, DeleteInstance, Entry, Forgotten, PlaceModel, Refused, Value, Version, Wish
 from covey.schema.ids import InstanceId, NodeId
 from simulation.people import SMALL
 
@@ -18,6 +19,12 @@ ADA = Candidate(node_id=NodeId("a"), name="ada", machine_id="box", memory_bytes_
 
 def context(command_id: str = "command", mark: str = "a-1-1") -> Context:
     return Context(command_id=command_id, asked_at=None, instance_mark=mark, engine="fake", nodes=(ADA,))
+
+
+def place_small() -> Placement:
+    placement = place(SMALL, (ADA,), Options())
+    assert isinstance(placement, Placement)
+    return placement
 
 
 def carry_out(cluster: Cluster, command: PlaceModel | DeleteInstance, mark: str = "a-1-1") -> InstanceId:
@@ -151,6 +158,31 @@ def test_what_a_newer_version_wrote_is_held_and_passed_on_byte_for_byte() -> Non
     assert cluster.unread == ()
 
 
+def odd_values() -> dict[str, Value]:
+    """What no node of ours writes. It would be in every store, and end each node at each of its starts."""
+    wish = Wish(wish_id="w", card=SMALL, node_count_min=1, context_length=512, slot_count=1)
+    instance = assignment(wish, place_small(), context())
+    return {
+        f"instance/{instance.instance_id}": replace(instance, stages=()),
+        "instance/another": instance,
+        "wish/another": wish,
+        "key/another": wish,
+        "forgotten": wish,
+    }
+
+
+@pytest.mark.parametrize("key", odd_values())
+def test_a_value_that_makes_no_sense_is_held_unread(key: str) -> None:
+    value = odd_values()[key]
+    cluster = Cluster(NodeId("a"))
+    entry = Entry(encoded(value), Version(5, NodeId("b")))
+    assert cluster.merge({key: entry}) == {key: entry}
+    assert cluster.unread == (key,)
+    assert (cluster.wishes, cluster.instances, cluster.keys) == ({}, {}, {})
+    cluster.merge({"wish/gone": Entry(None, Version(6, NodeId("b")))})
+    assert cluster.entries[key] == entry
+
+
 def test_an_instance_that_only_a_newer_version_understands_is_left_alone_but_can_be_deleted() -> None:
     cluster = Cluster(NodeId("a"))
     made = carry_out(cluster, PlaceModel(card=SMALL))
@@ -166,12 +198,6 @@ def test_an_instance_that_only_a_newer_version_understands_is_left_alone_but_can
     assert not Tending(cluster, 60_000).leftovers()  # its wish is there, though unread
     carry_out(cluster, DeleteInstance(made))
     assert all(entry.value is None for key, entry in cluster.entries.items() if wish_of(made) in key)
-
-
-def place_small() -> Placement:
-    placement = place(SMALL, (ADA,), Options())
-    assert isinstance(placement, Placement)
-    return placement
 
 
 def test_a_version_from_the_far_future_is_not_taken() -> None:

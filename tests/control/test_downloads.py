@@ -67,6 +67,27 @@ def test_what_no_other_try_cures_has_failed_until_bytes_come() -> None:
     assert (downloads.reports()[0].state, downloads.reports()[0].reason) == (DownloadState.COMPLETED, "")
 
 
+def test_what_came_damaged_is_fetched_whole_again_less_and_less_often() -> None:
+    """Another try costs all of its bytes, and ends alike until somebody mends the source: at most one an hour."""
+    downloads = Downloads(MachineSettings())
+    now_ms = 0
+    words = ("1 minute", "10 minutes", "1 hour", "1 hour")
+    for attempt, (pause_ms, pause) in enumerate(zip((60_000, 600_000, 3_600_000, 3_600_000), words, strict=True), 1):
+        assert downloads.advance(now_ms, NEEDED) == [StartFetch(SMALL, attempt)]
+        downloads.progress(now_ms, FetchProgressed(MODEL, attempt, 79, 80))
+        damaged = FetchFailed(MODEL, attempt, "its SHA-256 differs", is_final=True, is_damaged=True)
+        downloads.fail(now_ms, damaged)
+        [report] = downloads.reports()
+        assert report.state is DownloadState.FAILED
+        assert report.reason == f"its SHA-256 differs; all of it is fetched again in {pause}"
+        assert downloads.deadline() == now_ms + pause_ms
+        assert downloads.advance(now_ms + pause_ms - 1, NEEDED) == []
+        now_ms += pause_ms
+    downloads.advance(now_ms, NEEDED)
+    downloads.fail(now_ms, FetchFailed(MODEL, 5, "no network"))  # that one may be better the next minute
+    assert downloads.deadline() == now_ms + 60_000
+
+
 def test_what_is_not_needed_any_more_is_cancelled_once() -> None:
     downloads = Downloads(MachineSettings())
     downloads.advance(0, NEEDED)

@@ -1,9 +1,12 @@
 """Placement against a dumb twin, and its refusals in words."""
 
 from itertools import combinations
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from covey.control.placement import memory
 from covey.control.placement.memory import Load, shard_bytes
@@ -256,6 +259,14 @@ def test_odd_sizes_are_refused() -> None:
         placed = place(card((2 * MB,) * 4), nodes, options)
         assert isinstance(placed, Refused)
         assert placed.status == 400
+
+
+@pytest.mark.parametrize("changes", [{"layer_count": 5}, {"layer_count": 0}, {"layer_bytes": (1,)}])
+def test_a_card_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
+    """It may come from another member, and must not end the node that leads."""
+    odd = replace(card((MB,) * 4), **changes)
+    expected = f"the card of model names {odd.layer_count} layers and the sizes of {len(odd.layer_bytes)}"
+    assert reason(place(odd, [node("a", 8 * GB)], Options())).startswith(expected)
 
 
 def test_nobody_has_told_its_memory_yet() -> None:

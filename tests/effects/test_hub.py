@@ -162,7 +162,7 @@ async def test_damage_on_the_way_is_seen_and_thrown_away(hub: Hub, files: ModelF
     hub.etag = "0" * 64
     with pytest.raises(FetchError, match="its SHA-256 differs") as caught:
         await files.ensure(card, ignore)
-    assert caught.value.is_final
+    assert (caught.value.is_final, caught.value.is_damaged) == (True, True)
     assert not files.is_on_disk(card)
     hub.etag = None
     assert (await files.ensure(card, ignore)).exists()

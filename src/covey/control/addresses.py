@@ -37,8 +37,16 @@ def _hosts(there: NodeReport, here: NodeReport) -> list[str]:
 
 def _usable(hardware: Hardware | None) -> list[IpAddress]:
     """Without those that mean something on one machine only: loopback, and IPv6's link-local ones."""
-    found = [ipaddress.ip_address(address) for _, address in hardware.interfaces] if hardware else []
-    return [each for each in found if not (each.is_loopback or (each.version == 6 and each.is_link_local))]  # noqa: PLR2004 - IP versions
+    found = [_parsed(address) for _, address in hardware.interfaces] if hardware else []
+    return [each for each in found if each and not (each.is_loopback or (each.version == 6 and each.is_link_local))]  # noqa: PLR2004 - IP versions
+
+
+def _parsed(address: str) -> IpAddress | None:
+    """None for what is no address, whoever reports it."""
+    try:
+        return ipaddress.ip_address(address)
+    except ValueError:
+        return None
 
 
 def _closeness(address: IpAddress, own: IpAddress) -> int:

@@ -165,7 +165,8 @@ class Cluster:
         if entry and entry.value is None:
             self._tombstones[key] = entry
         elif entry:
-            self._values[key] = value_of(entry)
+            value = value_of(entry)
+            self._values[key] = value if value and _key_of(value) == key else None
 
     def _to_forget(self, newer: Mapping[str, Entry]) -> list[str]:
         """Deletions that the leader declared forgotten, and the oldest beyond the limit.
@@ -296,13 +297,27 @@ def encoded(value: Value | None) -> bytes | None:
 
 
 def value_of(entry: Entry) -> Value | None:
-    """None where it was deleted, and for what only a newer version understands."""
+    """None where it was deleted, and for what only a newer version understands or nobody does."""
     if entry.value is None:
         return None
     try:
-        return _decoder.decode(entry.value)
+        value = _decoder.decode(entry.value)
     except msgspec.DecodeError:  # a validation error is one
         return None
+    return None if isinstance(value, Instance) and not value.stages else value
+
+
+def _key_of(value: Value) -> str:
+    """Where whoever wrote it must have written it."""
+    match value:
+        case Wish():
+            return WISH + value.wish_id
+        case Instance():
+            return INSTANCE + value.instance_id
+        case ApiKey():
+            return KEY + value.key_id
+        case Forgotten():
+            return FORGOTTEN
 
 
 def _mark(key: str, entry: Entry) -> int:

@@ -2,7 +2,8 @@
 
 One attempt at a time per model. A failure backs off; the last step of the back-off repeats for as long as the file is
 needed, since a hub or a disk may come back. One that another try can't cure is reported as such, and waits for that
-last step at once, since a person may have cured it. What nobody needs any more is cancelled.
+last step at once, since a person may have cured it. What came damaged would be fetched whole again, so that it waits
+longer and longer. What nobody needs any more is cancelled.
 """
 
 from enum import Enum
@@ -17,6 +18,7 @@ from covey.schema.machine import CancelFetch, Effect, FetchFailed, FetchFinished
 from covey.schema.model import FileSource, ModelCard
 
 RATE_WINDOW_MS: Final = 2_000  # bytes per second are measured over at least this
+MINUTE_MS: Final = 60_000
 
 
 class Phase(Enum):
@@ -33,6 +35,7 @@ class Download(Struct):
     due_ms: int
     attempt: int = 0
     failures: int = 0
+    damages: int = 0  # of those, how often what came was not what was to come
     is_final: bool = False  # the last failure was, and no byte has come since
     path: str = ""
     bytes_done: int = 0
@@ -104,19 +107,28 @@ class Downloads:
     def finish(self, news: FetchFinished) -> None:
         download = self._current(news.model_id, news.attempt)
         if download:
-            download.phase, download.path, download.failures, download.reason = Phase.PRESENT, news.path, 0, ""
-            download.is_final = False
+            download.phase, download.path, download.reason, download.is_final = Phase.PRESENT, news.path, "", False
+            download.failures = download.damages = 0
             download.bytes_done = download.bytes_total = news.bytes_total
             self.revision += 1
 
     def fail(self, now_ms: int, news: FetchFailed) -> None:
         download = self._current(news.model_id, news.attempt)
         if download:
-            steps = self.settings.fetch_back_off_ms
-            download.phase, download.reason, download.is_final = Phase.WAITING, news.reason, news.is_final
-            download.due_ms = now_ms + steps[-1 if news.is_final else min(download.failures, len(steps) - 1)]
+            pause_ms = self._pause_ms(download, news)
+            again = f"; all of it is fetched again in {_span(pause_ms)}" if news.is_damaged else ""
+            download.phase, download.reason, download.is_final = Phase.WAITING, news.reason + again, news.is_final
+            download.due_ms = now_ms + pause_ms
             download.failures += 1
+            download.damages += news.is_damaged
             self.revision += 1
+
+    def _pause_ms(self, download: Download, news: FetchFailed) -> int:
+        if news.is_damaged:
+            steps = self.settings.damaged_back_off_ms
+            return steps[min(download.damages, len(steps) - 1)]
+        steps = self.settings.fetch_back_off_ms
+        return steps[-1 if news.is_final else min(download.failures, len(steps) - 1)]
 
     def _current(self, model_id: ModelId, attempt: int) -> Download | None:
         """The download that an answer belongs to, unless the answer is stale."""
@@ -146,6 +158,13 @@ class Downloads:
         if now_ms - started_ms >= RATE_WINDOW_MS:
             download.bytes_per_second = (download.bytes_done - started_bytes) * 1000 / (now_ms - started_ms)
             download.rate_from = (now_ms, download.bytes_done)
+
+
+def _span(span_ms: int) -> str:
+    """In whole minutes or hours, for people."""
+    minutes = span_ms // MINUTE_MS
+    count, unit = (minutes // 60, "hour") if minutes and minutes % 60 == 0 else (minutes, "minute")
+    return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
 def _is_listed(card: ModelCard) -> bool:

@@ -65,6 +65,8 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     hardware_wait_ms: int = 3_000  # a leader places nothing while a node that it has seen for less has not reported
 
     fetch_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000, 60_000)  # the last one for ever: a hub may come back
+    # What came damaged costs all of its bytes again, and is mended at its source, if at all, in hours.
+    damaged_back_off_ms: tuple[int, ...] = (60_000, 600_000, 3_600_000)  # the last one for ever
     runner_back_off_ms: tuple[int, ...] = (1_000, 4_000, 16_000)  # then the instance has failed
     memory_wait_ms: int = 60_000  # a runner may wait for so long for others' memory before its wish is placed elsewhere
     runner_spacing_ms: int = 1_000  # between two starts of one runner, for whatever reason

@@ -264,7 +264,7 @@ class Driver:
         try:
             path = await self._models.ensure(card, progress)
         except FetchError as error:
-            return FetchFailed(card.model_id, attempt, str(error), error.is_final)
+            return FetchFailed(card.model_id, attempt, str(error), error.is_final, error.is_damaged)
         except Exception as error:  # noqa: BLE001 (the top of this task: the machine must hear of it, and the rest goes on)
             _log.exception("fetching %s failed", card.model_id)
             return FetchFailed(card.model_id, attempt, f"{type(error).__name__}: {error}; this node's log says more")

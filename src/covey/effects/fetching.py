@@ -30,19 +30,22 @@ Fetch = Callable[[Path], Awaitable[Path]]
 class FetchError(Exception):
     """A model's file can't be made present; the message is one sentence for a person.
 
-    `is_final`: another try would end alike, until a person does something about it.
+    `is_final`: another try would end alike, until a person does something about it. `is_damaged`: and it would fetch
+    everything again, since what came is not what was to come.
     """
 
-    def __init__(self, message: str, *, is_final: bool = False) -> None:
+    def __init__(self, message: str, *, is_final: bool = False, is_damaged: bool = False) -> None:
         super().__init__(message)
-        self.is_final = is_final
+        self.is_final = is_final or is_damaged
+        self.is_damaged = is_damaged
 
 
 class HubError(FetchError):
     """The hub has not what was asked for, or can't be asked. `status` is the HTTP status that fits."""
 
-    def __init__(self, message: str, status: int, *, is_final: bool = False) -> None:
-        super().__init__(message, is_final=is_final or status < HTTPStatus.INTERNAL_SERVER_ERROR)
+    def __init__(self, message: str, status: int, *, is_final: bool = False, is_damaged: bool = False) -> None:
+        is_ours = status < HTTPStatus.INTERNAL_SERVER_ERROR
+        super().__init__(message, is_final=is_final or is_ours, is_damaged=is_damaged)
         self.status = status
 
 
@@ -103,7 +106,7 @@ async def _fetch_alone(path: Path, file_bytes: int, fetch: Fetch) -> None:
         whole = await fetch(work)
         if not is_present(whole, file_bytes):
             message = f"the file fetched for {path.name} does not have the {file_bytes} bytes that it should"
-            raise FetchError(message, is_final=True)
+            raise FetchError(message, is_damaged=True)
         await anyio.to_thread.run_sync(_settle, whole, path, work)
 
 

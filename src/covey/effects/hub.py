@@ -168,7 +168,7 @@ def _expect_hash(path: Path, file: HubFile) -> None:
             digest.update(chunk)
     if digest.hexdigest() != file.sha256:
         path.unlink()
-        raise HubError(f"what came for {_name(file.source)} is damaged: its SHA-256 differs", 502, is_final=True)
+        raise HubError(f"what came for {_name(file.source)} is damaged: its SHA-256 differs", 502, is_damaged=True)
 
 
 # ---- what went wrong ----

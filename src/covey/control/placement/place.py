@@ -73,6 +73,8 @@ def _refuse_early(
 ) -> Refused | None:
     here = {node.node_id for node in nodes}
     missing = [node_id for node_id in options.node_ids if node_id not in here]
+    if not 0 < load.card.layer_count == len(load.card.layer_bytes):
+        return refusal.odd_card(load.card)
     if not (CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
     if missing:

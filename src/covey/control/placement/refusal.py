@@ -6,6 +6,7 @@ from typing import Final
 from covey.control.placement.memory import Load, whole_bytes
 from covey.control.placement.nodes import Candidate, machines
 from covey.schema.cluster import Refused
+from covey.schema.model import ModelCard
 
 CONFLICT: Final = 409
 BAD_REQUEST: Final = 400
@@ -34,6 +35,14 @@ def odd_sizes(load: Load) -> Refused:
     return Refused(
         f"a context of {load.context_length} tokens in {load.slot_count} slots can't be served: {load.card.model_id} "
         f"takes 1 to {load.card.context_length_max} tokens, in at least 1 slot.",
+        BAD_REQUEST,
+    )
+
+
+def odd_card(card: ModelCard) -> Refused:
+    return Refused(
+        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {len(card.layer_bytes)}: place the "
+        "model by the name of its file.",
         BAD_REQUEST,
     )
 
