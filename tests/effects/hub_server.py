@@ -16,6 +16,8 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.cut_after: list[int] = []  # of the next answers: bytes until the connection breaks
+        self.hangs_after: int | None = None  # bytes of a body; then nothing comes, and nothing ends
+        self.is_over = threading.Event()
         self.statuses: list[int] = []  # of the next answers, instead of what was asked for
         self.etag: str | None = None
         self.ignores_ranges = False
@@ -90,6 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.cut_after:
             self.wfile.write(body[: hub.cut_after.pop(0)])
             self.close_connection = True
+        elif hub.hangs_after is not None and len(body) > hub.hangs_after:
+            self.wfile.write(body[: hub.hangs_after])
+            hub.is_over.wait()
+            self.close_connection = True
         else:
             self.wfile.write(body)
 
@@ -110,6 +116,7 @@ def serving() -> Generator[Hub]:
     try:
         yield hub
     finally:
+        hub.is_over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -149,6 +149,22 @@ async def test_what_an_earlier_life_fetched_is_not_fetched_again(hub: Hub, files
     assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
 
 
+@pytest.mark.parametrize("litter", ["model.gguf/not-empty", "fetching", "lock/not-empty", "fetching/model/not-empty"])
+async def test_what_lies_in_the_way_is_for_a_person_to_take_away(hub: Hub, files: ModelFiles, litter: str) -> None:
+    """It is not deleted, the file is not fetched in vain, and the same is not tried again and again."""
+    card = await files.resolve(NAME)
+    path = files.path_of(card.source).parent / litter
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"litter")
+    with pytest.raises(FetchError) as failed:
+        await files.ensure(card, ignore)
+    assert failed.value.is_final
+    in_the_way = path.parent if path.name == "not-empty" else path
+    assert str(failed.value) == f"{in_the_way} is in the way of this model's file; move it away"
+    assert path.read_bytes() == b"litter"
+    assert len(hub.gets()) == 1  # the header
+
+
 async def test_a_server_without_ranges_is_read_from_the_start(hub: Hub, files: ModelFiles) -> None:
     hub.ignores_ranges = True
     card = await files.resolve(NAME)

@@ -95,13 +95,33 @@ def _work_folder(path: Path) -> Path:
     return path.parent / "fetching"
 
 
+def expect_no_folder(*paths: Path) -> None:
+    """Raises `FetchError` where a folder lies in the place of a file: nothing is fetched in vain."""
+    for path in paths:
+        if path.is_dir():
+            raise _in_the_way(path)
+
+
+def _expect_no_file(*paths: Path) -> None:
+    """The same where a file lies in the place of a folder."""
+    for path in paths:
+        if path.exists() and not path.is_dir():
+            raise _in_the_way(path)
+
+
+def _in_the_way(path: Path) -> FetchError:
+    return FetchError(f"{path} is in the way of this model's file; move it away", is_final=True)
+
+
 async def _fetch_alone(path: Path, file_bytes: int, fetch: Fetch) -> None:
+    lock, work = path.parent / "lock", _work_folder(path)
+    _expect_no_file(path.parent, work)
+    expect_no_folder(path, lock)
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        await _lock(held, path.parent / "lock")
+        await _lock(held, lock)
         if is_present(path, file_bytes):  # another process fetched it while we waited
             return
-        work = _work_folder(path)
         work.mkdir(exist_ok=True)
         whole = await fetch(work)
         if not is_present(whole, file_bytes):

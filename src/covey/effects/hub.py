@@ -32,7 +32,7 @@ from huggingface_hub.utils import build_hf_headers
 from msgspec import Struct
 
 from covey.checkpoints.gguf_file import GgufHeader, HeaderIncompleteError, parse_header
-from covey.effects.fetching import HubError, expect_space
+from covey.effects.fetching import HubError, expect_no_folder, expect_space
 from covey.schema.model import HubSource
 
 CONNECT_S_MAX: Final = 10.0
@@ -84,6 +84,7 @@ async def fetch_header(file: HubFile) -> GgufHeader:
 async def fetch_from_hub(file: HubFile, work: Path) -> Path:
     """The whole file in `work`, going on where an earlier try ended. Raises `FetchError`, `OSError`."""
     part = work / "model"
+    expect_no_folder(part)
     start = _size(part)
     expect_space(work, file.file_bytes - start)
     tries = 0
