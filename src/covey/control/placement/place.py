@@ -57,7 +57,8 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    refused = _refuse_early(Load(card, lengths[0], slot_count), nodes, allowed, options)
+    load = Load(card, lengths[0], slot_count)
+    refused = _refuse_load(load) or _refuse_nodes(load, nodes, allowed, options)
     if refused:
         return refused
     for length in lengths:
@@ -68,15 +69,19 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     return refusal.too_little_memory(Load(card, lengths[-1], slot_count), allowed, stage_count)
 
 
-def _refuse_early(
-    load: Load, nodes: Sequence[Candidate], allowed: Sequence[Candidate], options: Options
-) -> Refused | None:
-    here = {node.node_id for node in nodes}
-    missing = [node_id for node_id in options.node_ids if node_id not in here]
+def _refuse_load(load: Load) -> Refused | None:
     if not 0 < load.card.layer_count == len(load.card.layer_bytes):
         return refusal.odd_card(load.card)
     if not (CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
+    return None
+
+
+def _refuse_nodes(
+    load: Load, nodes: Sequence[Candidate], allowed: Sequence[Candidate], options: Options
+) -> Refused | None:
+    here = {node.node_id for node in nodes}
+    missing = [node_id for node_id in options.node_ids if node_id not in here]
     if missing:
         return refusal.unknown_nodes(missing)
     if not nodes:

@@ -41,8 +41,8 @@ def odd_sizes(load: Load) -> Refused:
 
 def odd_card(card: ModelCard) -> Refused:
     return Refused(
-        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {len(card.layer_bytes)}: place the "
-        "model by the name of its file.",
+        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {len(card.layer_bytes)}: "
+        "place the model by the name of its file.",
         BAD_REQUEST,
     )
 
