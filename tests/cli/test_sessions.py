@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from covey.api.errors import RequestError
-from covey.cli import tables
+from covey.cli import placing, tables
 from covey.cli.client import CliError, NodeClient, address
 from covey.cli.main import app
 from covey.cli.naming import short_ids
@@ -30,6 +30,7 @@ from covey.schema.cluster import (
     PlaceModel,
     Refused,
     Visibility,
+    Wish,
 )
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
@@ -236,6 +237,50 @@ def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
     node.backend.wait_changed = wait_changed  # type: ignore[method-assign]
     done = invoke(node, "run", "Tiny-Chat", "Hi")
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
+
+
+def later(node: ServedNode, *states: Any) -> None:
+    """What the node sees after each next change; the last stays."""
+    coming = iter(states)
+
+    async def wait_changed(revision: int, _: float) -> None:
+        node.backend.current = msgspec.structs.replace(next(coming, node.backend.current), revision=revision + 1)
+
+    node.backend.wait_changed = wait_changed  # type: ignore[method-assign]
+
+
+def as_wished(state: Any, instance_id: str) -> Any:
+    """The state with its instance under another id, and the wish that it is for."""
+    instance = msgspec.structs.replace(state.instances[0], instance_id=InstanceId(instance_id), wish_id="wish-1")
+    wish = Wish(wish_id="wish-1", card=CARD, node_count_min=2, context_length=4096, slot_count=2)
+    return msgspec.structs.replace(state, instances=(instance,), wishes=(wish,))
+
+
+def test_a_wait_follows_what_is_assigned_anew(node: ServedNode) -> None:
+    """A node of the first instance was lost while it loaded: the wish stands, and gets another."""
+    ready, loading = as_wished(node.backend.current, "wish-1.a-1-2"), as_wished(LOADING, "wish-1.a-1-1")
+    node.backend.current = loading
+    later(node, msgspec.structs.replace(loading, instances=()), ready)
+    done = invoke(node, "run", "Tiny-Chat", "Hi")
+    assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
+
+
+def test_a_wait_ends_when_the_wish_does(node: ServedNode) -> None:
+    node.backend.current = as_wished(LOADING, "wish-1.a-1-1")
+    later(node, EMPTY)
+    done = invoke(node, "place", "Tiny-Chat")
+    assert (done.exit_code, done.stderr) == (1, "The instance was removed while it was being made ready.\n")
+
+
+def test_a_wait_ends_when_there_is_no_place_any_more(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "ASSIGN_SECONDS_MAX", 0.0)
+    node.backend.current = loading = as_wished(LOADING, "wish-1.a-1-1")
+    alone = msgspec.structs.replace(away(), wishes=loading.wishes, instances=())
+    later(node, alone)
+    done = invoke(node, "place", "Tiny-Chat")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Tiny-Chat finds no place: ")
+    assert done.stderr.replace("\n", " ").endswith("It is placed as soon as there is one; `covey ps` shows it. ")
 
 
 def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from tests.cli.served_node import ServedNode
 
 COVEY = [sys.executable, "-m", "covey.cli"]
 WAIT_S = 30
+KEYSTROKE_S = 0.2  # between keys: a signal while Python handles the last one is seen with the next key only
 
 
 def environment(node: ServedNode, **more: str) -> dict[str, str]:
@@ -103,7 +105,8 @@ class Terminal:
     def read_until(self, text: str) -> None:
         deadline = time.monotonic() + WAIT_S
         while text not in self.shown:
-            assert time.monotonic() < deadline, f"{text!r} is not in {self.shown!r}"
+            readable, _, _ = select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            assert readable, f"{text!r} is not in {self.shown!r}"
             self.shown += os.read(self.descriptor, 4096).decode(errors="replace")
 
     def press(self, keys: str) -> None:
@@ -235,6 +238,7 @@ def test_ctrl_c_at_the_prompt_leaves_only_the_line(node: ServedNode) -> None:
     with conversation(node) as terminal:
         terminal.type("never mind")
         terminal.wait_for("never mind")
+        time.sleep(KEYSTROKE_S)
         terminal.press(CONTROL_C)
         terminal.wait_for("/exit leaves")
         terminal.type("Hi\n")

@@ -10,10 +10,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
 from covey.cli.naming import instances_of
-from covey.control.routing import instance_status
+from covey.control.cluster import wish_of
+from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
+from covey.schema.ids import InstanceId
 
-APPEAR_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node well within this
+ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -93,19 +95,21 @@ def shorter_context(instance: Instance) -> str:
 
 
 def wait_ready(node: NodeClient, instance_id: str) -> Instance:
-    """Follows the instance until it answers. Raises `CliError` if it fails or is removed."""
+    """Follows the wish of an instance until one answers: what its nodes can't hold is placed again under another id.
+
+    Raises `CliError` if it fails, is removed, or finds no place.
+    """
     bar = "[progress.description]{task.description}"
     columns = (TextColumn(bar), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("waiting", total=1, text="")
-        started, was_there = time.monotonic(), False
+        wish_id, seen_s, was_there = wish_of(InstanceId(instance_id)), time.monotonic(), False
         for state in node.changes():
-            instance = next((each for each in state.instances if each.instance_id == instance_id), None)
+            instance = _instance_of(state, wish_id)
             if instance is None:
-                if was_there or time.monotonic() - started > APPEAR_SECONDS_MAX:
-                    raise CliError(f"The instance {instance_id} was removed while it was being made ready.")
+                _expect_a_place(state, wish_id, time.monotonic() - seen_s, was_there=was_there)
                 continue
-            was_there = True
+            seen_s, was_there = time.monotonic(), True
             status = instance_status(state, instance)
             if status.phase is InstancePhase.READY:
                 return instance
@@ -113,6 +117,25 @@ def wait_ready(node: NodeClient, instance_id: str) -> Instance:
                 raise CliError(status.explanation)
             _show(progress, task, state, instance)
     raise CliError(f"The node at {node.url} ended while {instance_id} was being made ready.")
+
+
+def _instance_of(state: ClusterState, wish_id: str) -> Instance | None:
+    """One that is ready, if there is; else one that was assigned last."""
+    found = [each for each in state.instances if wish_of(each.instance_id) == wish_id]
+    ready = [each for each in found if instance_status(state, each).phase is InstancePhase.READY]
+    return next(iter([*ready, *reversed(found)]), None)
+
+
+def _expect_a_place(state: ClusterState, wish_id: str, missing_s: float, *, was_there: bool) -> None:
+    """Raises `CliError` where the instance is gone for good, or for longer than it takes to assign another."""
+    wish = next((each for each in state.wishes if each.wish_id == wish_id), None)
+    if wish is None and (was_there or missing_s > ASSIGN_SECONDS_MAX):
+        raise CliError("The instance was removed while it was being made ready.")
+    if wish and missing_s > ASSIGN_SECONDS_MAX:
+        raise CliError(
+            f"{wish.card.model_id} finds no place: {wish_status(state, wish)} "
+            "It is placed as soon as there is one; `covey ps` shows it."
+        )
 
 
 def _show(progress: Progress, task: TaskID, state: ClusterState, instance: Instance) -> None:
