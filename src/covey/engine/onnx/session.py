@@ -1,13 +1,17 @@
 """The ONNX Runtime session of one stage and the KV cache that it writes in place."""
 
 import ctypes
+import os
 import sys
 from collections import OrderedDict
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its builds report to their maker, and keep a device id, unless this is set
+
+import onnxruntime
 
 from covey.engine.contract import Activations
 from covey.engine.onnx import graph
