@@ -1,6 +1,7 @@
 """A request goes to a head over a real socket and comes back as text; whoever leaves early leaves nothing running."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.checkpoints.gguf_file import GgufHeader
-from covey.schema.cluster import ClusterState, Member, Visibility
+from covey.schema.cluster import ClusterState, Instance, Member, Visibility
 from covey.schema.generation import (
     Admit,
     Broken,
@@ -31,11 +32,12 @@ from covey.schema.generation import (
     TokenSampled,
     Usage,
 )
-from covey.schema.ids import NodeId
+from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address, RunnerState
 from covey.serving import choosing as choosing_module
 from covey.serving import serving as serving_module
+from covey.serving.head import HeadLostError, HeadPlace, Heads
 from covey.serving.model_text import ModelTexts
 from covey.serving.refusal import RefusedError
 from covey.serving.serving import Serving
@@ -306,6 +308,7 @@ def test_however_often_it_breaks_the_answer_is_the_same(breaks: list[int], stop:
 def test_a_head_that_fell_silent_is_left_when_its_machine_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was stopped, or its cable was pulled: nothing closes the connection."""
     monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(serving_module, "LOST_S", 0.2)
 
     async def run() -> None:
         silent, other = FakeHead(lambda admit: rest_of("Hello")(admit)[:3]), FakeHead(rest_of("Hello"))
@@ -324,6 +327,145 @@ def test_a_head_that_fell_silent_is_left_when_its_machine_is_away(monkeypatch: p
                 assert other.admits[0].token_ids == (*b"Hi", *b"He")
 
     told(run)
+
+
+def test_an_answer_that_waits_outlives_moments_in_which_its_node_is_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in a queue, or its prompt is long; it would lose its place, or what was computed."""
+    monkeypatch.setattr(serving_module, "SILENCE_S", 0.02)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task, good = asyncio.create_task(all_of(serving, request())), node.state
+        await until(lambda: head.admits)
+        for _ in range(2 * serving_module.TRIES_MAX):
+            for state in (away(good), good):
+                node.state = state
+                await asyncio.sleep(0.05)
+        assert (head.cancels, len(head.admits), task.done()) == ([], 1, False)
+        task.cancel()
+
+    with_head(FakeHead(lambda admit: [Queued(admit.request_id, admit.attempt, 40)]), story)
+
+
+def test_a_silent_head_is_left_at_once_for_an_instance_that_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        both = beside(node.state, context_length=1024)
+        first = both.instances[0].stages[0].node_id
+        gone = away(both)
+        assert gone.members[0].node_id == first
+        node.state = with_instances(gone, gone.instances[0], on_one_node(gone, gone.instances[1]))
+        await until(lambda: head.cancels)
+        task.cancel()
+
+    with_head(FakeHead(lambda admit: rest_of("Hello")(admit)[:3]), story)
+
+
+def with_instances(state: ClusterState, *instances: Instance) -> ClusterState:
+    return msgspec.structs.replace(state, instances=instances, revision=state.revision + 1)
+
+
+def on_one_node(state: ClusterState, instance: Instance) -> Instance:
+    """Only its part on the second node."""
+    return msgspec.structs.replace(instance, stages=instance.stages[1:])
+
+
+def beside(state: ClusterState, context_length: int) -> ClusterState:
+    """With a second instance of the model, on the same nodes and as ready, which is asked for first."""
+    (one,) = state.instances
+    stages = tuple(msgspec.structs.replace(each, runner_id=RunnerId(f"{each.runner_id}x")) for each in one.stages)
+    changes: dict[str, Any] = {"instance_id": InstanceId("inst-0"), "stages": stages, "context_length": context_length}
+
+    def member(each: Member) -> Member:
+        assert each.report is not None
+        more = (
+            msgspec.structs.replace(
+                runner, runner_id=RunnerId(f"{runner.runner_id}x"), instance_id=InstanceId("inst-0")
+            )
+            for runner in each.report.runners
+        )
+        report = msgspec.structs.replace(each.report, runners=(*each.report.runners, *more))
+        return msgspec.structs.replace(each, report=report)
+
+    members = tuple(member(each) for each in state.members)
+    return with_instances(msgspec.structs.replace(state, members=members), one, msgspec.structs.replace(one, **changes))
+
+
+def test_a_request_goes_to_an_instance_that_holds_its_prompt() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        node.state = beside(node.state, context_length=4)
+        assert text_of(await all_of(serving, request("Hi"))) == "Hello"
+        assert text_of(await all_of(serving, request("A prompt of twenty."))) == "Hello"
+        assert {hello.instance_id for hello in head.hellos} == {"inst-0", "inst-1"}
+        assert [admit.token_count_max for admit in head.admits] == [2, 1024 - 19]
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_an_answer_goes_on_only_where_its_context_fits() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        (long,) = node.state.instances
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        shorter = msgspec.structs.replace(long, context_length=3)
+        node.state = with_instances(node.state, shorter)
+        failed = (await task)[-1]
+        assert isinstance(failed, GenerationFailed)
+        assert "its context is shorter" in failed.message
+
+    with_head(FakeHead(says("Hello"), hang_up_after=3), story)
+
+
+def test_an_answer_that_goes_on_well_between_its_breaks_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "SPACING_S", 0.0)
+    whole = "x" * 200
+
+    def say(admit: Admit) -> list[HeadEvent]:
+        broken = Broken(admit.request_id, admit.attempt, "A part of the model was lost.", 503)
+        return [*rest_of(whole)(admit)[:21], broken]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: len(head.admits) > serving_module.TRIES_MAX + 2)
+        head.say = rest_of(whole)
+        assert text_of(await task) == whole
+
+    with_head(FakeHead(say), story)
+
+
+def test_what_an_earlier_attempt_left_on_the_connection_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "SPACING_S", 0.0)
+
+    def say(admit: Admit) -> list[HeadEvent]:
+        name = admit.request_id
+        if admit.attempt == 1:
+            return [Broken(name, 1, "A part of the model was lost.", 503)]
+        late = Broken(name, 1, "A part of the model was lost.", 503)
+        return [late, Ended(name, 1, FinishReason.CANCELLED, 0, TIMINGS), *rest_of("Hello")(admit)]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert text_of(await all_of(serving, request())) == "Hello"
+        assert len(head.admits) == 2
+
+    with_head(FakeHead(say), story)
+
+
+def test_a_head_that_hangs_is_waited_for_by_all_together() -> None:
+    """It takes connections and says nothing: each one's wait is not added to the next one's."""
+    waiting: set[asyncio.Task[None]] = set()
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as hung:
+            place = HeadPlace(InstanceId("i"), NodeId("a"), (Address("127.0.0.1", hung.getsockname()[1]),))
+            heads = Heads(credentials(1), lambda reader: waiting.add(asyncio.create_task(reader())))
+            results = await asyncio.gather(*(heads.connect(place) for _ in range(5)), return_exceptions=True)
+            assert [type(each) for each in results] == [HeadLostError] * 5
+            await asyncio.gather(*waiting)
+
+    told(run)
+    assert len(waiting) == 1
 
 
 def test_an_answer_is_not_gone_on_with_by_another_file_of_that_name() -> None:
@@ -385,7 +527,7 @@ def test_a_request_that_breaks_every_head_is_given_up(monkeypatch: pytest.Monkey
         started, failed = await all_of(serving, request())
         assert isinstance(started, GenerationStarted)
         assert isinstance(failed, GenerationFailed)
-        assert failed.message.startswith("The node berta is lost. This was attempt 5")
+        assert failed.message.startswith("The node berta is lost. That was the 5th time in a row")
         assert (failed.status, len(head.admits)) == (503, 5)
 
     with_head(FakeHead(say), story)

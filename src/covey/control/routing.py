@@ -192,9 +192,14 @@ def visible_reports(state: ClusterState) -> Reports:
 
 def is_ready(instance: Instance, reports: Reports) -> bool:
     """Whether all its runners serve, in one generation."""
-    found = [runner_report(stage, reports) for stage in instance.stages]
+    return all(stage.node_id in reports for stage in instance.stages) and seen_ones_serve(instance, reports)
+
+
+def seen_ones_serve(instance: Instance, reports: Reports) -> bool:
+    """Whether nothing is known against it but that some of its nodes are unheard."""
+    found = [runner_report(stage, reports) for stage in instance.stages if stage.node_id in reports]
     serving = [each.attempt for each in found if each and each.state in SERVING_STATES]
-    return len(serving) == len(found) and min(serving) == max(serving)
+    return len(serving) == len(found) and len(set(serving)) <= 1
 
 
 def waits_for_memory(instance: Instance, reports: Reports) -> bool:

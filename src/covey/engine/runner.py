@@ -194,7 +194,7 @@ def main() -> int:
         else:
             log.exception("it failed while %s", runner.phase)
         pipe.tell(PhaseFailed(runner.phase, _sentence(error)))
-        farewell = "A part of the model was lost while it answered; try again."
+        farewell = "A part of the model was lost while it answered."
         return 1
     finally:
         runner.close(farewell)

@@ -53,7 +53,7 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Measured at the head, in milliseconds."""
+    """In milliseconds; measured at the head, or here where several heads gave the answer, or a stop string ended it."""
 
     queued_ms: float
     prefill_ms: float

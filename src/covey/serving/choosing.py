@@ -4,15 +4,26 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from covey.control import routing
 from covey.control.runner_table import LOADED_STATES
 from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
 from covey.schema.ids import ModelId
+from covey.schema.model import ModelCard
 from covey.schema.runner import RunnerState
 from covey.serving.refusal import RefusedError
 
-READY_S_MAX: Final = 120.0  # how long a request waits for a model that is placed and still loading
+READY_S_MAX: Final = 600.0  # how long a request waits for a model that is placed and still loading
 HAS_FILE: Final = (RunnerState.LOADING, *LOADED_STATES)  # of a runner: its model's file lies on this node
+
+
+class Loss(Struct, frozen=True):
+    """Why an instance can't answer now, as a sentence. `may_pass`: its nodes may only be unheard for a moment."""
+
+    reason: str
+    may_pass: bool
 
 
 class Choosing:
@@ -24,25 +35,52 @@ class Choosing:
         self.state = state
         self.wait_changed = wait_changed
 
-    async def ready(self, model_id: ModelId) -> Instance:
-        """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
+    async def ready(self, model_id: ModelId, card: ModelCard | None = None, room: int = 0) -> Instance:
+        """An instance that can answer; waits while one is on its way. Raises `RefusedError`.
+
+        With `card` only one of the same file will do, whose context holds at least `room` tokens.
+        """
         deadline = time.monotonic() + READY_S_MAX
         while True:
-            state = self.state()
+            whole = self.state()
+            state = _with_those_that_fit(whole, card, room)
             picked = routing.pick(state, model_id)
             if isinstance(picked, Instance):
                 return picked
             left = deadline - time.monotonic()
             if left <= 0 or not is_coming(state, model_id):
-                raise refusal(picked)
-            await self.wait_changed(state.revision, left)
+                raise _other_file(model_id) if is_coming(whole, model_id) and left > 0 else refusal(picked)
+            await self.wait_changed(whole.revision, left)
 
-    def loss(self, instance: Instance) -> str | None:
-        """Why it can't answer now, as a sentence; None as long as all its runners serve."""
+    def roomier(self, instance: Instance, room: int) -> Instance:
+        """Another one of the same file that is ready and holds so many tokens, if this does not."""
+        if instance.context_length >= room:
+            return instance
+        state = _with_those_that_fit(self.state(), instance.card, room)
+        picked = routing.pick(state, instance.card.model_id)
+        return picked if isinstance(picked, Instance) else instance
+
+    def loss(self, instance: Instance) -> Loss | None:
+        """None as long as all its runners serve."""
         state = self.state()
-        if routing.is_ready(instance, routing.visible_reports(state)):
+        reports = routing.visible_reports(state)
+        stands = any(each.instance_id == instance.instance_id for each in state.instances)
+        if stands and routing.is_ready(instance, reports):
             return None
-        return routing.instance_status(state, instance).explanation.partition("\n")[0]
+        reason = routing.instance_status(state, instance).explanation.partition("\n")[0]
+        others = routing.ready_instances(state, instance.card.model_id)
+        return Loss(reason, may_pass=stands and not others and routing.seen_ones_serve(instance, reports))
+
+
+def _with_those_that_fit(state: ClusterState, card: ModelCard | None, room: int) -> ClusterState:
+    if card is None:
+        return state
+    fitting = (each for each in state.instances if each.card == card and each.context_length >= room)
+    return replace(state, instances=tuple(fitting))
+
+
+def _other_file(model_id: ModelId) -> RefusedError:
+    return RefusedError(f"Another file goes by the name of {model_id} now, or its context is shorter.", 503)
 
 
 def held(state: ClusterState) -> list[Instance]:

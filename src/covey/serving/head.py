@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncGenerator, Callable
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +27,8 @@ CONNECT_S_MAX: Final = 5.0  # for all addresses together
 REACH_S_MAX: Final = 2.0  # one address that swallows packets leaves time for the next
 SEND_S_MAX: Final = 10.0  # one prompt, over a slow link
 READ_BYTES: Final = 64 * 1024
+
+Reader = Callable[[], Coroutine[Any, Any, None]]
 
 _decoder = msgspec.msgpack.Decoder(HeadEvent)
 _log = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ class HeadConnection:
             raise HeadLostError(f"The connection to {self._name} is lost.")
         # It needs no bound: a head sends one event for each token of a request whose length is limited.
         inbox = self._inboxes[admit.request_id] = asyncio.Queue()
-        stream = HeadStream(inbox)
+        stream = HeadStream(inbox, admit.attempt)
         try:
             await self._send(admit)
             yield stream
@@ -105,44 +108,56 @@ class HeadConnection:
 
 
 class HeadStream:
-    """The events of one request."""
+    """The events of one attempt at a request; what is left over from an earlier one is not listened to."""
 
-    def __init__(self, inbox: "asyncio.Queue[HeadEvent | HeadLostError]") -> None:
+    def __init__(self, inbox: "asyncio.Queue[HeadEvent | HeadLostError]", attempt: int) -> None:
         self._inbox = inbox
+        self._attempt = attempt
         self.ended = False
 
     async def next(self) -> HeadEvent:
         """Raises `HeadLostError`."""
-        event = await self._inbox.get()
-        if isinstance(event, HeadLostError):
-            raise event
-        self.ended = isinstance(event, Ended | Broken)
-        return event
+        while True:
+            event = await self._inbox.get()
+            if isinstance(event, HeadLostError):
+                raise event
+            if event.attempt == self._attempt:
+                self.ended = isinstance(event, Ended | Broken)
+                return event
 
 
 class Heads:
-    """The connections that are open. `start` runs a connection's reader beside everything else."""
+    """The connections that are open. `start` runs something beside everything else, until the node ends."""
 
-    def __init__(self, credentials: Credentials, start: Callable[[HeadConnection], None]) -> None:
+    def __init__(self, credentials: Credentials, start: Callable[[Reader], None]) -> None:
         self._context = client_context(credentials)
         self._start = start
         self._open: dict[HeadPlace, HeadConnection] = {}
-        self._opening: dict[HeadPlace, asyncio.Lock] = {}
+        self._opening: dict[HeadPlace, asyncio.Future[HeadConnection]] = {}
 
     async def connect(self, place: HeadPlace) -> HeadConnection:
-        """The connection to a head, opened if there is none. Raises `HeadLostError`."""
-        async with self._opening.setdefault(place, asyncio.Lock()):
-            self._forget_lost(place)
-            if place not in self._open:
-                self._open[place] = await open_connection(place, self._context)
-                self._start(self._open[place])
+        """The connection to a head, opened if there is none: once, for all who wait. Raises `HeadLostError`."""
+        self._open = {each: connection for each, connection in self._open.items() if not connection.lost}
+        if place in self._open:
             return self._open[place]
+        if place not in self._opening:
+            opening = self._opening[place] = asyncio.get_running_loop().create_future()
+            self._start(partial(self._hold, place, opening))
+        return await asyncio.shield(self._opening[place])
 
-    def _forget_lost(self, current: HeadPlace) -> None:
-        for key in [key for key, connection in self._open.items() if connection.lost]:
-            del self._open[key]
-            if key != current:
-                self._opening.pop(key, None)
+    async def _hold(self, place: HeadPlace, opening: "asyncio.Future[HeadConnection]") -> None:
+        """Opens a connection and reads it to its end."""
+        try:
+            connection = self._open[place] = await open_connection(place, self._context)
+            opening.set_result(connection)
+        except HeadLostError as lost:
+            opening.set_exception(lost)
+            opening.exception()  # seen, even where all who waited have left
+            return
+        finally:
+            opening.cancel()  # unless it is done: the node ends
+            del self._opening[place]
+        await connection.read()
 
 
 async def open_connection(place: HeadPlace, context: ssl.SSLContext) -> HeadConnection:

@@ -25,12 +25,14 @@ from covey.schema.generation import (
 from covey.serving.answer import AnswerText, OutOfOrderError
 
 FIRST_ATTEMPT: Final = 1
+TOKENS_OF_A_GOOD_TRY: Final = 16  # what ends its runner each time gives fewer
 
 
 class Progress:
     """One request, from its first admission to the last event. `clock` gives seconds.
 
-    `admit` is that of the current attempt; what is left over from an earlier one is not listened to.
+    `admit` is that of the current attempt; `take` must be given the events of that one only. `tries` counts the
+    attempts since the answer last went on for a while.
     """
 
     def __init__(self, admit: Admit, answer: AnswerText, clock: Callable[[], float]) -> None:
@@ -41,20 +43,21 @@ class Progress:
         self._answered_s: float | None = None  # the first token came
         self._cached_tokens = 0
         self._started = False
-        self.loss = ""  # of the attempt before
+        self._told_before = 0  # tokens, by earlier attempts
+        self.tries = 1
         self.done = False
 
-    def begin_next_attempt(self, loss: str) -> None:
-        """To be admitted again where it broke off. `loss` says why, in a sentence."""
-        self.loss = loss
+    def begin_next_attempt(self) -> None:
+        """To be admitted again where it broke off."""
+        token_count = len(self._answer.token_ids)
+        self.tries = 1 if token_count - self._told_before >= TOKENS_OF_A_GOOD_TRY else self.tries + 1
+        self._told_before = token_count
         prompt = self.admit.token_ids[: self.admit.prompt_length]
         token_ids = (*prompt, *self._answer.token_ids)
         self.admit = msgspec.structs.replace(self.admit, attempt=self.admit.attempt + 1, token_ids=token_ids)
 
     def take(self, event: HeadEvent) -> Iterable[GenerationEvent]:
         """The events that follow from what the head said."""
-        if event.attempt != self.admit.attempt:
-            return
         if isinstance(event, Broken):
             yield self._fail(event.message, event.status)
             return

@@ -23,6 +23,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from covey.control import routing
+from covey.control.settings import MachineSettings
 from covey.schema.cluster import ClusterState, Instance
 from covey.schema.generation import Admit, Broken, GenerationEvent, GenerationFailed, GenerationRequest, HeadEvent
 from covey.schema.ids import InstanceId, RequestId
@@ -30,8 +31,8 @@ from covey.schema.model import ModelCard
 from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText
 from covey.serving.choosing import Choosing, held
-from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream
-from covey.serving.model_text import ModelTexts
+from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
+from covey.serving.model_text import ModelText, ModelTexts
 from covey.serving.progress import FIRST_ATTEMPT, Progress
 from covey.serving.refusal import RefusedError
 from covey.text.detokenize import IncrementalDecoder
@@ -40,10 +41,11 @@ from covey.text.stop import StopStrings
 WATCH_S_MAX: Final = 60.0  # one wait for a change of the cluster; then we look again
 SEED_BITS: Final = 63
 GONE: Final = 503  # HTTP: try again, another instance may be up
-ATTEMPTS_MAX: Final = 5  # of one request: what ends its runner each time must not go round for ever
-REACH_S_MAX: Final = 10.0  # for a head that is said to be ready, and the connection to it
+TRIES_MAX: Final = 5  # of one request, in a row: what ends its runner each time must not go round for ever
+REACH_S_MAX: Final = 10.0  # of trying to connect to heads that are said to be ready; waiting for one is not counted
 SPACING_S: Final = 0.25  # before the next attempt
 SILENCE_S: Final = 1.0  # of a head, then we look whether it can speak
+LOST_S: Final = MachineSettings().lost_ms / 1000  # a node that is unheard for less may go on with its work
 PASSING: Final = (503,)  # a head's refusals that say nothing about the request itself
 
 _log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class Serving:
         self._choosing = Choosing(state, wait_changed)
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
-        self._heads = Heads(credentials, self._start_reader)
+        self._heads = Heads(credentials, self._start)
         self._is_leaving = False
 
     async def __aenter__(self) -> Self:
@@ -82,8 +84,8 @@ class Serving:
         """From now on what breaks is not tried again: this node is being stopped, and takes its runners along."""
         self._is_leaving = True
 
-    def _start_reader(self, connection: HeadConnection) -> None:
-        self._readers.start_soon(connection.read)
+    def _start(self, reader: Reader) -> None:
+        self._readers.start_soon(reader)
 
     async def read_ahead(self) -> None:
         """For ever: reads the text of each model that this node has a part of as soon as its file is here, so that
@@ -114,38 +116,24 @@ class Serving:
         """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
         try:
             instance = await self._choosing.ready(request.model_id)
-            progress = await self._begin(request, instance)
+            text = await self._texts.of(instance.card)
+            token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
+            instance = self._choosing.roomier(instance, len(token_ids) + 1)
+            progress = begin(request, text, token_ids, instance)
             while not progress.done:
                 try:
-                    async with aclosing(self._attempt(instance.card, progress)) as events:
+                    async with aclosing(self._attempt(instance, progress)) as events:
                         async for event in events:
                             yield event
                 except HeadLostError as lost:
-                    await self._go_on(progress, instance.card, lost)
+                    instance = await self._go_on(progress, instance, lost)
         except RefusedError as refused:
             _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
             yield GenerationFailed(refused.message, refused.status)
 
-    async def _begin(self, request: GenerationRequest, instance: Instance) -> Progress:
-        """A request that can be sent to a head. Raises `RefusedError`."""
-        text = await self._texts.of(instance.card)
-        token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
-        seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-        admit = Admit(
-            request_id=RequestId(uuid.uuid4().hex),
-            attempt=FIRST_ATTEMPT,
-            token_ids=tuple(token_ids),
-            prompt_length=len(token_ids),
-            sampling=msgspec.structs.replace(request.sampling, seed=seed),
-            token_count_max=token_count_max(request, len(token_ids), instance),
-            stop_token_ids=tuple(sorted(text.stop_token_ids)),
-        )
-        answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
-        return Progress(admit, answer, time.monotonic)
-
-    async def _attempt(self, card: ModelCard, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
+    async def _attempt(self, instance: Instance, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
         """What one head adds to the answer. Raises `HeadLostError` if it can't go on to the end, `RefusedError`."""
-        instance, connection = await self._reach(card, progress.loss)
+        instance, connection = await self._reach(instance, progress)
         async with connection.admitted(progress.admit) as stream:
             while not progress.done:
                 event = await self._next(stream, instance)
@@ -154,55 +142,59 @@ class Serving:
                 for each in progress.take(event):
                     yield each
 
-    async def _reach(self, card: ModelCard, loss: str) -> tuple[Instance, HeadConnection]:
-        """A ready instance, and the connection to its head. Raises `RefusedError`; `loss` is why another is sought.
+    async def _reach(self, instance: Instance, progress: Progress) -> tuple[Instance, HeadConnection]:
+        """The connection to the head of `instance`, or of another. Raises `RefusedError`.
 
         The cluster notices only after seconds that a head is gone; until then it is tried again.
         """
-        deadline = time.monotonic() + REACH_S_MAX
+        left_s = REACH_S_MAX
         while True:
-            instance = await self._ready(card, loss)
+            begun_s = time.monotonic()
             try:
                 return instance, await self._connect(instance)
             except HeadLostError as lost:
-                if time.monotonic() >= deadline:
-                    raise RefusedError(f"{lost} Send the request again.", GONE) from None
-                loss = str(lost)
                 await asyncio.sleep(SPACING_S)
+                left_s -= time.monotonic() - begun_s
+                if left_s <= 0:
+                    raise RefusedError(f"{lost} Send the request again.", GONE) from None
+                instance = await self._another(instance, progress, lost)
 
-    async def _ready(self, card: ModelCard, loss: str) -> Instance:
-        """Raises `RefusedError`."""
+    async def _another(self, instance: Instance, progress: Progress, lost: HeadLostError) -> Instance:
+        """One that can go on, be it the same. Raises `RefusedError`."""
+        card = instance.card
         try:
-            found = await self._choosing.ready(card.model_id)
+            return await self._choosing.ready(card.model_id, card, len(progress.admit.token_ids))
         except RefusedError as refused:
-            raise RefusedError(f"{loss} {refused.message}".strip(), refused.status) from None
-        if found.card != card:  # placed anew while the request was under way
-            raise RefusedError(f"{loss} Another file goes by the name of {card.model_id} now.".strip(), GONE)
-        return found
+            raise RefusedError(f"{lost} {refused.message}", refused.status) from None
 
     async def _next(self, stream: HeadStream, instance: Instance) -> HeadEvent:
         """What the head says next. Raises `HeadLostError`.
 
-        A machine that is switched off or asleep says nothing, and closes nothing: a silent head is looked at.
+        A machine that is switched off or asleep says nothing, and closes nothing: a silent head is looked at. One whose
+        nodes are unheard for a moment may still answer, and would lose its place in the queue, or what it computed.
         """
+        lost_since_s: float | None = None
         while True:
             try:
                 async with asyncio.timeout(SILENCE_S):
                     return await stream.next()
             except TimeoutError:
-                if loss := self._choosing.loss(instance):
-                    raise HeadLostError(loss) from None
+                loss, now_s = self._choosing.loss(instance), time.monotonic()
+                lost_since_s = (lost_since_s or now_s) if loss else None
+                if loss and not (loss.may_pass and now_s - (lost_since_s or now_s) < LOST_S):
+                    raise HeadLostError(loss.reason) from None
 
-    async def _go_on(self, progress: Progress, card: ModelCard, lost: HeadLostError) -> None:
-        """Raises `RefusedError` if it was tried often enough, or is not to be tried again."""
+    async def _go_on(self, progress: Progress, instance: Instance, lost: HeadLostError) -> Instance:
+        """Where the next attempt is made. Raises `RefusedError` if it was tried often enough, or is not to be."""
         if self._is_leaving:
             raise RefusedError(f"{lost} This node is being stopped.", GONE)
-        if progress.admit.attempt >= ATTEMPTS_MAX:
-            message = f"{lost} This was attempt {ATTEMPTS_MAX}, so the request is given up; send it again."
+        if progress.tries >= TRIES_MAX:
+            message = f"{lost} That was the {TRIES_MAX}th time in a row, so the request is given up; send it again."
             raise RefusedError(message, GONE)
-        _log.warning("an answer of %s goes on elsewhere: %s", card.model_id, lost)
-        progress.begin_next_attempt(str(lost))
+        _log.warning("an answer of %s broke off, and goes on where it stopped: %s", instance.card.model_id, lost)
+        progress.begin_next_attempt()
         await asyncio.sleep(SPACING_S)
+        return await self._another(instance, progress, lost)
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
@@ -210,6 +202,22 @@ class Serving:
         if not addresses:
             raise HeadLostError(f"The head of {instance.card.model_id} has gone.")
         return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
+
+
+def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance) -> Progress:
+    """A request that can be sent to the head of `instance`. Raises `RefusedError`."""
+    seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+    admit = Admit(
+        request_id=RequestId(uuid.uuid4().hex),
+        attempt=FIRST_ATTEMPT,
+        token_ids=tuple(token_ids),
+        prompt_length=len(token_ids),
+        sampling=msgspec.structs.replace(request.sampling, seed=seed),
+        token_count_max=token_count_max(request, len(token_ids), instance),
+        stop_token_ids=tuple(sorted(text.stop_token_ids)),
+    )
+    answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
+    return Progress(admit, answer, time.monotonic)
 
 
 def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:
