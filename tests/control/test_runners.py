@@ -65,7 +65,8 @@ def test_one_runner_from_assignment_to_ready() -> None:
     assert (start.attempt, start.spec.model_path, start.spec.stage_count) == (1, "/small.gguf", 1)
     bench.hear(RunnerStarted(MINE, 1, 4711))
     assert bench.mine.state is RunnerState.IDLE
-    assert bench.say(Listening(7)) == [TellRunner(MINE, 1, ConnectTo((Address("127.0.0.1", 7),)))]
+    here = Address("127.0.0.1", 7)
+    assert bench.say(Listening(7)) == [TellRunner(MINE, 1, ConnectTo((here,), (here,)))]
     assert bench.say(Connected()) == [TellRunner(MINE, 1, Load())]
     assert bench.say(LoadProgressed(3, 6, 1, 2)) == []
     assert bench.runners.reports()[0].layers_loaded == 3
@@ -339,7 +340,8 @@ def test_a_link_waits_until_the_next_stage_listens_in_the_same_generation() -> N
     bench.advance()
     assert bench.say(Listening(7)) == []
     bench.report(RunnerState.CONNECTING, 1, port=8)
-    assert bench.advance() == [TellRunner(MINE, 1, ConnectTo((Address("other", 8),)))]
+    other = Address("other", 8)
+    assert bench.advance() == [TellRunner(MINE, 1, ConnectTo((other,), (other,)))]
 
 
 def test_while_another_runner_has_failed_this_one_stops_and_waits() -> None:

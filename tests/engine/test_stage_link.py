@@ -3,25 +3,30 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from covey.engine import handshake
 from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
 from covey.engine.contract import Piece
 from covey.engine.handshake import (
+    Dialler,
     LinkHello,
+    LinkOffer,
     LinkRefused,
     LinkRefusedError,
     LinkWelcome,
-    connect,
     link_refusal,
     receive_first,
 )
 from covey.engine.link import DTYPES, Link, LinkBrokenError, LinkClosedError, Opening
+from covey.engine.link_place import LinkPlace
+from covey.engine.mailbox import Mailbox
 from covey.engine.plan import SamplingStart, StepOutcome, StepPlan
+from covey.engine.port import DataPort
 from covey.engine.tls import Channel, client_context, server_context
 from covey.schema.generation import Prefilled, Sampling
 from covey.schema.ids import RequestId
@@ -30,7 +35,7 @@ from covey.schema.wire import FrameTooLargeError, pack
 from tests.credentials import credentials, node
 from tests.engine.harness import HOST, channel_pair, make_spec
 
-SPEC = make_spec(0, 2)
+DIALLER = Dialler(make_spec(0, 2), client_context(credentials(0)))
 PLAN = StepPlan(
     7,
     (Piece(1, 256, 3, wants_logits=True), Piece(0, 5, 1, wants_logits=False)),
@@ -187,7 +192,7 @@ def answer_once(listener: socket.socket, answer: bytes, number: int = 1) -> None
 
 
 def connect_to(port: int, seconds: float, *more: Address) -> Link:
-    return connect(SPEC, (*more, Address(HOST, port)), client_context(credentials(0)), seconds)
+    return DIALLER.connect((*more, Address(HOST, port)), LinkPlace(), seconds)
 
 
 def open_link(answer: bytes, seconds: float = 5.0) -> Link:
@@ -252,8 +257,8 @@ def test_the_first_address_may_lead_nowhere() -> None:
 def test_all_that_was_tried_is_told() -> None:
     with pytest.raises(LinkBrokenError, match=r"stage 1 at 127.0.0.2:1, 127.0.0.1:1 within 0 s: Connection refused\."):
         connect_to(1, 0, Address("127.0.0.2", 1))
-    with pytest.raises(LinkBrokenError, match=r"stage 1 at no address within 5 s: its node reports none"):
-        connect(SPEC, (), client_context(credentials(0)), 5)
+    with pytest.raises(LinkBrokenError, match=r"stage 1 at no address within 0 s: its node reports none"):
+        DIALLER.connect((), LinkPlace(), 0.1)
 
 
 def test_a_first_frame_must_be_small(channels: tuple[Channel, Channel]) -> None:
@@ -282,6 +287,98 @@ def test_a_first_frame_must_be_quick(channels: tuple[Channel, Channel]) -> None:
 )
 def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: bool) -> None:  # noqa: FBT001
     assert (link_refusal(make_spec(1, 3), hello, node(peer).node_id) is None) is is_taken
+
+
+@pytest.mark.parametrize(
+    ("offer", "peer", "is_taken"),
+    [
+        (LinkOffer("instance-1", 2, 3), 2, True),
+        (LinkOffer("instance-1", 2, 3), 0, False),
+        (LinkOffer("instance-1", 0, 3), 0, False),
+        (LinkOffer("instance-2", 2, 3), 2, False),
+        (LinkOffer("instance-1", 2, 4), 2, False),
+    ],
+)
+def test_only_the_stage_after_may_offer_a_link(offer: LinkOffer, peer: int, is_taken: bool) -> None:  # noqa: FBT001
+    assert (link_refusal(make_spec(1, 3), offer, node(peer).node_id) is None) is is_taken
+
+
+def test_the_only_stage_has_no_links() -> None:
+    assert link_refusal(make_spec(0, 1), LinkHello("instance-1", 0, 1), node(0).node_id) is not None
+
+
+class Neighbours:
+    """The stages of a pipeline in one process, of which some can't be reached by others: who opens which link?"""
+
+    def __init__(self, count: int) -> None:
+        self.specs = [make_spec(index, count) for index in range(count)]
+        self.ports = [DataPort(spec, credentials(index), Mailbox()) for index, spec in enumerate(self.specs)]
+        self.failures: list[Exception] = []
+
+    def way_to(self, index: int, hidden: Sequence[int]) -> tuple[Address, ...]:
+        """Nobody answers where a hidden one says it is."""
+        index %= len(self.ports)
+        return (Address(HOST, 1 if index in hidden else self.ports[index].number),)
+
+    def link(self, hidden: Sequence[int]) -> None:
+        threads = [threading.Thread(target=self._link, args=(index, hidden)) for index in range(len(self.ports))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _link(self, index: int, hidden: Sequence[int]) -> None:
+        port, dialler = self.ports[index], Dialler(self.specs[index], client_context(credentials(index)))
+        offer = threading.Thread(target=dialler.offer, args=(self.way_to(index - 1, hidden), port.before, 10))
+        offer.start()
+        try:
+            dialler.connect(self.way_to(index + 1, hidden), port.after, 10).send(StepOutcome(index, ()))
+        except (LinkBrokenError, LinkRefusedError) as error:
+            self.failures.append(error)
+        offer.join()
+
+    def heard(self) -> list[int]:
+        """Which stage each one's link from the stage before really comes from."""
+        links = [port.before.wait(0) for port in self.ports]
+        return [link.receive().message.step for link in links if link]
+
+    def close(self) -> None:
+        for port in self.ports:
+            for place in (port.before, port.after):
+                if link := place.wait(0):
+                    link.close()
+            port.close()
+
+
+@pytest.mark.parametrize(("count", "hidden"), [(2, [1]), (2, [0]), (3, [1]), (3, [0]), (4, [0, 2])])
+def test_a_node_that_can_only_dial_out_takes_part(
+    monkeypatch: pytest.MonkeyPatch, count: int, hidden: list[int]
+) -> None:
+    monkeypatch.setattr(handshake, "OFFER_SECONDS", 0.2)
+    stages = Neighbours(count)
+    stages.link(hidden)
+    assert stages.failures == []
+    assert stages.heard() == [(index - 1) % count for index in range(count)]
+    stages.close()
+
+
+def test_two_sides_that_dial_at_once_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "OFFER_SECONDS", 0.0)
+    for round_number in range(20):
+        stages = Neighbours(2 + round_number % 2)
+        stages.link([])
+        assert stages.failures == []
+        assert stages.heard() == [(index - 1) % len(stages.ports) for index in range(len(stages.ports))]
+        stages.close()
+
+
+def test_two_that_can_only_dial_out_are_no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "OFFER_SECONDS", 0.1)
+    with pytest.raises(LinkBrokenError, match="Connection refused"):
+        DIALLER.connect((Address(HOST, 1),), LinkPlace(), 0.5)
+    place = LinkPlace()
+    Dialler(make_spec(1, 2), client_context(credentials(1))).offer((Address(HOST, 1),), place, 0.5)
+    assert place.wait(0) is None
 
 
 def test_the_last_stage_links_to_the_head() -> None:

@@ -115,10 +115,11 @@ class Begin(Struct, frozen=True):
 
 
 class Link(Struct, frozen=True):
-    """All stages listen, in the same generation; this is the next one."""
+    """All stages listen, in the same generation; `boot` is that of the next one's node."""
 
     boot: int
-    addresses: tuple[Address, ...]  # in the order to be tried
+    following: tuple[Address, ...]  # in the order to be tried
+    before: tuple[Address, ...]
 
 
 class Proceed(Struct, frozen=True):
@@ -202,7 +203,7 @@ def _listening(runner: Runner, news: Listening) -> Outcome:
 
 def _link(runner: Runner, news: Link) -> Outcome:
     runner.linked_to = news.boot
-    return CONNECTING, [_tell(runner, ConnectTo(news.addresses))]
+    return CONNECTING, [_tell(runner, ConnectTo(news.following, news.before))]
 
 
 def _connected(_: Runner, __: Connected) -> Outcome:

@@ -48,7 +48,7 @@ from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
-from covey.schema.runner import PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
+from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 
 class Neighbour(Struct, frozen=True):
@@ -286,12 +286,17 @@ class Runners:
         listening = [
             each for each in stages.values() if each.report.attempt == runner.attempt and each.report.data_address
         ]
-        following = stages.get(_next_index(runner))
-        if len(listening) < len(runner.instance.stages) or following is None:
+        if len(listening) < len(runner.instance.stages):
             return []
-        there = reports.get(runner.instance.stages[_next_index(runner)].node_id)
-        ways = ways_to(following.report.data_address, there, reports.get(self.node_id))
-        return self._step(runner, Link(following.boot, ways))
+        before, following = (_index(runner) - 1) % len(stages), _next_index(runner)
+        ways = [self._ways(runner, stages, index, reports) for index in (following, before)]
+        return self._step(runner, Link(stages[following].boot, *ways))
+
+    def _ways(
+        self, runner: Runner, stages: dict[int, Neighbour], index: int, reports: dict[NodeId, NodeReport]
+    ) -> tuple[Address, ...]:
+        there = reports.get(runner.instance.stages[index].node_id)
+        return ways_to(stages[index].report.data_address, there, reports.get(self.node_id))
 
     def _step(self, runner: Runner, news: object) -> list[Effect]:
         self.revision += 1

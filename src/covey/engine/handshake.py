@@ -1,19 +1,23 @@
 """How a link is opened: TLS, then one `wire` frame each way, `LinkHello`, answered by `LinkWelcome` or `LinkRefused`.
 
 So neither a stranger nor a stage of another node or instance, or in the wrong place, ends up in the middle of a
-pipeline. The stage before connects; a node that nobody can reach may hold no stage but the only one.
+pipeline. The stage before connects. A node behind a firewall or an address translation can only dial out: a stage that
+nobody has reached after a while connects to the one before and says `LinkOffer`, and that one sends by this connection.
 """
 
+import logging
 import socket
 import ssl
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from covey.engine.link import Link, LinkBrokenError
+from covey.engine.link_place import LinkPlace
 from covey.engine.tls import Channel, PeerError, explain
 from covey.schema.ids import NodeId
 from covey.schema.runner import Address, RunnerSpec
@@ -24,6 +28,9 @@ HELLO_SECONDS: Final = 5.0  # who connects has its hello ready
 REACH_SECONDS: Final = 2.0  # one address that swallows packets leaves time for the others
 RETRY_SECONDS: Final = 0.05  # grows to ...
 RETRY_SECONDS_MAX: Final = 1.0
+OFFER_SECONDS: Final = 3.0  # a stage that can be reached is, by then; all start at the same time
+
+log = logging.getLogger(__name__)
 
 
 class LinkRefusedError(Exception):
@@ -32,6 +39,14 @@ class LinkRefusedError(Exception):
 
 class LinkHello(Struct, frozen=True, tag=True):
     """Who opens a link: its own stage, and whose it is."""
+
+    instance_id: str
+    stage_index: int
+    stage_count: int
+
+
+class LinkOffer(Struct, frozen=True, tag=True):
+    """The same of a stage that wants the link from the one before, which may not be able to reach it."""
 
     instance_id: str
     stage_index: int
@@ -49,72 +64,117 @@ class LinkRefused(Struct, frozen=True, tag=True):
 _answers = msgspec.msgpack.Decoder(LinkWelcome | LinkRefused)
 
 
-def hello_of(spec: RunnerSpec) -> LinkHello:
-    return LinkHello(spec.instance_id, spec.stage_index, spec.stage_count)
-
-
-def link_refusal(spec: RunnerSpec, hello: LinkHello, peer: NodeId) -> str | None:
-    """Why the stage of `spec` does not take a link from node `peer`, which says `hello`."""
-    if hello.instance_id != spec.instance_id:
-        return f"this stage belongs to instance {spec.instance_id}, not {hello.instance_id}."
-    before = (spec.stage_index - 1) % spec.stage_count
-    if (hello.stage_index, hello.stage_count) != (before, spec.stage_count):
+def link_refusal(spec: RunnerSpec, first: LinkHello | LinkOffer, peer: NodeId) -> str | None:
+    """Why the stage of `spec` does not take a link from, or to, node `peer`, which says `first`."""
+    if first.instance_id != spec.instance_id:
+        return f"this stage belongs to instance {spec.instance_id}, not {first.instance_id}."
+    if spec.stage_count == 1:
+        return "this stage is the only one."
+    step, goes = (-1, "follows") if isinstance(first, LinkHello) else (1, "comes before")
+    expected = (spec.stage_index + step) % spec.stage_count
+    if (first.stage_index, first.stage_count) != (expected, spec.stage_count):
         return (
-            f"stage {spec.stage_index} of {spec.stage_count} follows stage {before},"
-            f" not stage {hello.stage_index} of {hello.stage_count}."
+            f"stage {spec.stage_index} of {spec.stage_count} {goes} stage {expected},"
+            f" not stage {first.stage_index} of {first.stage_count}."
         )
-    if peer != spec.stage_node_ids[before]:
-        return f"stage {before} belongs to node {spec.stage_node_ids[before][:8]}, not to node {peer[:8]}."
+    if peer != spec.stage_node_ids[expected]:
+        return f"stage {expected} belongs to node {spec.stage_node_ids[expected][:8]}, not to node {peer[:8]}."
     return None
 
 
-def connect(spec: RunnerSpec, addresses: Sequence[Address], context: ssl.SSLContext, seconds: float) -> Link:
-    """Opens the link to the stage after that of `spec`, trying again for up to `seconds` while it is not there yet.
+class Dialler(Struct, frozen=True):
+    """Connects a stage to its neighbours. `addresses` of methods come in the order to be tried."""
 
-    Raises `LinkRefusedError`, also where only strangers answer, and `LinkBrokenError` if the stage can't be reached.
-    """
-    following = (spec.stage_index + 1) % spec.stage_count
-    places = ", ".join(f"{address.host}:{address.port}" for address in addresses) or "no address"
-    peer = f"stage {following} at {places}"
-    deadline, pause = time.monotonic() + seconds, RETRY_SECONDS
-    while True:
+    spec: RunnerSpec
+    context: ssl.SSLContext
+
+    def connect(self, addresses: Sequence[Address], place: LinkPlace, seconds: float) -> Link:
+        """Opens the link to the stage after, trying again for up to `seconds` while it is not there yet, or takes what
+        that one offers, which fills `place`.
+
+        Raises `LinkRefusedError`, also where only strangers answer, and `LinkBrokenError` if there is none by then.
+        """
+        neighbour = self._neighbour(1, addresses)
+        deadline, pause = time.monotonic() + seconds, RETRY_SECONDS
+        while True:
+            reasons = self._dial_all(neighbour, place, deadline)
+            left = deadline - time.monotonic()
+            if link := place.wait(min(pause, left)):
+                return link
+            if left <= 0:
+                raise LinkBrokenError(f"No link to {neighbour.name} within {seconds:.0f} s: {reasons}.")
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+    def offer(self, addresses: Sequence[Address], place: LinkPlace, seconds: float) -> None:
+        """Connects to the stage before, unless that one comes by itself, which fills `place`."""
+        neighbour = self._neighbour(-1, addresses)
+        deadline = time.monotonic() + seconds
+        link = place.wait(min(OFFER_SECONDS, seconds))
+        while link is None and time.monotonic() < deadline:
+            for address in addresses:
+                try:
+                    place.fill(partial(self._introduce, neighbour, address, deadline))
+                except (OSError, LinkRefusedError) as error:
+                    log.info("%s takes no link at %s: %s", neighbour.name, address.host, explain(error))
+                time.sleep(RETRY_SECONDS)  # in which it may come by itself
+            link = place.wait(RETRY_SECONDS_MAX)
+
+    def _neighbour(self, step: int, addresses: Sequence[Address]) -> "_Neighbour":
+        index = (self.spec.stage_index + step) % self.spec.stage_count
+        places = ", ".join(f"{address.host}:{address.port}" for address in addresses) or "no address"
+        kind = LinkHello if step > 0 else LinkOffer
+        first = kind(self.spec.instance_id, self.spec.stage_index, self.spec.stage_count)
+        return _Neighbour(f"stage {index} at {places}", self.spec.stage_node_ids[index], first, tuple(addresses))
+
+    def _dial_all(self, neighbour: "_Neighbour", place: LinkPlace, deadline: float) -> str:
+        """Tries each address until `place` is filled; why it is not. Raises `LinkRefusedError`."""
         failures: list[OSError] = []
-        for address in addresses:
+        for address in neighbour.addresses:
+            if place.wait(0):
+                break
             try:
-                return _introduce(spec, address, context, peer, deadline)
+                link = self._introduce(neighbour, address, deadline)
             except OSError as error:
                 failures.append(error)
+            except LinkRefusedError:
+                if place.wait(0) is None:  # else it refused because it had offered one itself
+                    raise
+            else:
+                if not place.fill(lambda: link):  # noqa: B023 - called at once
+                    link.close()
         reasons = "; ".join(dict.fromkeys(map(explain, failures))) or "its node reports none that can be reached"
         if failures and all(isinstance(error, PeerError | ssl.SSLError) for error in failures):
-            raise LinkRefusedError(f"No link to {peer}: {reasons}.")
-        left = deadline - time.monotonic()
-        if left <= 0 or not addresses:
-            raise LinkBrokenError(f"No link to {peer} within {seconds:.0f} s: {reasons}.")
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, RETRY_SECONDS_MAX)
+            raise LinkRefusedError(f"No link to {neighbour.name}: {reasons}.")
+        return reasons
+
+    def _introduce(self, neighbour: "_Neighbour", address: Address, deadline: float) -> Link:
+        """One try at one address. Raises `OSError` where another may help, `LinkRefusedError`."""
+        left = max(deadline - time.monotonic(), RETRY_SECONDS)
+        connection = socket.create_connection((address.host, address.port), min(left, REACH_SECONDS))
+        try:
+            channel = Channel(connection, self.context, is_server=False)
+            answer = _exchange(channel, neighbour, time.monotonic() + min(left, HELLO_SECONDS))
+        except BaseException:
+            connection.close()
+            raise
+        if isinstance(answer, LinkRefused):
+            connection.close()
+            raise LinkRefusedError(f"The link to {neighbour.name} was refused: {answer.reason}")
+        return Link(channel, neighbour.name)
 
 
-def _introduce(spec: RunnerSpec, address: Address, context: ssl.SSLContext, peer: str, deadline: float) -> Link:
-    """One try at one address. Raises `OSError` where another may help."""
-    left = max(deadline - time.monotonic(), RETRY_SECONDS)
-    connection = socket.create_connection((address.host, address.port), min(left, REACH_SECONDS))
-    try:
-        channel = Channel(connection, context, is_server=False)
-        answer = _exchange(spec, channel, time.monotonic() + min(left, HELLO_SECONDS))
-    except BaseException:
-        connection.close()
-        raise
-    if isinstance(answer, LinkRefused):
-        connection.close()
-        raise LinkRefusedError(f"The link to {peer} was refused: {answer.reason}")
-    return Link(channel, peer)
+class _Neighbour(Struct, frozen=True):
+    name: str
+    node_id: NodeId
+    first: LinkHello | LinkOffer  # what it is told
+    addresses: tuple[Address, ...]
 
 
-def _exchange(spec: RunnerSpec, channel: Channel, deadline: float) -> LinkWelcome | LinkRefused:
+def _exchange(channel: Channel, neighbour: _Neighbour, deadline: float) -> LinkWelcome | LinkRefused:
     """Raises `OSError`."""
-    channel.shake_hands(deadline, spec.stage_node_ids[(spec.stage_index + 1) % spec.stage_count])
+    channel.shake_hands(deadline, neighbour.node_id)
     try:
-        channel.send(pack(hello_of(spec)))
+        channel.send(pack(neighbour.first))
         return _answers.decode(receive_first(channel, deadline))
     except (msgspec.MsgspecError, FrameTooLargeError) as error:
         raise OSError(f"it did not answer as a stage does ({error})") from error

@@ -1,4 +1,4 @@
-"""The runner's data port: takes the link from the stage before and, on the head, connections with requests.
+"""The runner's data port: takes links from and to its neighbours and, on the head, connections with requests.
 
 Whoever connects has a few seconds to prove by TLS that it is a node of this cluster, and to say what it wants, in a
 first frame of a few bytes; anything else is closed, and nothing that comes here can end the runner.
@@ -9,14 +9,23 @@ import logging
 import socket
 import threading
 import time
-from queue import SimpleQueue
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from covey.engine.connection import ServeConnection
-from covey.engine.handshake import HELLO_SECONDS, LinkHello, LinkRefused, LinkWelcome, link_refusal, receive_first
+from covey.engine.handshake import (
+    HELLO_SECONDS,
+    LinkHello,
+    LinkOffer,
+    LinkRefused,
+    LinkWelcome,
+    link_refusal,
+    receive_first,
+)
 from covey.engine.link import Link
+from covey.engine.link_place import LinkPlace
 from covey.engine.mailbox import Mailbox, ServeCame, ServeGone, ServeSaid
 from covey.engine.strangers import Strangers, is_near
 from covey.engine.tls import Channel, PeerError, explain, server_context
@@ -30,7 +39,8 @@ CONNECTIONS_MAX: Final = 128  # at once, of members: some for each node of a lar
 EXHAUSTED_SECONDS: Final = 0.2  # before the next try where this process has no file descriptor left
 
 log = logging.getLogger(__name__)
-_firsts = msgspec.msgpack.Decoder(ServeHello | LinkHello)
+First = ServeHello | LinkHello | LinkOffer
+_firsts = msgspec.msgpack.Decoder(First)
 
 
 class DataPort:
@@ -41,12 +51,10 @@ class DataPort:
         self._mailbox = mailbox
         self._listener = _listen(spec.listen_host)
         self.number: int = self._listener.getsockname()[1]
-        self.links: SimpleQueue[Link] = SimpleQueue()  # gets the one from the stage before, once it has come
+        self.before, self.after = LinkPlace(), LinkPlace()  # the links from the stage before and to the one after
         self._owners = itertools.count(1)
         self._strangers = Strangers()
         self._places = threading.Semaphore(CONNECTIONS_MAX)
-        self._lock = threading.Lock()
-        self._linked = spec.stage_count == 1
         self._open = False
         threading.Thread(target=self._accept, name="data port", daemon=True).start()
 
@@ -86,7 +94,7 @@ class DataPort:
         finally:
             self._places.release()
 
-    def _meet(self, connection: socket.socket) -> tuple[Channel, NodeId, ServeHello | LinkHello]:
+    def _meet(self, connection: socket.socket) -> tuple[Channel, NodeId, First]:
         """Who it is and what it wants. Raises `OSError`, `MsgspecError`, `FrameTooLargeError`."""
         if not is_near(connection):
             raise PeerError("it came from the internet")
@@ -95,9 +103,9 @@ class DataPort:
         peer = channel.shake_hands(deadline)
         return channel, peer, _firsts.decode(receive_first(channel, deadline))
 
-    def _take(self, channel: Channel, peer: NodeId, first: ServeHello | LinkHello) -> None:
+    def _take(self, channel: Channel, peer: NodeId, first: First) -> None:
         try:
-            if isinstance(first, LinkHello):
+            if isinstance(first, LinkHello | LinkOffer):
                 self._take_link(channel, peer, first)
             else:
                 self._take_requests(channel, first)
@@ -105,17 +113,15 @@ class DataPort:
             log.warning("a connection of node %s is closed: %s", peer, explain(error))
             channel.socket.close()
 
-    def _take_link(self, channel: Channel, peer: NodeId, hello: LinkHello) -> None:
-        with self._lock:
-            reason = "this stage has its link already." if self._linked else link_refusal(self._spec, hello, peer)
-            self._linked = self._linked or reason is None
+    def _take_link(self, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
+        place = self.before if isinstance(first, LinkHello) else self.after
+        reason = link_refusal(self._spec, first, peer)
+        if reason is None and not place.fill(partial(_welcome, channel, first.stage_index)):
+            reason = "this stage has its link already."
         if reason:
             log.warning("a link is refused: %s", reason)
             channel.send(pack(LinkRefused(reason)))
             channel.socket.close()
-        else:
-            channel.send(pack(LinkWelcome()))
-            self.links.put(Link(channel, f"stage {hello.stage_index}"))
 
     def _take_requests(self, channel: Channel, hello: ServeHello) -> None:
         if not self._open or hello.instance_id != self._spec.instance_id:
@@ -128,6 +134,12 @@ class DataPort:
         for command in serve.commands():
             self._mailbox.put(ServeSaid(owner, command))
         self._mailbox.put(ServeGone(owner))
+
+
+def _welcome(channel: Channel, stage_index: int) -> Link:
+    """Raises `OSError`."""
+    channel.send(pack(LinkWelcome()))
+    return Link(channel, f"stage {stage_index}")
 
 
 def _listen(host: str) -> socket.socket:

@@ -4,12 +4,11 @@ The main thread is the only one that computes. SIGTERM and `ShutDown` end it whe
 """
 
 import logging
-import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Final, NoReturn, TypeVar
 
@@ -17,7 +16,7 @@ import psutil
 
 from covey.engine.contract import LoadProgress, StageEngine
 from covey.engine.engines import create
-from covey.engine.handshake import connect
+from covey.engine.handshake import Dialler
 from covey.engine.link import Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
 from covey.engine.mailbox import LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid
@@ -25,7 +24,6 @@ from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort
 from covey.engine.tls import client_context
 from covey.schema.runner import (
-    Address,
     Beat,
     Configure,
     Connected,
@@ -64,9 +62,9 @@ class Runner:
         configure = self._wait_command(Configure)
         spec = configure.spec
         port = self._listen(configure)
-        addresses = self._wait_command(ConnectTo).next_stage
+        neighbours = self._wait_command(ConnectTo)
         self.phase = "connecting"
-        link = self._connect(configure, port, addresses)
+        link = self._connect(configure, port, neighbours)
         self._wait_command(Load)
         self.phase = "loading"
         engine = self._load(spec)
@@ -101,13 +99,16 @@ class Runner:
         self._pipe.tell(Listening(port.number))
         return port
 
-    def _connect(self, configure: Configure, port: DataPort, addresses: Sequence[Address]) -> Link | None:
+    def _connect(self, configure: Configure, port: DataPort, neighbours: ConnectTo) -> Link | None:
         """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
         link, spec = None, configure.spec
         seconds = spec.connect_ms / MS_PER_S
         if spec.stage_count > 1:
             deadline = time.monotonic() + seconds
-            link = connect(spec, addresses, client_context(configure.credentials), seconds)
+            dialler = Dialler(spec, client_context(configure.credentials))
+            offering = (neighbours.stage_before, port.before, seconds)
+            threading.Thread(target=dialler.offer, args=offering, name="offer", daemon=True).start()
+            link = dialler.connect(neighbours.next_stage, port.after, seconds)
             self._listen_to(link, self._report_end)
             self._listen_to(self._wait_before(port, seconds, deadline), self._pass_on_frames)
         self._pipe.tell(Connected())
@@ -115,10 +116,10 @@ class Runner:
 
     @staticmethod
     def _wait_before(port: DataPort, seconds: float, deadline: float) -> Link:
-        try:
-            return port.links.get(timeout=max(deadline - time.monotonic(), 0.0))
-        except queue.Empty:
-            raise LinkBrokenError(f"The stage before opened no link within {seconds:.0f} s.") from None
+        link = port.before.wait(deadline - time.monotonic())
+        if link is None:
+            raise LinkBrokenError(f"The stage before opened no link within {seconds:.0f} s.")
+        return link
 
     def _load(self, spec: RunnerSpec) -> StageEngine:
         engine = create(spec)

@@ -71,9 +71,13 @@ class Configure(Struct, frozen=True, tag=True):
 
 
 class ConnectTo(Struct, frozen=True, tag=True):
-    """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself."""
+    """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself.
 
-    next_stage: tuple[Address, ...]  # in the order to be tried
+    Addresses are in the order to be tried; those of the stage before are for a link that it can't open itself.
+    """
+
+    next_stage: tuple[Address, ...]
+    stage_before: tuple[Address, ...] = ()
 
 
 class Load(Struct, frozen=True, tag=True):
