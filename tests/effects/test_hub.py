@@ -139,7 +139,7 @@ async def test_a_tired_hub_is_asked_again_then_left_alone(hub: Hub, files: Model
 
 @pytest.mark.parametrize(("bytes_sent", "ignores_ranges"), [(0, False), (0, True), (1_000, True)])
 async def test_answers_that_are_whole_but_too_short_end_the_fetch(
-    hub: Hub, files: ModelFiles, bytes_sent: int, ignores_ranges: bool
+    hub: Hub, files: ModelFiles, bytes_sent: int, *, ignores_ranges: bool
 ) -> None:
     """A login page of a hotel answers 200 to everything: no error, and never the file."""
     card = await files.resolve(NAME)

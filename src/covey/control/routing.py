@@ -203,12 +203,19 @@ def waits_for_memory(instance: Instance, reports: Reports) -> bool:
     return any(each.waiting for each in found if each)
 
 
-def has_broken(stage: Stage, reports: Reports) -> bool:
-    """Whether its runner failed, or waits for the others of its generation since."""
-    report = runner_report(stage, reports)
-    if report is None:
-        return False
-    return report.state is RunnerState.FAILED or (report.attempt > 1 and report.state in LINKING_STATES)
+def have_parted(stages: Sequence[Stage], gone: RunnerReport | None, reports: Reports) -> bool:
+    """Whether one of these stages' runners failed while it worked with one that was told of last as `gone`.
+
+    Since then it may have begun anew, and wait for `gone` to follow. One that `gone` has not linked to, since it waits
+    for a file or for memory, waits just so.
+    """
+    found = [runner_report(stage, reports) for stage in stages]
+    return any(_has_left(each, gone) for each in found if each and gone and gone.data_address)
+
+
+def _has_left(report: RunnerReport, gone: RunnerReport) -> bool:
+    begins_anew = report.state in LINKING_STATES and report.attempt > gone.attempt and not report.waiting
+    return report.state is RunnerState.FAILED or begins_anew
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
