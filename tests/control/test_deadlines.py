@@ -10,7 +10,7 @@ from covey.control.deadlines import PHASES
 from covey.control.routing import instance_status, ready_instances
 from covey.control.runner_table import TABLE, Overdue
 from covey.control.settings import MachineSettings, PhaseLimits
-from covey.schema.cluster import InstancePhase, RunnerReport
+from covey.schema.cluster import Instance, InstancePhase
 from covey.schema.ids import RunnerId
 from covey.schema.machine import LeaveRequested, RunnerExited, RunnerStarted, StartRunner, StopRunner
 from covey.schema.runner import Activity, Beat, Connected, Listening, LoadProgressed, PhaseFailed, RunnerState
@@ -240,7 +240,8 @@ def test_while_a_neighbour_is_stuck_its_instance_waits_and_says_so() -> None:
     assert bea.machine is None
 
 
-def test_memory_that_a_stuck_process_holds_is_not_given_back_to_a_placement() -> None:
+def test_memory_that_runners_of_an_instance_that_ends_hold_counts_as_given_back_but_for_stuck_ones() -> None:
+    """Also while they end, and never less than nothing is held."""
     world = World(Random(7))
     ada = world.add("ada", 8 * GIGABYTE)
     ada.start()
@@ -251,15 +252,20 @@ def test_memory_that_a_stuck_process_holds_is_not_given_back_to_a_placement() ->
     [instance] = ada.machine.state(world.now_ms).instances
     last = ada.machine.reporter.last
     assert last is not None
+    assert last.hardware is not None
     [report] = last.runners
+    free_bytes, held_bytes = last.hardware.memory_bytes_available, report.resident_bytes
 
-    def free_bytes(changed: RunnerReport) -> int:
+    def seen(state: RunnerState, *leaving: Instance) -> tuple[int, int]:
         assert ada.machine is not None
-        ada.machine.reporter.last = replace(last, runners=(changed,))
-        [node] = ada.machine.view.candidates(world.now_ms, (instance,))
-        return node.memory_bytes_free
+        ada.machine.reporter.last = replace(last, runners=(replace(report, state=state),))
+        [node] = ada.machine.view.candidates(world.now_ms, leaving)
+        return node.memory_bytes_free, node.memory_bytes_held
 
-    assert free_bytes(report) - free_bytes(replace(report, state=RunnerState.STUCK)) == report.resident_bytes
+    assert seen(RunnerState.READY) == (free_bytes, held_bytes)
+    for state in (RunnerState.READY, RunnerState.SHUTTING_DOWN, RunnerState.FAILED):
+        assert seen(state, instance) == (free_bytes + held_bytes, 0)
+    assert seen(RunnerState.STUCK, instance) == (free_bytes, held_bytes)
 
 
 def test_whatever_has_a_limit_can_pass_it() -> None:

@@ -255,12 +255,13 @@ def _candidate(
     report: NodeReport, hardware: Hardware, instances: Sequence[Instance], leaving: Sequence[Instance]
 ) -> Candidate:
     ending = {stage.runner_id for each in leaving for stage in each.stages if stage.node_id == report.node_id}
-    given_back = sum(
-        each.resident_bytes
-        for each in report.runners
-        if each.runner_id in ending and each.state is not RunnerState.STUCK  # nobody knows when that ends
-    )
-    held = sum(each.resident_bytes for each in report.runners if each.state in MEASURED_STATES)
+
+    def stays(runner: RunnerReport) -> bool:
+        """Of one that is stuck nobody knows when it ends."""
+        return runner.runner_id not in ending or runner.state is RunnerState.STUCK
+
+    given_back = sum(each.resident_bytes for each in report.runners if not stays(each))
+    held = sum(each.resident_bytes for each in report.runners if stays(each) and each.state in MEASURED_STATES)
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -268,7 +269,7 @@ def _candidate(
         memory_bytes_total=hardware.memory_bytes_total,
         memory_bytes_free=hardware.memory_bytes_available + given_back,
         memory_bytes_promised=sum(_promised(stage, report) for each in instances for stage in each.stages),
-        memory_bytes_held=held - given_back,
+        memory_bytes_held=held,
     )
 
 
