@@ -414,6 +414,16 @@ def test_a_failed_runner_opens_a_generation_above_all_that_were_seen() -> None:
     assert start.attempt == 5
 
 
+@pytest.mark.parametrize(("free_bytes", "attempt"), [(1_000, 1), (10, 2)])
+def test_a_generation_that_nobody_can_have_counted_to_is_not_followed(free_bytes: int, attempt: int) -> None:
+    """One more does not fit into a report's field, so that this node could say nothing any more."""
+    bench = Bench(2)
+    bench.free_bytes = free_bytes
+    bench.report(RunnerState.IDLE, 2**64 - 1)
+    bench.advance()
+    assert bench.mine.attempt == attempt
+
+
 def test_a_restart_of_the_next_stages_node_opens_a_generation() -> None:
     """Its new process listens again in this generation, perhaps on the same port; our link goes to the old one."""
     bench = Bench(2)
