@@ -67,6 +67,15 @@ def test_a_process_that_does_not_get_on_is_ended_and_its_story_kept(
     assert report.reason == f"{reason}; its process was ended: signal 9 (killed)\nlayer 3\nlayer 4"
 
 
+def test_a_load_that_hangs_after_its_last_layer_says_so() -> None:
+    bench = in_state(RunnerState.LOADING)
+    bench.say(LoadProgressed(6, 6, 100, 100))
+    assert bench.advance(LIMITS.load_ms) == [HANGS]
+    assert bench.mine.reason == (
+        "packing its 6 layers, all of which are read, took longer than 300 s (COVEY_LOAD_TIMEOUT_S allows more)"
+    )
+
+
 def test_a_load_that_gets_on_is_left_alone_however_long_it_takes() -> None:
     bench = in_state(RunnerState.LOADING)
     for number in range(1, 100):

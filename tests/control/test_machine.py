@@ -42,7 +42,7 @@ from covey.schema.machine import (
     Started,
     StateChanged,
 )
-from covey.schema.runner import Address
+from covey.schema.runner import Address, LoadProgressed
 from simulation.faults import Faults
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
@@ -103,6 +103,19 @@ def test_every_node_sees_the_same_instance_come_up_step_by_step() -> None:
     assert any(text.startswith("loading ") and text.endswith(" of 24 layers") for text in seen)
     assert seen[-1] == "ready"
     assert [len(ready_instances(state(host), LARGE.model_id)) for host in hosts] == [1, 1, 1]
+
+
+def test_an_instance_loads_until_its_engine_has_packed_the_last_layer() -> None:
+    world = World(Random(7), Faults(load_ms_max=600_000))
+    ada = world.add("ada", 8 * GIGABYTE)
+    ada.start()
+    world.run_until(2_000)
+    world.people.place(ada, SMALL)
+    world.run_until(8_000)
+    ada.processes[0].say(LoadProgressed(SMALL.layer_count, SMALL.layer_count, 4, 4))
+    world.run_until(9_000)
+    [instance] = state(ada).instances
+    assert instance_status(state(ada), instance).text == "loading 6 of 6 layers"
 
 
 def test_what_is_not_served_says_why() -> None:

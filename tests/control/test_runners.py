@@ -43,7 +43,7 @@ progress begins the time anew, and so does a sleep of the machine.
 |---|---|---|---|
 | Idle, with a process | to listen | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
 | Connecting, once all stages listen | links to its neighbours | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
-| Loading | the next layer | 300 s | `COVEY_LOAD_TIMEOUT_S` |
+| Loading | the next layer; after the last one, to have packed them all | 300 s | `COVEY_LOAD_TIMEOUT_S` |
 | WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
 | Ready, Running | the end of a step, while it is busy with one | 300 s | `COVEY_STEP_TIMEOUT_S` |
 | Ready, Running | a beat every 2 s | 30 s, or less if a step has less | |

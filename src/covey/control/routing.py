@@ -163,7 +163,7 @@ def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
     loaded, total = sum(each.layers_loaded for each in runners if each), instance.card.layer_count
     states = {each.state if each else RunnerState.IDLE for each in runners}
-    if loaded >= total:
+    if loaded >= total and RunnerState.LOADING not in states:
         return InstancePhase.LOADING, "warming up"
     if loaded or RunnerState.LOADING in states:
         return InstancePhase.LOADING, f"loading {loaded} of {total} layers"
