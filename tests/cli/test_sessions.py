@@ -165,7 +165,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
     "one_copy": (
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
-        [["place", "Tiny-Chat", "--another"], ["stop", "inst-1"]],
+        [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--json"], ["stop", "inst-1"]],
     ),
     "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
     "stop_one_of_two": (
