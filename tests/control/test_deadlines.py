@@ -184,8 +184,8 @@ def test_what_does_not_end_when_it_is_killed_is_stuck_and_people_are_told() -> N
     bench = stuck()
     [report] = bench.runners.reports()
     assert report.waiting == (
-        "can't end process 4711 of a former try: it was killed 10 s ago and is still there, so its memory stays taken "
-        "(a driver or a disk holds it; restart the device)"
+        "can't end process 4711 of a former try: it was killed at least 10 s ago and is still there, so its memory "
+        "stays taken (a driver or a disk holds it; restart the device)"
     )
     assert bench.runners.notices() == (f"this node {report.waiting}.",)
     assert bench.advance(10**9) == []

@@ -50,8 +50,9 @@ progress begins the time anew, and so does a sleep of the machine.
 | ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
 | ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
 
-A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later. What it was at, how far it had
-come, how it ended and the last lines of its log are the reason that `covey ps`, API errors and `GET /cluster` show.
+A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later, or after half of
+`COVEY_SHUTDOWN_TIMEOUT_S` if that is less. What it was at, how far it had come, how it ended and the last lines of its
+log are the reason that `covey ps`, API errors and `GET /cluster` show.
 The next one starts when it is reaped and the memory was looked at without it. While one is Stuck its memory counts as
 taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is
 placed on other nodes if it fits there.

@@ -59,8 +59,9 @@ PHASES: Final[dict[RunnerState, Phase]] = {
         Phase(
             lambda limits: limits.shut_down_ms + REAP_MS,
             lambda runner: (
-                f"can't end process {runner.process_id} of a former try: it was killed {REAP_MS // MS_PER_S} s ago and "
-                "is still there, so its memory stays taken (a driver or a disk holds it; restart the device)"
+                f"can't end process {runner.process_id} of a former try: it was killed at least "
+                f"{REAP_MS // MS_PER_S} s ago and is still there, so its memory stays taken (a driver or a disk holds "
+                "it; restart the device)"
             ),
         ),
     ),
