@@ -84,12 +84,18 @@ def test_a_service_with_the_old_code_does_not_undo_a_rotation(
     assert known_code(home) == OTHER_CODE
 
 
-def test_nor_does_one_with_a_code_from_before_the_last_rotation(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("former", [None, OTHER_CODE.text(), "?"])
+def test_nor_does_one_with_a_code_from_before_the_last_rotation(
+    home: Path, monkeypatch: pytest.MonkeyPatch, former: str | None
+) -> None:
     """Two devices were lost in a year; nobody has touched the service's file since the first start."""
     third = JoinCode(bytes([3]) * 16)
     replace_code(home, CODE)
     replace_code(home, OTHER_CODE, Former(CODE))
     replace_code(home, third, Former(OTHER_CODE))
+    (home / "join-code.former").unlink()
+    if former is not None:
+        (home / "join-code.former").write_text(former)
     monkeypatch.setenv("COVEY_JOIN", CODE.text())
     joining.take_code(None)
     assert known_code(home) == third

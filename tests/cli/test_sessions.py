@@ -59,6 +59,13 @@ def two_instances() -> Any:
     return msgspec.structs.replace(state, instances=instances)
 
 
+def one_node_and_two() -> Any:
+    """The second instance was made by `covey place --another --nodes 2`."""
+    first, second = two_instances().instances
+    alone = msgspec.structs.replace(first, stages=first.stages[:1])
+    return msgspec.structs.replace(two_instances(), instances=(alone, second))
+
+
 def one_machine() -> Any:
     state = cluster()
     first, second = state.members
@@ -139,6 +146,10 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
             ["place", "Tiny-Chat", "--slots", "3"],
         ],
     ),
+    "place_one_of_two": (
+        {"current": one_node_and_two()},
+        [["place", "Tiny-Chat"], ["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--nodes", "3"]],
+    ),
     "place_refused": (
         {"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)},
         [["place", "Tiny-Chat", "--another"]],
@@ -154,7 +165,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "events": ({"happened": happened()}, [["events"], ["events", "--limit", "1", "--json"]]),
     "one_copy": (
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
-        [["place", "Tiny-Chat", "--another"], ["stop", "inst-1"]],
+        [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--json"], ["stop", "inst-1"]],
     ),
     "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
     "stop_one_of_two": (

@@ -10,7 +10,7 @@ from covey.control.deadlines import PHASES
 from covey.control.routing import instance_status, ready_instances
 from covey.control.runner_table import TABLE, Overdue
 from covey.control.settings import MachineSettings, PhaseLimits
-from covey.schema.cluster import InstancePhase, RunnerReport
+from covey.schema.cluster import Instance, InstancePhase
 from covey.schema.ids import RunnerId
 from covey.schema.machine import LeaveRequested, RunnerExited, RunnerStarted, StartRunner, StopRunner
 from covey.schema.runner import Activity, Beat, Connected, Listening, LoadProgressed, PhaseFailed, RunnerState
@@ -65,6 +65,15 @@ def test_a_process_that_does_not_get_on_is_ended_and_its_story_kept(
     [report] = bench.runners.reports()
     assert (report.state, report.retries_left) == (RunnerState.FAILED, 3)
     assert report.reason == f"{reason}; its process was ended: signal 9 (killed)\nlayer 3\nlayer 4"
+
+
+def test_a_load_that_hangs_after_its_last_layer_says_so() -> None:
+    bench = in_state(RunnerState.LOADING)
+    bench.say(LoadProgressed(6, 6, 100, 100))
+    assert bench.advance(LIMITS.load_ms) == [HANGS]
+    assert bench.mine.reason == (
+        "packing its 6 layers, all of which are read, took longer than 300 s (COVEY_LOAD_TIMEOUT_S allows more)"
+    )
 
 
 def test_a_load_that_gets_on_is_left_alone_however_long_it_takes() -> None:
@@ -175,8 +184,8 @@ def test_what_does_not_end_when_it_is_killed_is_stuck_and_people_are_told() -> N
     bench = stuck()
     [report] = bench.runners.reports()
     assert report.waiting == (
-        "can't end process 4711 of a former try: it was killed 10 s ago and is still there, so its memory stays taken "
-        "(a driver or a disk holds it; restart the device)"
+        "can't end process 4711 of a former try: it was killed at least 10 s ago and is still there, so its memory "
+        "stays taken (a driver or a disk holds it; restart the device)"
     )
     assert bench.runners.notices() == (f"this node {report.waiting}.",)
     assert bench.advance(10**9) == []
@@ -240,7 +249,8 @@ def test_while_a_neighbour_is_stuck_its_instance_waits_and_says_so() -> None:
     assert bea.machine is None
 
 
-def test_memory_that_a_stuck_process_holds_is_not_given_back_to_a_placement() -> None:
+def test_memory_that_runners_of_an_instance_that_ends_hold_counts_as_given_back_but_for_stuck_ones() -> None:
+    """Also while they end, and never less than nothing is held."""
     world = World(Random(7))
     ada = world.add("ada", 8 * GIGABYTE)
     ada.start()
@@ -251,15 +261,20 @@ def test_memory_that_a_stuck_process_holds_is_not_given_back_to_a_placement() ->
     [instance] = ada.machine.state(world.now_ms).instances
     last = ada.machine.reporter.last
     assert last is not None
+    assert last.hardware is not None
     [report] = last.runners
+    free_bytes, held_bytes = last.hardware.memory_bytes_available, report.resident_bytes
 
-    def free_bytes(changed: RunnerReport) -> int:
+    def seen(state: RunnerState, *leaving: Instance) -> tuple[int, int]:
         assert ada.machine is not None
-        ada.machine.reporter.last = replace(last, runners=(changed,))
-        [node] = ada.machine.view.candidates(world.now_ms, (instance,))
-        return node.memory_bytes_free
+        ada.machine.reporter.last = replace(last, runners=(replace(report, state=state),))
+        [node] = ada.machine.view.candidates(world.now_ms, leaving)
+        return node.memory_bytes_free, node.memory_bytes_held
 
-    assert free_bytes(report) - free_bytes(replace(report, state=RunnerState.STUCK)) == report.resident_bytes
+    assert seen(RunnerState.READY) == (free_bytes, held_bytes)
+    for state in (RunnerState.READY, RunnerState.SHUTTING_DOWN, RunnerState.FAILED):
+        assert seen(state, instance) == (free_bytes + held_bytes, 0)
+    assert seen(RunnerState.STUCK, instance) == (free_bytes, held_bytes)
 
 
 def test_whatever_has_a_limit_can_pass_it() -> None:

@@ -67,6 +67,17 @@ def test_what_no_other_try_cures_has_failed_until_bytes_come() -> None:
     assert (downloads.reports()[0].state, downloads.reports()[0].reason) == (DownloadState.COMPLETED, "")
 
 
+def test_what_is_fetched_from_the_start_again_has_a_rate_of_its_own() -> None:
+    downloads = Downloads(MachineSettings())
+    downloads.advance(0, NEEDED)
+    downloads.progress(1_000, FetchProgressed(MODEL, 1, 80, 80))
+    downloads.fail(1_000, FetchFailed(MODEL, 1, "its SHA-256 differs", is_final=True, is_damaged=True))
+    downloads.advance(61_000, NEEDED)
+    for now_ms, bytes_done in ((61_000, 0), (62_000, 20), (63_000, 40)):
+        downloads.progress(now_ms, FetchProgressed(MODEL, 2, bytes_done, 80))
+    assert downloads.reports()[0].bytes_per_second == 20.0
+
+
 def test_what_came_damaged_is_fetched_whole_again_less_and_less_often() -> None:
     """Another try costs all of its bytes, and ends alike until somebody mends the source: at most one an hour."""
     downloads = Downloads(MachineSettings())

@@ -42,7 +42,8 @@ from covey.schema.machine import (
     Started,
     StateChanged,
 )
-from covey.schema.runner import Address
+from covey.schema.runner import Address, LoadProgressed
+from simulation.faults import Faults
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
 from simulation.world import World
@@ -102,6 +103,19 @@ def test_every_node_sees_the_same_instance_come_up_step_by_step() -> None:
     assert any(text.startswith("loading ") and text.endswith(" of 24 layers") for text in seen)
     assert seen[-1] == "ready"
     assert [len(ready_instances(state(host), LARGE.model_id)) for host in hosts] == [1, 1, 1]
+
+
+def test_an_instance_loads_until_its_engine_has_packed_the_last_layer() -> None:
+    world = World(Random(7), Faults(load_ms_max=600_000))
+    ada = world.add("ada", 8 * GIGABYTE)
+    ada.start()
+    world.run_until(2_000)
+    world.people.place(ada, SMALL)
+    world.run_until(8_000)
+    ada.processes[0].say(LoadProgressed(SMALL.layer_count, SMALL.layer_count, 4, 4))
+    world.run_until(9_000)
+    [instance] = state(ada).instances
+    assert instance_status(state(ada), instance).text == "loading 6 of 6 layers"
 
 
 def test_what_is_not_served_says_why() -> None:
@@ -211,6 +225,28 @@ def test_a_wish_for_two_nodes_is_served_by_the_one_that_is_left() -> None:
     [instance] = state(hosts[0]).instances
     assert [stage.node_id for stage in instance.stages] == [hosts[0].node_id]
     assert instance_status(state(hosts[0]), instance).text == "ready"
+
+
+def test_a_blip_of_a_node_whose_file_is_still_coming_moves_nothing() -> None:
+    """The other runner waits for it in a second generation; no link between the two has broken, since there is none."""
+    world = World(Random(7), Faults(fetch_ms_max=600_000))
+    ada, bea = hosts = [world.add(f"node{number}", 8 * GIGABYTE) for number in range(2)]
+    ada.files[SMALL.model_id] = SMALL.file_bytes
+    for host in hosts:
+        host.start()
+    world.run_until(2_000)
+    world.people.place(ada, SMALL, 2)
+    world.run_until(5_000)
+    ada.processes[0].fail("connect", "the port is taken")
+    world.run_until(9_000)
+    assert ada.processes[0].attempt == 2
+    before, fetching = state(ada).instances, dict(bea.fetches)
+    cables = {(ada.node_id, bea.node_id), (bea.node_id, ada.node_id)}
+    world.network.cuts |= cables
+    world.run_until(14_000)
+    world.network.cuts -= cables
+    world.run_until(16_000)
+    assert (state(ada).instances, bea.fetches) == (before, fetching)
 
 
 def test_a_lost_node_is_replaced_only_by_nodes_that_were_chosen() -> None:

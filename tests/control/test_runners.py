@@ -43,15 +43,16 @@ progress begins the time anew, and so does a sleep of the machine.
 |---|---|---|---|
 | Idle, with a process | to listen | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
 | Connecting, once all stages listen | links to its neighbours | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
-| Loading | the next layer | 300 s | `COVEY_LOAD_TIMEOUT_S` |
+| Loading | the next layer; after the last one, to have packed them all | 300 s | `COVEY_LOAD_TIMEOUT_S` |
 | WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
 | Ready, Running | the end of a step, while it is busy with one | 300 s | `COVEY_STEP_TIMEOUT_S` |
 | Ready, Running | a beat every 2 s | 30 s, or less if a step has less | |
 | ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
 | ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
 
-A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later. What it was at, how far it had
-come, how it ended and the last lines of its log are the reason that `covey ps`, API errors and `GET /cluster` show.
+A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later, or after half of
+`COVEY_SHUTDOWN_TIMEOUT_S` if that is less. What it was at, how far it had come, how it ended and the last lines of its
+log are the reason that `covey ps`, API errors and `GET /cluster` show.
 The next one starts when it is reaped and the memory was looked at without it. While one is Stuck its memory counts as
 taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is
 placed on other nodes if it fits there.
@@ -414,6 +415,16 @@ def test_a_failed_runner_opens_a_generation_above_all_that_were_seen() -> None:
     [start] = bench.advance(1_000)
     assert isinstance(start, StartRunner)
     assert start.attempt == 5
+
+
+@pytest.mark.parametrize(("free_bytes", "attempt"), [(1_000, 1), (10, 2)])
+def test_a_generation_that_nobody_can_have_counted_to_is_not_followed(free_bytes: int, attempt: int) -> None:
+    """One more does not fit into a report's field, so that this node could say nothing any more."""
+    bench = Bench(2)
+    bench.free_bytes = free_bytes
+    bench.report(RunnerState.IDLE, 2**64 - 1)
+    bench.advance()
+    assert bench.mine.attempt == attempt
 
 
 def test_a_restart_of_the_next_stages_node_opens_a_generation() -> None:

@@ -16,6 +16,7 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.cut_after: list[int] = []  # of the next answers: bytes until the connection breaks
+        self.sends_only: int | None = None  # bytes; and says that this is all
         self.hangs_after: int | None = None  # bytes of a body; then nothing comes, and nothing ends
         self.is_over = threading.Event()
         self.statuses: list[int] = []  # of the next answers, instead of what was asked for
@@ -78,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         else:
             self.send_response(200)
+        if self.command == "GET" and hub.sends_only is not None:
+            last = first + hub.sends_only - 1
         etag = hub.etag or hashlib.sha256(content).hexdigest()
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Linked-Etag", f'"{etag}"')

@@ -137,6 +137,22 @@ async def test_a_tired_hub_is_asked_again_then_left_alone(hub: Hub, files: Model
     assert len(hub.requests) == hub_module.TRIES_MAX
 
 
+@pytest.mark.parametrize(("bytes_sent", "ignores_ranges"), [(0, False), (0, True), (1_000, True)])
+async def test_answers_that_are_whole_but_too_short_end_the_fetch(
+    hub: Hub, files: ModelFiles, bytes_sent: int, *, ignores_ranges: bool
+) -> None:
+    """A login page of a hotel answers 200 to everything: no error, and never the file."""
+    card = await files.resolve(NAME)
+    hub.requests.clear()
+    hub.sends_only, hub.ignores_ranges = bytes_sent, ignores_ranges
+    with anyio.fail_after(5), pytest.raises(FetchError, match=f"sent only {bytes_sent} of the {card.file_bytes} bytes"):
+        await files.ensure(card, ignore)
+    assert len(hub.gets()) == hub_module.TRIES_MAX
+    hub.sends_only, hub.ignores_ranges = None, False
+    path = await files.ensure(card, ignore)
+    assert path.read_bytes() == hub.files["owner/repo/sub/model.gguf"]
+
+
 async def test_what_an_earlier_life_fetched_is_not_fetched_again(hub: Hub, files: ModelFiles) -> None:
     """The node was killed in the middle of 40 GB."""
     card = await files.resolve(NAME)

@@ -87,10 +87,17 @@ def _replaced() -> list[JoinCode]:
     try:
         present = code_file.known_code(paths.home())
         rotated = code_file.former_codes(paths.home(), present) if present else ()
-        former = join_code.parse((paths.home() / code_file.FORMER_FILE).read_text(errors="replace"))
-    except (CodeFileError, OSError, JoinCodeError):  # there is none that could be mistaken
+    except CodeFileError:  # there is none that could be mistaken
         return []
-    return [code for code in (former, *(each.code for each in rotated)) if code != present]
+    return [code for code in (*_set_aside(), *(each.code for each in rotated)) if code != present]
+
+
+def _set_aside() -> list[JoinCode]:
+    """None if the file is missing or damaged: what rotations replaced counts all the same."""
+    try:
+        return [join_code.parse((paths.home() / code_file.FORMER_FILE).read_text(errors="replace"))]
+    except (OSError, JoinCodeError):
+        return []
 
 
 def _keep(code: JoinCode) -> Path | None:

@@ -185,12 +185,12 @@ def place(
     with NodeClient(url) as node:
         ready = (placing.make_ready if another else placing.ensure_ready)(node, local_path(model), wanted)
         state = node.cluster()
-    rows = tables.stage_rows(ready.instance, tables.node_names(state))
+    rows, instance_id = tables.stage_rows(ready.instance, tables.node_names(state)), ready.instance.instance_id
     if as_json:
-        print_json({"instance_id": ready.instance.instance_id, "model_id": ready.instance.card.model_id, "nodes": rows})
+        told = {"instance_id": instance_id, "model_id": ready.instance.card.model_id, "nodes": rows}
+        print_json({**told, "on_one_node_only": ready.on_one_node_only})
         return
     short = short_ids([each.instance_id for each in state.instances])
-    instance_id = ready.instance.instance_id
     out.print(placing.summary(ready, short.get(instance_id, instance_id)), soft_wrap=True)
     out.print(tables.layers_table(rows))
     if note := placing.shorter_context(ready.instance):

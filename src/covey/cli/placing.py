@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
-from covey.cli.naming import instances_of
+from covey.cli.naming import instances_of, short_ids
 from covey.control.cluster import wish_of
 from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
@@ -47,13 +47,15 @@ class Ready(Struct, frozen=True):
 
 def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
     """An instance of the model that answers; placed if there is none. Raises `CliError`."""
-    there = _placed(node.cluster(), model)
+    wanted, state = wanted or Wanted(), node.cluster()
+    there = _placed(state, model, wanted)
     if there is None:
         return make_ready(node, model, wanted)
-    if wanted and not wanted.is_met_by(there):
+    if not wanted.is_met_by(there):
+        short_id = short_ids([each.instance_id for each in state.instances])[there.instance_id]
         raise CliError(
             f"{there.card.model_id} is placed already, but otherwise than asked for: on {_counted(there)}. "
-            f"`covey stop {model}` ends that; `covey place --another` makes a second one beside it."
+            f"`covey stop {short_id}` ends that; `covey place --another` makes a second one beside it."
         )
     return Ready(wait_ready(node, there.instance_id), is_new=False)
 
@@ -65,11 +67,14 @@ def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Re
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
 
 
-def _placed(state: ClusterState, model: str) -> Instance | None:
-    """One that is ready, if there is."""
-    found = instances_of(state.instances, model)
-    ready = [each for each in found if instance_status(state, each).phase is InstancePhase.READY]
-    return next(iter([*ready, *found]), None)
+def _placed(state: ClusterState, model: str, wanted: Wanted) -> Instance | None:
+    """One that is as asked for and ready, if there is; else one that is as asked for."""
+
+    def rank(instance: Instance) -> tuple[bool, bool]:
+        is_ready = instance_status(state, instance).phase is InstancePhase.READY
+        return not wanted.is_met_by(instance), not is_ready
+
+    return min(instances_of(state.instances, model), key=rank, default=None)
 
 
 def _counted(instance: Instance) -> str:

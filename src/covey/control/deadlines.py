@@ -39,10 +39,7 @@ PHASES: Final[dict[RunnerState, Phase]] = {
     ),
     RunnerState.LOADING: Phase(
         lambda limits: limits.load_ms,
-        lambda runner: (
-            f"loading came no further than {runner.layers_loaded} of {_layers(runner)} layers for {{seconds}} s "
-            "(COVEY_LOAD_TIMEOUT_S allows more)"
-        ),
+        lambda runner: f"{_load_told(runner)} {{seconds}} s (COVEY_LOAD_TIMEOUT_S allows more)",
     ),
     RunnerState.WARMING_UP: Phase(
         lambda limits: limits.warm_up_ms,
@@ -62,8 +59,9 @@ PHASES: Final[dict[RunnerState, Phase]] = {
         Phase(
             lambda limits: limits.shut_down_ms + REAP_MS,
             lambda runner: (
-                f"can't end process {runner.process_id} of a former try: it was killed {REAP_MS // MS_PER_S} s ago and "
-                "is still there, so its memory stays taken (a driver or a disk holds it; restart the device)"
+                f"can't end process {runner.process_id} of a former try: it was killed at least "
+                f"{REAP_MS // MS_PER_S} s ago and is still there, so its memory stays taken (a driver or a disk holds "
+                "it; restart the device)"
             ),
         ),
     ),
@@ -101,5 +99,9 @@ def _silence_ms(limits: PhaseLimits) -> int:
     return min(SILENCE_MS, max(limits.step_ms, BEATS_MISSED_MAX * BEAT_MS))
 
 
-def _layers(runner: Runner) -> int:
-    return runner.stage.shard.layer_end - runner.stage.shard.layer_start
+def _load_told(runner: Runner) -> str:
+    """Once all layers are read the engine packs them, of which it tells nothing on the way."""
+    layers = runner.stage.shard.layer_end - runner.stage.shard.layer_start
+    if runner.layers_loaded >= layers:
+        return f"packing its {layers} layers, all of which are read, took longer than"
+    return f"loading came no further than {runner.layers_loaded} of {layers} layers for"

@@ -99,6 +99,8 @@ class Downloads:
     def progress(self, now_ms: int, news: FetchProgressed) -> None:
         download = self._current(news.model_id, news.attempt)
         if download:
+            if news.bytes_done < download.bytes_done:  # it is fetched from the start again
+                download.rate_from = (now_ms, news.bytes_done)
             download.is_final = download.is_final and news.bytes_done <= download.bytes_done
             download.bytes_done, download.bytes_total = news.bytes_done, news.bytes_total
             self._measure(now_ms, download)

@@ -163,7 +163,7 @@ def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
     loaded, total = sum(each.layers_loaded for each in runners if each), instance.card.layer_count
     states = {each.state if each else RunnerState.IDLE for each in runners}
-    if loaded >= total:
+    if loaded >= total and RunnerState.LOADING not in states:
         return InstancePhase.LOADING, "warming up"
     if loaded or RunnerState.LOADING in states:
         return InstancePhase.LOADING, f"loading {loaded} of {total} layers"
@@ -208,12 +208,19 @@ def waits_for_memory(instance: Instance, reports: Reports) -> bool:
     return any(each.waiting for each in found if each)
 
 
-def has_broken(stage: Stage, reports: Reports) -> bool:
-    """Whether its runner failed, or waits for the others of its generation since."""
-    report = runner_report(stage, reports)
-    if report is None:
-        return False
-    return report.state is RunnerState.FAILED or (report.attempt > 1 and report.state in LINKING_STATES)
+def have_parted(stages: Sequence[Stage], gone: RunnerReport | None, reports: Reports) -> bool:
+    """Whether one of these stages' runners failed while it worked with one that was told of last as `gone`.
+
+    Since then it may have begun anew, and wait for `gone` to follow. One that `gone` has not linked to, since it waits
+    for a file or for memory, waits just so.
+    """
+    found = [runner_report(stage, reports) for stage in stages]
+    return any(_has_left(each, gone) for each in found if each and gone and gone.data_address)
+
+
+def _has_left(report: RunnerReport, gone: RunnerReport) -> bool:
+    begins_anew = report.state in LINKING_STATES and report.attempt > gone.attempt and not report.waiting
+    return report.state is RunnerState.FAILED or begins_anew
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
@@ -253,12 +260,13 @@ def _candidate(
     report: NodeReport, hardware: Hardware, instances: Sequence[Instance], leaving: Sequence[Instance]
 ) -> Candidate:
     ending = {stage.runner_id for each in leaving for stage in each.stages if stage.node_id == report.node_id}
-    given_back = sum(
-        each.resident_bytes
-        for each in report.runners
-        if each.runner_id in ending and each.state is not RunnerState.STUCK  # nobody knows when that ends
-    )
-    held = sum(each.resident_bytes for each in report.runners if each.state in MEASURED_STATES)
+
+    def stays(runner: RunnerReport) -> bool:
+        """Of one that is stuck nobody knows when it ends."""
+        return runner.runner_id not in ending or runner.state is RunnerState.STUCK
+
+    given_back = sum(each.resident_bytes for each in report.runners if not stays(each))
+    held = sum(each.resident_bytes for each in report.runners if stays(each) and each.state in MEASURED_STATES)
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -266,7 +274,7 @@ def _candidate(
         memory_bytes_total=hardware.memory_bytes_total,
         memory_bytes_free=hardware.memory_bytes_available + given_back,
         memory_bytes_promised=sum(_promised(stage, report) for each in instances for stage in each.stages),
-        memory_bytes_held=held - given_back,
+        memory_bytes_held=held,
     )
 
 

@@ -44,7 +44,7 @@ from covey.control.runner_table import (
     can_step,
     step,
 )
-from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
+from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
@@ -340,14 +340,15 @@ def _next_index(runner: Runner) -> int:
 
 
 def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, Neighbour]:
-    """The other runners of the instance that have been reported, by stage."""
+    """The other runners of the instance that have been reported, by stage, but for those whose attempt is made up."""
+    highest = runner.attempt + COUNTER_LEAP_MAX
     found: dict[int, Neighbour] = {}
     for index, stage in enumerate(runner.instance.stages):
         report = reports.get(stage.node_id)
         if stage == runner.stage or report is None:
             continue
         for each in report.runners:
-            if each.runner_id == stage.runner_id:
+            if each.runner_id == stage.runner_id and each.attempt <= highest:
                 found[index] = Neighbour(report.boot, each)
     return found
 

@@ -7,7 +7,7 @@ from covey.control.dormancy import active, assigned_nodes
 from covey.control.membership import Membership
 from covey.control.placement.nodes import Candidate
 from covey.control.reports import Reporter
-from covey.control.routing import candidates, has_broken
+from covey.control.routing import candidates, have_parted, runner_report
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import Instance, NodeReport
 from covey.schema.ids import InstanceId, NodeId
@@ -47,14 +47,14 @@ class View:
 
     def broken_off(self, now_ms: int) -> set[NodeId]:
         """Nodes that are away while a runner that worked with one of theirs, here or on a visible node, has failed."""
-        hears = (self.reporter.node_id, *self.membership.hears(now_ms))
-        reports = {node_id: report for node_id, report in self.reports().items() if node_id in hears}
+        reports, hears = self.reports(), (self.reporter.node_id, *self.membership.hears(now_ms))
+        heard = {node_id: report for node_id, report in reports.items() if node_id in hears}
         return {
             stage.node_id
             for instance in self.cluster.instances.values()
-            if any(has_broken(stage, reports) for stage in instance.stages)
             for stage in instance.stages
             if stage.node_id in self.membership.peers and stage.node_id not in hears
+            if have_parted(instance.stages, runner_report(stage, reports), heard)
         }
 
     def active(self, now_ms: int) -> dict[InstanceId, Instance]:

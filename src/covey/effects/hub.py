@@ -47,6 +47,10 @@ _STATUS_OF: Final[dict[int, int]] = {401: 404, 403: 403, 404: 404, 429: 503}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
+class ShortAnswerError(httpx2.HTTPError):
+    """An answer that is whole, but too short: of a login page in between, or of a broken mirror."""
+
+
 class HubFile(Struct, frozen=True):
     source: HubSource  # pinned to a commit, so that all nodes fetch the same bytes
     file_bytes: int
@@ -85,7 +89,7 @@ async def fetch_from_hub(file: HubFile, work: Path) -> Path:
     """The whole file in `work`, going on where an earlier try ended. Raises `FetchError`, `OSError`."""
     part = work / "model"
     expect_no_folder(part)
-    start = _size(part)
+    start = furthest = _size(part)
     expect_space(work, file.file_bytes - start)
     tries = 0
     async with _client() as client:
@@ -93,11 +97,12 @@ async def fetch_from_hub(file: HubFile, work: Path) -> Path:
             try:
                 await _fetch_rest(client, file, part, start)
             except httpx2.HTTPError as error:
-                tries = tries + 1 if _size(part) <= start else 1
+                tries = tries + 1 if _size(part) <= furthest else 1
                 if tries >= TRIES_MAX or not _may_pass(error):
                     raise _explained(file.source, error) from None
                 await anyio.sleep(_pause_s(error, tries))
             start = _size(part)
+            furthest = max(furthest, start)
     await anyio.to_thread.run_sync(_expect_hash, part, file)
     return part
 
@@ -113,6 +118,8 @@ async def _fetch_rest(client: httpx2.AsyncClient, file: HubFile, part: Path, sta
                 if size > file.file_bytes:
                     raise _resized(file, size)
                 await output.write(chunk)
+    if size < file.file_bytes:
+        raise ShortAnswerError(f"the hub sent only {size} of the {file.file_bytes} bytes of {_name(file.source)}")
 
 
 def _size(path: Path) -> int:
@@ -207,6 +214,8 @@ def _explained(source: HubSource, error: Exception) -> HubError:
         return HubError(f"{name} can't be a file on a hub: {error}", 400)
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{source.repository} has no revision {source.revision!r} on the hub", 404)
+    if isinstance(error, ShortAnswerError):
+        return HubError(f"{error}; check that no login page or proxy answers in its place, then try again", 502)
     if status:
         return HubError(f"{name} {_answer(error, status)}", _STATUS_OF.get(status, 502))
     reason = str(error) or type(error).__name__

@@ -208,8 +208,16 @@ def belongs(name: str, layers: range) -> bool:
 def test_progress_counts_layers_and_bytes(tiny):
     seen: list[LoadProgress] = []
     OnnxStage(spec(tiny, layers=range(1, 3))).load(seen.append)
-    assert [(step.layers_loaded, step.layers_total) for step in seen] == [(1, 2), (2, 2)]
+    assert [(step.layers_loaded, step.layers_total) for step in seen] == [(0, 2), (1, 2), (2, 2)]
     assert seen[-1].bytes_loaded == seen[-1].bytes_total == own_bytes(tiny, range(1, 3))
+
+
+def test_reading_the_embedding_is_progress(tiny):
+    """Of a large vocabulary it takes as long as many layers."""
+    seen: list[LoadProgress] = []
+    OnnxStage(spec(tiny, layers=range(2))).load(seen.append)
+    assert seen[0].layers_loaded == 0
+    assert seen[0].bytes_loaded == own_bytes(tiny, range(0))
 
 
 def own_bytes(path: Path, layers: range) -> int:

@@ -84,10 +84,11 @@ class OnnxStage:
         shard = self._spec.shard
         rotary = rotary_tables(settings, self._spec.context_length, file.read_rope_divisors())
         llama = LlamaGraph(settings, rotary, table)
+        total = shard.layer_end - shard.layer_start
+        progress(LoadProgress(0, total, file.bytes_read, file.bytes_total))  # the ends may be as large as many layers
         for layer in range(shard.layer_start, shard.layer_end):
             llama.add_layer(layer, file.read_layer(layer))
-            loaded, total = layer + 1 - shard.layer_start, shard.layer_end - shard.layer_start
-            progress(LoadProgress(loaded, total, file.bytes_read, file.bytes_total))
+            progress(LoadProgress(layer + 1 - shard.layer_start, total, file.bytes_read, file.bytes_total))
         return llama.finish(head)
 
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]], values: Activations) -> NDArray[np.float32]:
