@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import random
 import socket
 import ssl
 import time
@@ -37,6 +36,7 @@ from tests.engine.harness import (
     pipeline,
     sampled,
 )
+from tests.strangers import first_flight, malformed
 
 MEMBER, STRANGER = node(5), node(6)
 HELLO = pack(ServeHello("instance-1"))
@@ -143,30 +143,6 @@ def test_plain_words_open_nothing(alone: tuple[Runner, int]) -> None:
 
 
 # ---- malformed handshakes ----
-
-
-def first_flight() -> bytes:
-    """What a member says first."""
-    outgoing = ssl.MemoryBIO()
-    tls = client_context(credentials(5)).wrap_bio(ssl.MemoryBIO(), outgoing)
-    with pytest.raises(ssl.SSLWantReadError):
-        tls.do_handshake()
-    return outgoing.read()
-
-
-def malformed() -> list[bytes]:
-    """Twenty: cut, with bytes changed, with lengths that promise gigabytes, and noise."""
-    good, noise = first_flight(), random.Random(0)
-    cut = [good[:length] for length in (1, 4, 5, 9, 60, len(good) - 1)]
-    changed = [good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :] for place in (0, 1, 5, 9, 43, 80)]
-    huge = [
-        good[:3] + b"\xff\xff" + good[5:],
-        good[:6] + b"\xff\xff\xff" + good[9:],
-        b"\x16\x03\x03\x40\x00" + bytes(0x4000),
-    ]
-    random_bytes = [noise.randbytes(size) for size in (1, 100, 20_000)]
-    alerts = [b"\x15\x03\x03\x00\x02\x02\x28", b"\x17\x03\x03\x00\x10" + bytes(16)]
-    return cut + changed + huge + random_bytes + alerts
 
 
 def test_twenty_malformed_handshakes_harm_nobody(alone: tuple[Runner, int]) -> None:

@@ -3,6 +3,7 @@
 import secrets
 import socket
 import ssl
+import subprocess
 import time
 
 import pytest
@@ -85,8 +86,11 @@ def test_a_stranger_reads_nothing_and_gets_nowhere(net: Lab, nodes: Nodes) -> No
     for node in up:  # one of them asks the other's runner, and each runner the other
         body = {"model": str(model), "messages": [{"role": "user", "content": SECRET_PROMPT}], "max_tokens": 5}
         node.post("/v1/chat/completions", body)
-    for address in ("10.77.0.1", "10.77.0.2"):
-        assert_closed(stranger, address)
+    for host, address in zip(hosts, ("10.77.0.1", "10.77.0.2"), strict=True):
+        ports = doors(host)
+        assert MESH_PORT in ports
+        assert len(ports) == 2
+        assert_closed(stranger, address, ports)
     pids = {node.process.pid for node in up}
     forge_for_a_while(stranger, up)
     wire = b"".join(lan.frames)
@@ -98,23 +102,28 @@ def test_a_stranger_reads_nothing_and_gets_nowhere(net: Lab, nodes: Nodes) -> No
     assert all(len(node.visible()) == 2 and node.process.pid in pids for node in up)
 
 
-def assert_closed(stranger: Host, address: str) -> None:
-    """The mesh answers neither clear text, nor TLS without a certificate; the API is not there at all."""
+def doors(host: Host) -> list[int]:
+    """TCP ports at which somebody on the network finds the host listening: its mesh, and the runner's links."""
+    shown = subprocess.run(host.run("ss", "-ltnH"), capture_output=True, text=True, check=True).stdout
+    local = [line.split()[3].rpartition(":") for line in shown.splitlines()]
+    return [int(port) for address, _, port in local if address != "127.0.0.1"]
+
+
+def assert_closed(stranger: Host, address: str, ports: list[int]) -> None:
+    """They answer neither clear text, nor TLS without a certificate; the API is not there at all."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with inside(stranger.namespace):
         with pytest.raises(OSError, match="refused"):
             socket.create_connection((address, 52415), 3)
-        with socket.create_connection((address, MESH_PORT), 3) as connection:
-            connection.sendall(b"GET /state HTTP/1.1\r\n\r\n" + bytes(64))
-            assert b"HTTP" not in received(connection)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with (
-            socket.create_connection((address, MESH_PORT), 3) as plain,
-            context.wrap_socket(plain) as connection,
-        ):
-            connection.sendall(bytes(64))
-            with pytest.raises(ssl.SSLError, match="certificate required"):
-                connection.recv(64)
+        for port in ports:
+            with socket.create_connection((address, port), 3) as connection:
+                connection.sendall(b"GET /state HTTP/1.1\r\n\r\n" + bytes(64))
+                assert b"HTTP" not in received(connection)
+            with socket.create_connection((address, port), 3) as plain, context.wrap_socket(plain) as connection:
+                connection.sendall(bytes(64))
+                with pytest.raises(ssl.SSLError, match="certificate required"):
+                    connection.recv(64)
 
 
 def received(connection: socket.socket) -> bytes:

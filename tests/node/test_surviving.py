@@ -4,63 +4,19 @@ The fake engine's next token follows from all tokens before it, so an answer tha
 same text as one that nothing disturbed.
 """
 
-import json
 import signal
-import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
-import httpx
 import psutil
 import pytest
+from answers import Answer, long_prompt_of
 from nodes import NodeProcess, running, until
 from tiny_model import write_model
 
 TOKENS = 250
 FAULT_AFTER = 40  # tokens
-
-
-class Answer:
-    """A streamed answer, read beside the test. `gaps_s` lie between its tokens."""
-
-    def __init__(self, node: NodeProcess, model: Path, prompt: str) -> None:
-        self.token_ids: list[int] = []
-        self.gaps_s: list[float] = []
-        self.last: dict[str, Any] = {}
-        self._url = node.url + "/generate"
-        messages = [{"role": "user", "content": prompt}]
-        self._body = {"model": str(model), "messages": messages, "temperature": 0, "max_tokens": TOKENS}
-        self._thread = Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> list[int]:
-        """All its tokens, if it came to its end."""
-        self._thread.join(120)
-        assert self.last.get("type") == "GenerationFinished", self.last
-        return self.token_ids
-
-    def _read(self) -> None:
-        told_s = time.monotonic()
-        with httpx.stream("POST", self._url, json=self._body, timeout=120) as response:
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                self.last = json.loads(line.removeprefix("data: "))
-                if self.last["type"] == "TextGenerated":
-                    self.token_ids += self.last["token_ids"]
-                    self.gaps_s.append(time.monotonic() - told_s)
-                    told_s = time.monotonic()
-
-
-def long_prompt_of(node: NodeProcess, model: Path) -> tuple[str, list[int]]:
-    """One whose answer does not end by itself, and that answer."""
-    for number in range(20):
-        answer = Answer(node, model, f"Tell me {number}.")
-        if len(answer.wait()) == TOKENS:
-            return f"Tell me {number}.", answer.token_ids
-    pytest.fail("all answers are short")
 
 
 def runner_of(node: NodeProcess) -> psutil.Process:
@@ -94,15 +50,19 @@ def three(tmp_path: Path) -> Generator[tuple[NodeProcess, NodeProcess, NodeProce
         [instance] = asked.get("/cluster")["instances"]
         by_id = {node.node_id: node for node in nodes}
         head, tail = (by_id[stage["node_id"]] for stage in instance["stages"])
+        family = [child for node in nodes for child in node.children()]
         yield asked, head, tail, model
+    for process in family:  # what stands still does not notice the end of its node
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.parametrize("stage", ["head", "last stage"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_answer_goes_on(three: tuple[NodeProcess, NodeProcess, NodeProcess, Path], stage: str, fault: str) -> None:
     asked, head, tail, model = three
-    prompt, undisturbed = long_prompt_of(asked, model)
-    answer = Answer(asked, model, prompt)
+    prompt, undisturbed = long_prompt_of(asked, model, TOKENS)
+    answer = Answer(asked, model, prompt, TOKENS)
     until(lambda: len(answer.token_ids) > FAULT_AFTER)
     FAULTS[fault](head if stage == "head" else tail)
     assert answer.wait() == undisturbed
