@@ -45,6 +45,7 @@ def load(model: Path, threads: int) -> OnnxStage:
         slot_count=1,
         thread_count=threads,
         listen_host="127.0.0.1",
+        connect_ms=20_000,
     )
     stage = OnnxStage(spec)
     stage.load(lambda _: None)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from covey.control.deadlines import BEAT_MS
 from covey.schema.machine import RunnerExited, RunnerSaid, RunnerStarted
 from covey.schema.runner import (
+    BEAT_MS,
     Activity,
     Address,
     Beat,

@@ -46,7 +46,7 @@ from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation, RotationError
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
-from covey.effects.time_limits import MS_PER_S, TimeLimitError, time_limits
+from covey.effects.time_limits import TimeLimitError, time_limits
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityEvent, ActivityPage
 from covey.schema.cluster import (
@@ -341,7 +341,7 @@ class Node:
 
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
-        wait_s = self._limits.shut_down_ms / MS_PER_S + LEAVE_S_MAX
+        wait_s = self._limits.shut_down_ms / 1000 + LEAVE_S_MAX
         life.deadline = min(life.deadline, anyio.current_time() + wait_s)
         self._serving.leave()
         await self._driver.leave()

@@ -51,6 +51,7 @@ def spec(runner_id: str = "r1") -> RunnerSpec:
         slot_count=1,
         thread_count=3,
         listen_host="127.0.0.1",
+        connect_ms=20_000,
     )
 
 
@@ -194,7 +195,7 @@ async def test_who_lives_is_known_and_who_ended_is_told(tmp_path: Path) -> None:
 
 async def test_a_node_ends_although_a_killed_process_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver holds it: whoever waited for it would hang as well."""
-    monkeypatch.setattr(runner_processes, "REAP_S_MAX", 0.2)
+    monkeypatch.setattr(runner_processes, "REAP_MS", 200)
     stage = Stage()
     with anyio.fail_after(10):
         with monkeypatch.context() as broken:

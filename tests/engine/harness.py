@@ -66,6 +66,7 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
         slot_count=4,
         thread_count=1,
         listen_host=HOST,
+        connect_ms=20_000,
     )
     return msgspec.structs.replace(spec, **changes)
 

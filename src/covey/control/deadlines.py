@@ -12,13 +12,11 @@ from msgspec import Struct
 
 from covey.control.runner_table import SERVING_STATES, Overdue, Runner
 from covey.control.settings import PhaseLimits
-from covey.schema.runner import RunnerState
+from covey.schema.runner import BEAT_MS, RunnerState
 
 BEATS_MISSED_MAX: Final = 3
-BEAT_MS: Final = 2_000  # between two beats, as `engine/runner` sends them
 SILENCE_MS: Final = 30_000  # a machine that swaps can hold up any thread for many seconds
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
-MS_PER_S: Final = 1_000
 
 
 class Phase(Struct, frozen=True):
@@ -59,9 +57,8 @@ PHASES: Final[dict[RunnerState, Phase]] = {
         Phase(
             lambda limits: limits.shut_down_ms + REAP_MS,
             lambda runner: (
-                f"can't end process {runner.process_id} of a former try: it was killed at least "
-                f"{REAP_MS // MS_PER_S} s ago and is still there, so its memory stays taken (a driver or a disk holds "
-                "it; restart the device)"
+                f"can't end process {runner.process_id} of a former try: it was killed at least {REAP_MS // 1000} s "
+                "ago and is still there, so its memory stays taken (a driver or a disk holds it; restart the device)"
             ),
         ),
     ),
@@ -87,8 +84,8 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
         return None
     phase = PHASES[runner.state]
     if runner.state in SERVING_STATES and now_ms >= _silent_ms(runner, limits):
-        return Overdue(f"it gave no sign of life for {_silence_ms(limits) // MS_PER_S} s while {runner.state}")
-    return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / MS_PER_S:g}"))
+        return Overdue(f"it gave no sign of life for {_silence_ms(limits) // 1000} s while {runner.state}")
+    return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
 
 
 def _silent_ms(runner: Runner, limits: PhaseLimits) -> int:

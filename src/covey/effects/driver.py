@@ -57,7 +57,6 @@ from covey.schema.model import ModelCard
 
 _log = logging.getLogger(__name__)
 
-MS_PER_S: Final = 1000
 SNAPSHOT_AGE_MS_MAX: Final = 500  # "heard so long ago" grows with time alone
 
 _LEAVING: Final = Refused("this node is shutting down; ask another node, or this one when it is back", 503)
@@ -176,7 +175,7 @@ class Driver:
     async def _next(self) -> Input:
         """The oldest input, or word that the machine's deadline has come."""
         deadline_ms = self._machine.deadline()
-        wait_s = None if deadline_ms is None else max(0, deadline_ms - self._clock()) / MS_PER_S
+        wait_s = None if deadline_ms is None else max(0, deadline_ms - self._clock()) / 1000
         return await self._mailbox.take(wait_s) or DeadlinePassed()
 
     def _handle(self, item: Input, tasks: TaskGroup, runners: Runners) -> None:

@@ -17,6 +17,7 @@ import anyio
 import msgspec
 from anyio.abc import ByteReceiveStream, ByteSendStream, Process, TaskGroup
 
+from covey.control.deadlines import REAP_MS
 from covey.effects.runner_log import RunnerLog
 from covey.schema import wire
 from covey.schema.ids import RunnerId
@@ -26,7 +27,6 @@ from covey.schema.trust import Credentials
 
 RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
 COMMANDS_MAX: Final = 64  # a whole life takes five; more means that the runner has stopped reading
-REAP_S_MAX: Final = 10.0  # a killed process ends within milliseconds, unless a driver or a disk holds it
 PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -135,7 +135,7 @@ class Processes:
             runner.process_id = process.pid
             await self._converse(runner, process, log)
         finally:
-            with anyio.move_on_after(REAP_S_MAX, shield=True):
+            with anyio.move_on_after(REAP_MS / 1000, shield=True):
                 await _reap(process)
             if process.returncode is None:
                 _log.error(

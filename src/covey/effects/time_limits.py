@@ -15,7 +15,6 @@ VARIABLES: Final = {
 }
 SECONDS_MIN: Final = 1
 SECONDS_MAX: Final = 86_400  # a day: nobody waits for longer
-MS_PER_S: Final = 1_000
 
 
 class TimeLimitError(Exception):
@@ -38,4 +37,4 @@ def _milliseconds(name: str, text: str) -> int:
     if not SECONDS_MIN <= seconds <= SECONDS_MAX:
         limits = f"from {SECONDS_MIN} to {SECONDS_MAX}"
         raise TimeLimitError(f"{name} is '{text}', which is no number of seconds {limits}; correct it, or unset it")
-    return round(seconds * MS_PER_S)
+    return round(seconds * 1000)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Final, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 
@@ -24,6 +24,7 @@ from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort
 from covey.engine.tls import client_context
 from covey.schema.runner import (
+    BEAT_MS,
     Beat,
     Configure,
     Connected,
@@ -38,9 +39,6 @@ from covey.schema.runner import (
     RunnerSpec,
     WarmUp,
 )
-
-BEAT_SECONDS: Final = 2.0  # between two signs of life
-MS_PER_S: Final = 1000
 
 log = logging.getLogger(__name__)
 Command = TypeVar("Command", bound=RunnerCommand)
@@ -102,7 +100,7 @@ class Runner:
     def _connect(self, configure: Configure, port: DataPort, neighbours: ConnectTo) -> Link | None:
         """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
         link, spec = None, configure.spec
-        seconds = spec.connect_ms / MS_PER_S
+        seconds = spec.connect_ms / 1000
         if spec.stage_count > 1:
             deadline = time.monotonic() + seconds
             dialler = Dialler(spec, client_context(configure.credentials))
@@ -160,7 +158,7 @@ class Runner:
         """Tells the node, which sees from outside neither whether a process was stopped nor how its work gets on."""
         while True:
             self._pipe.tell(Beat(loop.steps, loop.is_busy))
-            time.sleep(BEAT_SECONDS)
+            time.sleep(BEAT_MS / 1000)
 
     def _listen_to(self, link: Link, listen: Callable[[Link], None]) -> None:
         self._links.append(link)

@@ -17,6 +17,7 @@ from covey.schema.model import Shard
 from covey.schema.trust import Credentials
 
 EVERYWHERE: Final = "::"  # as the host to listen at; where there is no IPv6, all of IPv4
+BEAT_MS: Final = 2_000  # between two beats
 
 
 class RunnerState(StrEnum):
@@ -59,7 +60,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     slot_count: int  # requests that run at once
     thread_count: int
     listen_host: str  # the data port listens here; `EVERYWHERE`: at all addresses that are not the internet's
-    connect_ms: int = 20_000  # to reach the neighbours, who start at the same time, on machines that may be slow
+    connect_ms: int  # to reach the neighbours, who start at the same time, on machines that may be slow
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
 
 
@@ -128,7 +129,7 @@ class Activity(Struct, frozen=True, tag=True):
 
 
 class Beat(Struct, frozen=True, tag=True):
-    """While it serves, every few seconds, from a thread that computing does not hold up."""
+    """While it serves, every `BEAT_MS`, from a thread that computing does not hold up."""
 
     steps: int  # that have ended; the head counts those that came back from the last stage
     is_busy: bool  # one is under way; the head: a request is

@@ -46,6 +46,7 @@ def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT
             slot_count=2,
             thread_count=2,
             listen_host="127.0.0.1",
+            connect_ms=20_000,
         )
     )
     stage.load(lambda _: None)

@@ -31,6 +31,7 @@ def spec(path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: 
         slot_count=slots,
         thread_count=2,
         listen_host="127.0.0.1",
+        connect_ms=20_000,
     )
 
 
