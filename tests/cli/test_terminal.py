@@ -45,6 +45,37 @@ def test_a_prompt_through_a_pipe(node: ServedNode) -> None:
     assert node.backend.requests[0].messages[0].content == "What is\na partridge?"
 
 
+def test_a_file_after_the_question(node: ServedNode) -> None:
+    done = covey(node, "run", "Tiny-Chat", "Sum", "this up:", input="\nIt rained.\n  Then it did not.\n\n")
+    assert (done.returncode, done.stdout) == (0, "Hello, world – 🐦\n")
+    assert node.backend.requests[0].messages[0].content == "Sum this up:\n\nIt rained.\n  Then it did not."
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_question_without_a_file(node: ServedNode, *, is_closed: bool) -> None:
+    shell = f'"$@" {"<&-" if is_closed else "</dev/null"}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell, "sh", *COVEY, "run", "Tiny-Chat", "Hi"],
+        env=environment(node),
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert node.backend.requests[0].messages[0].content == "Hi"
+
+
+def test_what_is_no_text_is_no_prompt(node: ServedNode) -> None:
+    done = subprocess.run(
+        [*COVEY, "run", "Tiny-Chat", "What is it?"],
+        env=environment(node, PYTHONUTF8="1"),
+        input=b"\x89PNG\xff",
+        capture_output=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, b"Standard input is no text: it holds bytes that are not UTF-8.\n")
+
+
 def test_an_empty_pipe_is_no_prompt(node: ServedNode) -> None:
     done = covey(node, "run", "Tiny-Chat", input="")
     assert (done.returncode, done.stdout) == (1, "")

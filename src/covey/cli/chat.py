@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from msgspec import Struct
@@ -95,6 +95,25 @@ def cut_short(answer: Answer, options: dict[str, Any]) -> None:
     is_asked = count >= options.get("max_tokens", math.inf)
     reason = "; --max-tokens for more" if is_asked else ": the context is full"
     err.print(f"(cut after {count} token{'s' * (count > 1)}{reason})", style="dim")
+
+
+def question(words: Sequence[str]) -> str:
+    """What is asked: the words of the command line, and below them what a pipe or a file brings. Empty: a person is at
+    the terminal, and will say. Raises `CliError`.
+    """
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    parts = [" ".join(words), "" if is_typed or sys.stdin is None else _piped()]
+    text = "\n\n".join(part for part in parts if part)
+    if not text and not is_typed:
+        raise CliError("There is no prompt: standard input is empty.")
+    return text
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()  # whatever the locale
+    except UnicodeDecodeError:
+        raise CliError("Standard input is no text: it holds bytes that are not UTF-8.") from None
 
 
 def opening(system: str | None) -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ What only some commands need is imported where they run, so that the others star
 """
 
 import os
-import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -138,7 +137,9 @@ def identity_new(
 @explained
 def run(
     model: str,
-    prompt: Annotated[list[str] | None, typer.Argument(help="Without one: a conversation.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Without one: a conversation. What a pipe brings is added to it.")
+    ] = None,
     url: Url = DEFAULT_URL,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.7,
@@ -151,11 +152,7 @@ def run(
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
-    question = " ".join(prompt or ())
-    if not question and not sys.stdin.isatty():
-        question = sys.stdin.read().strip()
-        if not question:
-            raise CliError("There is no prompt: standard input is empty.")
+    question = chat.question(prompt or ())
     with NodeClient(url) as node:
         ready = ensure_ready(node, local_path(model))
         if ready.is_new and (note := shorter_context(ready.instance)):
