@@ -194,6 +194,32 @@ def test_a_conversation_remembers_what_was_said(node: ServedNode) -> None:
     assert said == [("user", "Hi"), ("assistant", "Hello, world – 🐦"), ("user", "And you?")]
 
 
+def test_a_conversation_that_fills_the_context_says_the_way_out(node: ServedNode) -> None:
+    cut = GenerationFinished(FinishReason.LENGTH, Usage(7, 4), Timings(1.0, 35.0, 60.0))
+    full = "The prompt has 9 tokens, and the context of Tiny-Chat holds 8 with the answer. Shorten the prompt."
+    with conversation(node) as terminal:
+        node.backend.events = [GenerationFailed(full, 400)]
+        terminal.type("A first question that is too long\n")
+        terminal.wait_for("Shorten the prompt.")
+        terminal.read_until("> ")
+        assert "/clear" not in terminal.shown
+        node.backend.events = (*ANSWER[:-1], cut)
+        terminal.type("Hi\n")
+        terminal.wait_for("(cut after 4 tokens: the context is full; /clear forgets what was said)")
+        node.backend.events = [GenerationFailed(full, 400)]
+        terminal.type("And?\n")
+        terminal.wait_for("Shorten the prompt. /clear forgets what was said.")
+        terminal.type(CONTROL_D)
+
+
+def test_an_error_begins_a_line(node: ServedNode) -> None:
+    node.backend.events = (*ANSWER[:3], GenerationFailed("The node berta is lost."))
+    with conversation(node, NO_COLOR="1") as terminal:
+        terminal.type("Hi\n")
+        terminal.wait_for("Hello\r\nThe node berta is lost.")
+        terminal.type(CONTROL_D)
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(node: ServedNode) -> None:
     node.backend.hang_after = 3
     with conversation(node) as terminal:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import CliError, NodeClient, refused
 from covey.cli.console import err, harmless
 from covey.schema.generation import (
     FinishReason,
@@ -60,7 +60,7 @@ def ask(node: NodeClient, body: dict[str, Any], show: Callable[[str], None]) -> 
             case GenerationFinished():
                 answer.finished = event
             case GenerationFailed():
-                raise CliError(event.message)
+                raise refused(event.message, event.status)
             case _:
                 pass
     if answer.finished is None:
@@ -86,14 +86,17 @@ def figures(answer: Answer) -> str:
     )
 
 
-def cut_short(answer: Answer, options: dict[str, Any]) -> None:
-    """Says so where the answer did not come to its own end: on standard error, where it disturbs no pipe."""
+def cut_short(answer: Answer, options: dict[str, Any], way_out: str = "") -> None:
+    """Says so where the answer did not come to its own end: on standard error, where it disturbs no pipe.
+
+    `way_out` of a full context, if there is one.
+    """
     assert answer.finished is not None, "an answer that has ended"
     if answer.finished.reason is not FinishReason.LENGTH:
         return
     count = answer.finished.usage.completion_tokens
     is_asked = count >= options.get("max_tokens", math.inf)
-    reason = "; --max-tokens for more" if is_asked else ": the context is full"
+    reason = "; --max-tokens for more" if is_asked else f": the context is full{way_out and '; '}{way_out}"
     err.print(f"(cut after {count} token{'s' * (count > 1)}{reason})", style="dim")
 
 
