@@ -352,6 +352,11 @@ def test_a_model_that_is_not_there(client: TestClient) -> None:
     assert answer.json()["error"]["message"] == "There is no model 'owner/GPT-9'; listed are: Tiny-Chat."
 
 
+def test_a_model_that_is_written_nearly_so(client: TestClient) -> None:
+    message = client.get("/v1/models/tiny").json()["error"]["message"]
+    assert message == "There is no model 'tiny'; did you mean Tiny-Chat?"
+
+
 def test_the_document_of_the_api_tells_what_each_field_means() -> None:
     """What is accepted and changes nothing, and what is refused."""
     text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()

@@ -301,6 +301,24 @@ def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode)
     assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
 
 
+@pytest.mark.parametrize("command", [["run", "Hi"], ["place"]])
+def test_a_name_of_a_hub_is_not_taken_for_a_path(
+    node: ServedNode, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(node, command[0], "anna/Tiny-GGUF", *command[1:])
+    sentence = "there is no such file here; a file of the Hugging Face hub is named hf:anna/Tiny-GGUF/FILE.gguf."
+    assert (done.exit_code, done.stderr) == (1, f"anna/Tiny-GGUF: {sentence}\n")
+    Path("anna").mkdir()
+    Path("anna/Tiny-GGUF").touch()
+    assert f"There is no model '{tmp_path}/anna/Tiny-GGUF'" in invoke(node, "place", "anna/Tiny-GGUF").stderr
+
+
+def test_an_address_reaches_the_node_as_it_is(node: ServedNode) -> None:
+    url = "https://huggingface.co/a/b/resolve/main/c.gguf"
+    assert f"There is no model '{url}'" in invoke(node, "place", url).stderr
+
+
 @pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])
 def test_stopping_by_a_name(node: ServedNode, name: str) -> None:
     invoke(node, "stop", name)

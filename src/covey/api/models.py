@@ -5,6 +5,7 @@ from typing import Any
 
 from covey.api.backend import ListedModel
 from covey.api.errors import MODEL_NOT_FOUND, RequestError
+from covey.checkpoints import mistaken
 
 STATUSES = ("downloaded",)
 
@@ -21,8 +22,10 @@ def find_model(models: Sequence[ListedModel], name: str) -> ListedModel:
     """In either case of letters, as requests may name it; else as it is written. Raises `RequestError` 404."""
     found = [model for model in models if model.card.model_id.lower() == name.lower()]
     if not found:
-        known = ", ".join(model.card.model_id for model in models)
-        sentence = f"There is no model '{name}'; listed are: {known}."
+        known = [model.card.model_id for model in models]
+        meant = mistaken.near(name, known)
+        hint = f"did you mean {meant}?" if meant else f"listed are: {', '.join(known)}."
+        sentence = f"There is no model '{name}'; {hint}"
         raise RequestError(sentence, status=404, param="model", code=MODEL_NOT_FOUND)
     return min(found, key=lambda model: model.card.model_id != name)
 

@@ -3,7 +3,6 @@
 What only some commands need is imported where they run, so that the others start fast.
 """
 
-import os
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
-from covey.cli.naming import named_instance, short_ids
+from covey.cli.naming import local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
 
 app = typer.Typer(
@@ -154,7 +153,7 @@ def run(
     options = {key: value for key, value in given.items() if value is not None}
     question = chat.question(prompt or ())
     with NodeClient(url) as node:
-        ready = ensure_ready(node, local_path(model))
+        ready = ensure_ready(node, model_to_place(model))
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
         model_id = ready.instance.card.model_id
@@ -180,7 +179,7 @@ def place(
 
     wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
     with NodeClient(url) as node:
-        ready = (placing.make_ready if another else placing.ensure_ready)(node, local_path(model), wanted)
+        ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model), wanted)
         state = node.cluster()
     rows, instance_id = tables.stage_rows(ready.instance, tables.node_names(state)), ready.instance.instance_id
     if as_json:
@@ -336,13 +335,6 @@ def rotate(
 def warn_of_one_copy() -> None:
     """What only one disk holds, a broken disk takes along."""
     err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
-
-
-def local_path(model: str) -> str:
-    """A path is meant from where the command runs, and the node runs elsewhere."""
-    if model.startswith("hf:") or not (model.endswith(".gguf") or "/" in model):
-        return model
-    return os.path.normpath(Path(model).expanduser().absolute())
 
 
 def main() -> None:

@@ -1,13 +1,34 @@
-"""How people name an instance: by its model, by its id, or by the beginning of its id."""
+"""How people name a model, which may be a path; and an instance: by its model, its id, or the beginning of its id."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
+from covey.checkpoints import mistaken
+from covey.checkpoints.catalogue import HUB_PREFIX
 from covey.cli.client import CliError
 from covey.schema.cluster import Instance
 
 BEGINNING_LEAST: Final = 4  # characters; fewer are a slip of the finger
 SHORT_LEAST: Final = 8  # characters shown, so that most ids keep their short form when others come
+
+
+def local_path(model: str) -> str:
+    """A path is meant from where the command runs, and the node runs elsewhere."""
+    is_path = model.endswith(".gguf") or "/" in model
+    if model.startswith(HUB_PREFIX) or mistaken.is_address(model) or not is_path:
+        return model
+    return os.path.normpath(Path(model).expanduser().absolute())
+
+
+def model_to_place(model: str) -> str:
+    """The same. Raises `CliError` where there is no such file here, and its name looks like one of a hub's."""
+    path = local_path(model)
+    hint = mistaken.hub_hint(model)
+    if hint and not Path(path).exists():
+        raise CliError(f"{model}: there is no such file here; {hint}.")
+    return path
 
 
 def instances_of(instances: Sequence[Instance], model: str) -> list[Instance]:
