@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from covey.api.errors import RequestError
 from covey.cli import placing, tables
 from covey.cli.client import CliError, NodeClient, address
+from covey.cli.listing import Listing
 from covey.cli.main import app
 from covey.cli.naming import short_ids
 from covey.control.activity import Activity
@@ -347,17 +348,60 @@ def test_markup_in_a_table_is_text(node: ServedNode) -> None:
     assert "failed: [/bold]\ufffd is not [red]markup[/red]" in done.stdout
 
 
-def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+def printed(listing: Listing, width: int, *, is_terminal: bool = True) -> list[str]:
+    with Console(width=width, force_terminal=is_terminal, color_system=None) as console, console.capture() as output:
+        console.print(listing)
+    return output.get().splitlines()
+
+
+def long_names() -> Any:
     two = two_instances()
     card = msgspec.structs.replace(CARD, model_id="/home/anna/models/Llama-3.2-1B-Instruct.Q4_1.gguf")
     instances = tuple(msgspec.structs.replace(each, card=card, context_length=131072) for each in two.instances)
-    rows = tables.instance_rows(msgspec.structs.replace(two, instances=instances))
-    with Console(width=80) as console, console.capture() as printed:
-        console.print(tables.instances_table(rows))
-    lines = printed.get().splitlines()
-    assert max(len(line) for line in lines) <= 80
-    assert "…" not in "".join(lines)
+    return msgspec.structs.replace(two, instances=instances)
+
+
+EVENT = {"at": "2026-06-22T10:00:00.000000Z", "text": "Tiny-Chat was placed on anna and berta."}
+MODEL = {"id": "SmolLM2-135M-Instruct", "file_bytes": 98e6, "quantization": "Q4_1", "context_length": 8192}
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
+    listings = [
+        tables.instances_table(tables.instance_rows(long_names())),
+        tables.layers_table(tables.instance_rows(long_names())[0]["nodes"]),
+        tables.nodes_table(tables.node_rows(away())),
+        tables.events_table([EVENT]),
+        tables.models_table([{**MODEL, "downloaded": True}]),
+    ]
+    for listing in listings:
+        lines = printed(listing, width)
+        shown = re.sub(r"\s", "", "".join(lines))
+        assert max(len(line) for line in lines) <= width
+        assert "…" not in shown
+
+
+def test_what_matters_is_left_on_a_narrow_terminal() -> None:
+    instances = tables.instances_table(tables.instance_rows(long_names()))
+    assert printed(instances, 40)[0].split() == ["instance", "model", "status"]
+    assert all(line.strip() for line in printed(instances, 40))
+    nodes = tables.nodes_table(tables.node_rows(away()))
+    assert printed(nodes, 40)[0].split() == ["node", "id", "seen", "role"]
+    assert printed(nodes, 80)[0].split() == ["node", "id", "seen", "cores", "memory", "free", "role"]
+    assert printed(tables.events_table([EVENT]), 40)[1].rstrip() == "2026-06-22 10:00:00  Tiny-Chat was"
+
+
+def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+    lines = printed(tables.instances_table(tables.instance_rows(long_names())), 80)
     assert [line[:21] for line in lines if line.startswith("a")] == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
+
+
+def test_a_pipe_gets_a_line_for_each_row_and_no_blanks_at_its_end(node: ServedNode) -> None:
+    node.backend.current = cluster(RunnerState.READY, RunnerState.FAILED, reason="It broke " * 40 + "\nlast\nline")
+    for command in ("ps", "nodes", "models", "events"):
+        lines = invoke(node, command).stdout.splitlines()
+        assert lines == [line.rstrip() for line in lines]
+    assert "It broke " * 39 in invoke(node, "ps").stdout
 
 
 @pytest.mark.parametrize(
