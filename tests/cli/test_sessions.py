@@ -168,10 +168,10 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
         [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--json"], ["stop", "inst-1"]],
     ),
-    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
+    "stop": ({}, [["stop", "81bf"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "81b"], ["stop", "none-such"]]),
     "stop_one_of_two": (
         {"current": two_instances()},
-        [["ps"], ["stop", "Tiny-Chat"], ["stop", "inst"], ["stop", "--all"]],
+        [["ps"], ["stop", "Tiny-Chat"], ["stop", "aaaaaaaa"], ["stop", "--all"]],
     ),
     "stop_nothing": ({"current": EMPTY}, [["stop", "Tiny-Chat"], ["stop", "--all"]]),
 }
@@ -320,7 +320,7 @@ def test_an_address_reaches_the_node_as_it_is(node: ServedNode) -> None:
     assert f"There is no model '{url}'" in invoke(node, "place", url).stderr
 
 
-@pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])
+@pytest.mark.parametrize("name", ["81bf", "81BF9124", "inst-1", "Tiny-Chat"])
 def test_stopping_by_a_name(node: ServedNode, name: str) -> None:
     invoke(node, "stop", name)
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]
@@ -383,8 +383,9 @@ def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
 
 def test_what_matters_is_left_on_a_narrow_terminal() -> None:
     instances = tables.instances_table(tables.instance_rows(long_names()))
-    assert printed(instances, 40)[0].split() == ["instance", "model", "status"]
-    assert all(line.strip() for line in printed(instances, 40))
+    assert printed(instances, 40)[0].split() == ["instance", "model", "status", "node"]
+    assert printed(instances, 30)[0].split() == ["instance", "model", "status"]
+    assert all(line.strip() for line in printed(instances, 30)[:-1])
     nodes = tables.nodes_table(tables.node_rows(away()))
     assert printed(nodes, 40)[0].split() == ["node", "id", "seen", "role"]
     assert printed(nodes, 80)[0].split() == ["node", "id", "seen", "cores", "memory", "free", "role"]
@@ -393,7 +394,7 @@ def test_what_matters_is_left_on_a_narrow_terminal() -> None:
 
 def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
     lines = printed(tables.instances_table(tables.instance_rows(long_names())), 80)
-    assert [line[:21] for line in lines if line.startswith("a")] == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
+    assert [line[:8] for line in lines if line.startswith(("860", "d15"))] == ["86052a1d", "d153362c"]
 
 
 def test_a_pipe_gets_a_line_for_each_row_and_no_blanks_at_its_end(node: ServedNode) -> None:
@@ -539,11 +540,26 @@ def test_a_stream_of_another_program_is_none_of_ours() -> None:
                 list(events)
 
 
-def test_short_ids_stay_apart() -> None:
-    assert list(short_ids(["abc-1.x", "abc-10.x", "abc-2.x"]).values()) == ["abc-1.x", "abc-10.x", "abc-2.x"]
+def test_short_ids_stay_what_they_are() -> None:
     ids = [each.instance_id for each in two_instances().instances]
-    assert list(short_ids(ids).values()) == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
-    assert list(short_ids(ids[:1]).values()) == ["aaaaaaaa"]
+    assert list(short_ids(ids).values()) == ["86052a1d", "d153362c"]
+    assert list(short_ids(ids[:1]).values()) == ["86052a1d"]
+    assert list(short_ids(["id-10014", "id-22672"]).values()) == ["c9184ee7b", "c9184ee7e"]  # alike so far
+
+
+def test_what_a_node_says_of_an_instance_is_told_with_its_short_id(node: ServedNode) -> None:
+    first, _ = two_instances().instances
+    short = short_ids([first.instance_id])[first.instance_id]
+    refused = f"there is no instance {first.instance_id}: `covey ps` lists those there are."
+    node.backend.happened.hear(1_700_000_000_000, DeleteInstance(first.instance_id), Refused(refused))
+    assert f"Removing {short} was refused: there is no instance {short}: `covey" in invoke(node, "events").stdout
+    failed = cluster(RunnerState.READY, RunnerState.FAILED, reason="It broke.")
+    node.backend.current = msgspec.structs.replace(failed, instances=(as_failed(failed, first.instance_id),))
+    assert f"`covey stop {short}` gives up on it." in invoke(node, "run", "Tiny-Chat", "Hi").stderr
+
+
+def as_failed(state: Any, instance_id: str) -> Any:
+    return msgspec.structs.replace(state.instances[0], instance_id=instance_id)
 
 
 def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:

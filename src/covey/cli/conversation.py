@@ -8,6 +8,7 @@ from typing import Any, Final
 from covey.cli.chat import ask, cut_short, figures, opening, write
 from covey.cli.client import CliError, NodeClient, WrongRequestError
 from covey.cli.console import err
+from covey.cli.naming import with_short_ids
 
 HINT: Final = "/help lists what can be done, Ctrl-C stops an answer, Ctrl-D leaves."
 HELP: Final = """\
@@ -80,7 +81,7 @@ class Conversation:
         except CliError as error:
             write("\n" if answer else "")
             hint = f" {WAY_OUT}." if self._said and isinstance(error, WrongRequestError) else ""  # it may be too long
-            err.print(f"{error}{hint}", style="red", markup=False, soft_wrap=True)
+            err.print(f"{with_short_ids(str(error))}{hint}", style="red", markup=False, soft_wrap=True)
             return
         if answer:
             self._said = [*asked, {"role": "assistant", "content": answer}]

@@ -186,8 +186,8 @@ def place(
         told = {"instance_id": instance_id, "model_id": ready.instance.card.model_id, "nodes": rows}
         print_json({**told, "on_one_node_only": ready.on_one_node_only})
         return
-    short = short_ids([each.instance_id for each in state.instances])
-    out.print(placing.summary(ready, short.get(instance_id, instance_id)), soft_wrap=True)
+    short = short_ids([instance_id, *(each.instance_id for each in state.instances)])[instance_id]
+    out.print(placing.summary(ready, short), soft_wrap=True)
     out.print(tables.layers_table(rows))
     if note := placing.shorter_context(ready.instance):
         out.print(f"\n{note}", soft_wrap=True)

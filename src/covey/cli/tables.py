@@ -5,7 +5,7 @@ from typing import Any
 
 from covey.cli.console import harmless, size
 from covey.cli.listing import Listing
-from covey.cli.naming import short_ids
+from covey.cli.naming import short_ids, with_short_ids
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, Instance, Member, Visibility
 
@@ -149,5 +149,5 @@ def models_table(models: Sequence[Row]) -> Listing:
 
 
 def events_table(events: Sequence[Row]) -> Listing:
-    drawn = [(event["at"].replace("T", " ")[:19], event["text"]) for event in events]
+    drawn = [(event["at"].replace("T", " ")[:19], with_short_ids(event["text"])) for event in events]
     return Listing(titles=("when (UTC)", "what"), rows=drawn, folded=("what",))
