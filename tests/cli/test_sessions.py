@@ -52,6 +52,11 @@ def away() -> Any:
     return msgspec.structs.replace(LOADING, members=(first, gone))
 
 
+def alone() -> Any:
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    return msgspec.structs.replace(state, members=state.members[:1])
+
+
 def two_instances() -> Any:
     """Placed at one node one after the other: their ids, as long as real ones, begin alike."""
     state = cluster(RunnerState.READY, RunnerState.READY)
@@ -167,6 +172,10 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "one_copy": (
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
         [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--json"], ["stop", "inst-1"]],
+    ),
+    "one_copy_of_one_node": (
+        {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True), "current": alone()},
+        [["stop", "inst-1"]],
     ),
     "stop": ({}, [["stop", "81bf"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "81b"], ["stop", "none-such"]]),
     "stop_one_of_two": (
@@ -361,7 +370,7 @@ def long_names() -> Any:
     return msgspec.structs.replace(two, instances=instances)
 
 
-EVENT = {"at": "2026-06-22T10:00:00.000000Z", "text": "Tiny-Chat was placed on anna and berta."}
+EVENT = {"at": "2026-06-22T10:00:00.000000Z", "text": "Tiny-Chat is placed on anna and berta."}
 MODEL = {"id": "SmolLM2-135M-Instruct", "file_bytes": 98e6, "quantization": "Q4_1", "context_length": 8192}
 
 
@@ -389,7 +398,7 @@ def test_what_matters_is_left_on_a_narrow_terminal() -> None:
     nodes = tables.nodes_table(tables.node_rows(away()))
     assert printed(nodes, 40)[0].split() == ["node", "id", "seen", "role"]
     assert printed(nodes, 80)[0].split() == ["node", "id", "seen", "cores", "memory", "free", "role"]
-    assert printed(tables.events_table([EVENT]), 40)[1].rstrip() == "2026-06-22 10:00:00  Tiny-Chat was"
+    assert printed(tables.events_table([EVENT]), 40)[1].rstrip() == "2026-06-22 10:00:00  Tiny-Chat is placed"
 
 
 def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:

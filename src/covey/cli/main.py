@@ -15,6 +15,7 @@ from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
+from covey.schema.cluster import ClusterState
 
 app = typer.Typer(
     name="covey",
@@ -192,7 +193,7 @@ def place(
     if note := placing.shorter_context(ready.instance):
         out.print(f"\n{note}", soft_wrap=True)
     if ready.on_one_node_only:
-        warn_of_one_copy()
+        warn_of_one_copy(state)
 
 
 @app.command()
@@ -208,14 +209,15 @@ def stop(
     if everything == (instance is not None):
         raise typer.BadParameter("Name one instance, or give --all.")
     with NodeClient(url) as node:
-        placed = node.cluster().instances
+        state = node.cluster()
+        placed = state.instances
         chosen = placed if instance is None else [named_instance(placed, local_path(instance))]
         short = short_ids([each.instance_id for each in placed])
         for each in chosen:
             deleted = node.delete(each.instance_id)
             out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
             if deleted["on_one_node_only"]:
-                warn_of_one_copy()
+                warn_of_one_copy(state)
     if not chosen:
         out.print("No model is placed, so there is nothing to stop.")
 
@@ -332,9 +334,10 @@ def rotate(
     joining.rotate(url, without or [])
 
 
-def warn_of_one_copy() -> None:
-    """What only one disk holds, a broken disk takes along."""
-    err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
+def warn_of_one_copy(state: ClusterState) -> None:
+    """What only one disk holds, a broken disk takes along; a node that has no other knows that."""
+    if len(state.members) > 1:
+        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def main() -> None:
