@@ -72,6 +72,13 @@ def one_node_and_two() -> Any:
     return msgspec.structs.replace(two_instances(), instances=(alone, second))
 
 
+def fewer_nodes() -> Any:
+    """What was asked for on three nodes is placed on the two that are left."""
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    wish = Wish(wish_id="wish-1", card=CARD, node_count_min=3, context_length=1024, slot_count=2)
+    return msgspec.structs.replace(state, wishes=(wish,))
+
+
 def one_machine() -> Any:
     state = cluster()
     first, second = state.members
@@ -127,6 +134,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "loading": ({"current": LOADING}, [["ps"]]),
     "one_machine": ({"current": one_machine()}, [["nodes"]]),
     "one_machine_half_away": ({"current": one_machine_half_away()}, [["nodes"]]),
+    "fewer_nodes": ({"current": fewer_nodes()}, [["ps"], ["ps", "--json"]]),
     "looking": ({"current": starting(RunnerState.IDLE, 0)}, [["ps"]]),
     "downloading": ({"current": starting(RunnerState.IDLE, 1_000_000)}, [["ps"]]),
     "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),

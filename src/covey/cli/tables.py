@@ -19,6 +19,7 @@ def node_names(state: ClusterState) -> dict[str, str]:
 
 def instance_rows(state: ClusterState) -> list[Row]:
     names = node_names(state)
+    asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
     return [
         {
             "instance_id": instance.instance_id,
@@ -26,6 +27,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "status": instance_status(state, instance).text,
             "context_length": instance.context_length,
             "slots": instance.slot_count,
+            "nodes_asked_for": asked.get(instance.wish_id, 1),
             "nodes": stage_rows(instance, names),
         }
         for instance in state.instances
@@ -50,7 +52,7 @@ def instances_table(rows: Sequence[Row]) -> Listing:
     short = short_ids([row["instance_id"] for row in rows])
     drawn: list[tuple[str, ...]] = []
     for row in rows:
-        head = (short[row["instance_id"]], row["model_id"], row["status"], str(row["context_length"]))
+        head = (short[row["instance_id"]], row["model_id"], _status_cell(row), str(row["context_length"]))
         for node in row["nodes"]:
             drawn.append((*head, *_layers_cells(node)))
             head = ("",) * len(head)
@@ -60,6 +62,12 @@ def instances_table(rows: Sequence[Row]) -> Listing:
         folded=("model", "status", "node"),
         spared=("memory", "layers", "context", "node"),
     )
+
+
+def _status_cell(row: Row) -> str:
+    """Also that it is placed on fewer nodes than somebody asked for, since no more are left."""
+    count, asked = len(row["nodes"]), row["nodes_asked_for"]
+    return row["status"] if count >= asked else f"{row['status']} (on {count} of {asked} nodes asked for)"
 
 
 def layers_table(rows: Sequence[Row]) -> Listing:
