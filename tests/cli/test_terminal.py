@@ -212,6 +212,12 @@ def test_a_conversation_that_fills_the_context_says_the_way_out(node: ServedNode
         terminal.type(CONTROL_D)
 
 
+def test_a_refused_question_leaves_no_empty_line(node: ServedNode) -> None:
+    node.backend.events = [GenerationFailed("The prompt is too long.", 400)]
+    done = covey(node, "run", "Tiny-Chat", "Hi")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "The prompt is too long.\n")
+
+
 def test_an_error_begins_a_line(node: ServedNode) -> None:
     node.backend.events = (*ANSWER[:3], GenerationFailed("The node berta is lost."))
     with conversation(node, NO_COLOR="1") as terminal:

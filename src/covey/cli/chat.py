@@ -126,11 +126,17 @@ def opening(system: str | None) -> list[dict[str, str]]:
 
 def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any], system: str | None = None) -> None:
     """One question, one answer; the figures go to standard error, where they disturb no pipe."""
-    messages = [*opening(system), {"role": "user", "content": prompt}]
+    messages, shown = [*opening(system), {"role": "user", "content": prompt}], ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        shown += text
+        write(text)
+
     try:
-        answer = ask(node, {"model": model, "messages": messages, **options}, write)
+        answer = ask(node, {"model": model, "messages": messages, **options}, show)
     finally:
-        write("\n")  # what comes next, be it an error, begins a line
+        write("\n" if shown else "")  # what comes next, be it an error, begins a line
     if err.is_terminal:
         err.print(figures(answer), style="dim", soft_wrap=True)
     cut_short(answer, options)
