@@ -12,7 +12,7 @@ from covey.api import openai_chat
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.schema.generation import ChatMessage, FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
-from covey.schema.ids import ModelId
+from covey.schema.ids import InstanceId, ModelId
 from tests.api.fake_backend import ANSWER, CARD, FakeBackend
 
 SMALLEST: dict[str, Any] = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -350,6 +350,20 @@ def test_a_model_that_is_not_there(client: TestClient) -> None:
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
     assert answer.json()["error"]["message"] == "There is no model 'owner/GPT-9'; listed are: Tiny-Chat."
+
+
+def test_the_context_of_a_model_is_the_one_that_is_served(client: TestClient, backend: FakeBackend) -> None:
+    placed = backend.current.instances[0]
+    more = structs.replace(placed, instance_id=InstanceId("inst-2"), context_length=1536)
+    for instances, length in (((placed,), 1024), ((placed, more), 1536), ((), CARD.context_length_max)):
+        backend.current = structs.replace(backend.current, instances=instances)
+        (listed,) = client.get("/v1/models").json()["data"]
+        assert listed["context_length"] == client.get("/v1/models/tiny-chat").json()["context_length"] == length
+
+
+def test_a_model_that_is_written_nearly_so(client: TestClient) -> None:
+    message = client.get("/v1/models/tiny").json()["error"]["message"]
+    assert message == "There is no model 'tiny'; did you mean Tiny-Chat?"
 
 
 def test_the_document_of_the_api_tells_what_each_field_means() -> None:

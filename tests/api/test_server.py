@@ -31,6 +31,13 @@ def test_malformed_json(client: TestClient) -> None:
     assert answer.json()["error"]["message"].startswith("The body is not valid JSON: ")
 
 
+@pytest.mark.parametrize("body", [b"", b" \n"])
+def test_an_empty_body(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "The body is empty; it must be a JSON object."
+
+
 def test_a_body_over_the_limit_is_refused_declared_or_not(client: TestClient) -> None:
     declared = client.post("/v1/chat/completions", content=b" " * (BODY_BYTES_MAX + 1))
     chunked = client.post("/v1/chat/completions", content=iter([b" " * 1024 * 1024] * 9))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covey.checkpoints import catalogue
+from covey.checkpoints import catalogue, mistaken
 from covey.checkpoints.catalogue import HubName, ListedName, ModelNameError, PathName, file_name, parse_model_name
 from covey.schema.model import HubSource, PackageSource
 
@@ -63,6 +63,56 @@ def test_what_names_no_model_is_refused_with_what_can_be_named(name: str) -> Non
     assert "hf:OWNER/REPO/FILE" in message
     assert len(message) < 500
     assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("https://huggingface.co/a/b/resolve/main/c.gguf", "name it as hf:a/b/c.gguf"),
+        ("https://huggingface.co/a/b/resolve/main/x/c.Q4_0.gguf?download=true", "name it as hf:a/b/x/c.Q4_0.gguf"),
+        ("HTTPS://HuggingFace.co/a/b/blob/v1.0/c.gguf#files", "name it as hf:a/b/c.gguf@v1.0"),
+        ("http://hf.co/a/b/resolve/main/c.gguf", "name it as hf:a/b/c.gguf"),
+        ("huggingface.co/a/b/blob/main/c.gguf", "name it as hf:a/b/c.gguf"),
+        ("https://huggingface.co/a/b", "name one of its files as hf:a/b/FILE.gguf"),
+        ("https://huggingface.co/a/b/tree/main", "name one of its files as hf:a/b/FILE.gguf"),
+        ("hf.co/a/b", "name one of its files as hf:a/b/FILE.gguf"),
+        ("https://huggingface.co/", "name one of its files as hf:OWNER/REPO/FILE.gguf"),
+        ("https://example.org/m.gguf", "fetch the file and name its path"),
+        ("file:///home/anna/m.gguf", "fetch the file and name its path"),
+        ("SmolLM2", "did you mean SmolLM2-135M-Instruct?"),
+        ("smollm2-135m-instuct", "did you mean SmolLM2-135M-Instruct?"),
+    ],
+)
+def test_what_was_probably_meant(name: str, hint: str) -> None:
+    with pytest.raises(ModelNameError) as caught:
+        parse_model_name(name)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gpt", "s", "smol", "llama-3"])
+def test_nothing_is_suggested_that_is_far_off(name: str) -> None:
+    with pytest.raises(ModelNameError) as caught:
+        parse_model_name(name)
+    assert ("did you mean" in str(caught.value)) is (name == "smol")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("bartowski/Llama-3.2-1B-GGUF", "named hf:bartowski/Llama-3.2-1B-GGUF/FILE.gguf"),
+        ("bartowski/Llama-3.2-1B-GGUF/L-Q4_0.gguf", "named hf:bartowski/Llama-3.2-1B-GGUF/L-Q4_0.gguf"),
+        ("models/m.gguf", "named hf:OWNER/REPO/FILE.gguf"),
+        ("./a/b", ""),
+        ("/a/b", ""),
+        ("~/a", ""),
+        ("../a/b", ""),
+        ("m.gguf", ""),
+        ("a/b/c/d", ""),
+    ],
+)
+def test_what_may_be_on_a_hub(name: str, hint: str) -> None:
+    assert mistaken.hub_hint(name).endswith(hint)
+    assert bool(mistaken.hub_hint(name)) is bool(hint)
 
 
 @given(st.text(max_size=60) | st.text("hf:/.@\\ab-_ \n\0%", max_size=40).map(lambda rest: "hf:o/r/" + rest))

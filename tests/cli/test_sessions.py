@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from covey.api.errors import RequestError
 from covey.cli import placing, tables
 from covey.cli.client import CliError, NodeClient, address
+from covey.cli.listing import Listing
 from covey.cli.main import app
 from covey.cli.naming import short_ids
 from covey.control.activity import Activity
@@ -51,6 +52,11 @@ def away() -> Any:
     return msgspec.structs.replace(LOADING, members=(first, gone))
 
 
+def alone() -> Any:
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    return msgspec.structs.replace(state, members=state.members[:1])
+
+
 def two_instances() -> Any:
     """Placed at one node one after the other: their ids, as long as real ones, begin alike."""
     state = cluster(RunnerState.READY, RunnerState.READY)
@@ -64,6 +70,13 @@ def one_node_and_two() -> Any:
     first, second = two_instances().instances
     alone = msgspec.structs.replace(first, stages=first.stages[:1])
     return msgspec.structs.replace(two_instances(), instances=(alone, second))
+
+
+def fewer_nodes() -> Any:
+    """What was asked for on three nodes is placed on the two that are left."""
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    wish = Wish(wish_id="wish-1", card=CARD, node_count_min=3, context_length=1024, slot_count=2)
+    return msgspec.structs.replace(state, wishes=(wish,))
 
 
 def one_machine() -> Any:
@@ -121,6 +134,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "loading": ({"current": LOADING}, [["ps"]]),
     "one_machine": ({"current": one_machine()}, [["nodes"]]),
     "one_machine_half_away": ({"current": one_machine_half_away()}, [["nodes"]]),
+    "fewer_nodes": ({"current": fewer_nodes()}, [["ps"], ["ps", "--json"]]),
     "looking": ({"current": starting(RunnerState.IDLE, 0)}, [["ps"]]),
     "downloading": ({"current": starting(RunnerState.IDLE, 1_000_000)}, [["ps"]]),
     "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),
@@ -167,10 +181,14 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True)},
         [["place", "Tiny-Chat", "--another"], ["place", "Tiny-Chat", "--another", "--json"], ["stop", "inst-1"]],
     ),
-    "stop": ({}, [["stop", "inst"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "ins"], ["stop", "none-such"]]),
+    "one_copy_of_one_node": (
+        {"outcome": Accepted(InstanceId("inst-1"), on_one_node_only=True), "current": alone()},
+        [["stop", "inst-1"]],
+    ),
+    "stop": ({}, [["stop", "81bf"], ["stop", "inst-1"], ["stop", "TINY-chat"], ["stop", "81b"], ["stop", "none-such"]]),
     "stop_one_of_two": (
         {"current": two_instances()},
-        [["ps"], ["stop", "Tiny-Chat"], ["stop", "inst"], ["stop", "--all"]],
+        [["ps"], ["stop", "Tiny-Chat"], ["stop", "aaaaaaaa"], ["stop", "--all"]],
     ),
     "stop_nothing": ({"current": EMPTY}, [["stop", "Tiny-Chat"], ["stop", "--all"]]),
 }
@@ -301,7 +319,25 @@ def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode)
     assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
 
 
-@pytest.mark.parametrize("name", ["inst", "inst-1", "Tiny-Chat"])
+@pytest.mark.parametrize("command", [["run", "Hi"], ["place"]])
+def test_a_name_of_a_hub_is_not_taken_for_a_path(
+    node: ServedNode, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(node, command[0], "anna/Tiny-GGUF", *command[1:])
+    sentence = "there is no such file here; a file of the Hugging Face hub is named hf:anna/Tiny-GGUF/FILE.gguf."
+    assert (done.exit_code, done.stderr) == (1, f"anna/Tiny-GGUF: {sentence}\n")
+    Path("anna").mkdir()
+    Path("anna/Tiny-GGUF").touch()
+    assert f"There is no model '{tmp_path}/anna/Tiny-GGUF'" in invoke(node, "place", "anna/Tiny-GGUF").stderr
+
+
+def test_an_address_reaches_the_node_as_it_is(node: ServedNode) -> None:
+    url = "https://huggingface.co/a/b/resolve/main/c.gguf"
+    assert f"There is no model '{url}'" in invoke(node, "place", url).stderr
+
+
+@pytest.mark.parametrize("name", ["81bf", "81BF9124", "inst-1", "Tiny-Chat"])
 def test_stopping_by_a_name(node: ServedNode, name: str) -> None:
     invoke(node, "stop", name)
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1"))]
@@ -329,17 +365,61 @@ def test_markup_in_a_table_is_text(node: ServedNode) -> None:
     assert "failed: [/bold]\ufffd is not [red]markup[/red]" in done.stdout
 
 
-def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+def printed(listing: Listing, width: int, *, is_terminal: bool = True) -> list[str]:
+    with Console(width=width, force_terminal=is_terminal, color_system=None) as console, console.capture() as output:
+        console.print(listing)
+    return output.get().splitlines()
+
+
+def long_names() -> Any:
     two = two_instances()
     card = msgspec.structs.replace(CARD, model_id="/home/anna/models/Llama-3.2-1B-Instruct.Q4_1.gguf")
     instances = tuple(msgspec.structs.replace(each, card=card, context_length=131072) for each in two.instances)
-    rows = tables.instance_rows(msgspec.structs.replace(two, instances=instances))
-    with Console(width=80) as console, console.capture() as printed:
-        console.print(tables.instances_table(rows))
-    lines = printed.get().splitlines()
-    assert max(len(line) for line in lines) <= 80
-    assert "…" not in "".join(lines)
-    assert [line[:21] for line in lines if line.startswith("a")] == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
+    return msgspec.structs.replace(two, instances=instances)
+
+
+EVENT = {"at": "2026-06-22T10:00:00.000000Z", "text": "Tiny-Chat is placed on anna and berta."}
+MODEL = {"id": "SmolLM2-135M-Instruct", "file_bytes": 98e6, "quantization": "Q4_1", "context_length": 8192}
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
+    listings = [
+        tables.instances_table(tables.instance_rows(long_names())),
+        tables.layers_table(tables.instance_rows(long_names())[0]["nodes"]),
+        tables.nodes_table(tables.node_rows(away())),
+        tables.events_table([EVENT]),
+        tables.models_table([{**MODEL, "downloaded": True}]),
+    ]
+    for listing in listings:
+        lines = printed(listing, width)
+        shown = re.sub(r"\s", "", "".join(lines))
+        assert max(len(line) for line in lines) <= width
+        assert "…" not in shown
+
+
+def test_what_matters_is_left_on_a_narrow_terminal() -> None:
+    instances = tables.instances_table(tables.instance_rows(long_names()))
+    assert printed(instances, 40)[0].split() == ["instance", "model", "status", "node"]
+    assert printed(instances, 30)[0].split() == ["instance", "model", "status"]
+    assert all(line.strip() for line in printed(instances, 30)[:-1])
+    nodes = tables.nodes_table(tables.node_rows(away()))
+    assert printed(nodes, 40)[0].split() == ["node", "id", "seen", "role"]
+    assert printed(nodes, 80)[0].split() == ["node", "id", "seen", "cores", "memory", "free", "role"]
+    assert printed(tables.events_table([EVENT]), 40)[1].rstrip() == "2026-06-22 10:00:00  Tiny-Chat is placed"
+
+
+def test_what_a_person_copies_is_whole_on_a_narrow_terminal() -> None:
+    lines = printed(tables.instances_table(tables.instance_rows(long_names())), 80)
+    assert [line[:8] for line in lines if line.startswith(("860", "d15"))] == ["86052a1d", "d153362c"]
+
+
+def test_a_pipe_gets_a_line_for_each_row_and_no_blanks_at_its_end(node: ServedNode) -> None:
+    node.backend.current = cluster(RunnerState.READY, RunnerState.FAILED, reason="It broke " * 40 + "\nlast\nline")
+    for command in ("ps", "nodes", "models", "events"):
+        lines = invoke(node, command).stdout.splitlines()
+        assert lines == [line.rstrip() for line in lines]
+    assert "It broke " * 39 in invoke(node, "ps").stdout
 
 
 @pytest.mark.parametrize(
@@ -477,11 +557,26 @@ def test_a_stream_of_another_program_is_none_of_ours() -> None:
                 list(events)
 
 
-def test_short_ids_stay_apart() -> None:
-    assert list(short_ids(["abc-1.x", "abc-10.x", "abc-2.x"]).values()) == ["abc-1.x", "abc-10.x", "abc-2.x"]
+def test_short_ids_stay_what_they_are() -> None:
     ids = [each.instance_id for each in two_instances().instances]
-    assert list(short_ids(ids).values()) == ["aaaaaaaa-1795259810-1", "aaaaaaaa-1795259810-2"]
-    assert list(short_ids(ids[:1]).values()) == ["aaaaaaaa"]
+    assert list(short_ids(ids).values()) == ["86052a1d", "d153362c"]
+    assert list(short_ids(ids[:1]).values()) == ["86052a1d"]
+    assert list(short_ids(["id-10014", "id-22672"]).values()) == ["c9184ee7b", "c9184ee7e"]  # alike so far
+
+
+def test_what_a_node_says_of_an_instance_is_told_with_its_short_id(node: ServedNode) -> None:
+    first, _ = two_instances().instances
+    short = short_ids([first.instance_id])[first.instance_id]
+    refused = f"there is no instance {first.instance_id}: `covey ps` lists those there are."
+    node.backend.happened.hear(1_700_000_000_000, DeleteInstance(first.instance_id), Refused(refused))
+    assert f"Removing {short} was refused: there is no instance {short}: `covey" in invoke(node, "events").stdout
+    failed = cluster(RunnerState.READY, RunnerState.FAILED, reason="It broke.")
+    node.backend.current = msgspec.structs.replace(failed, instances=(as_failed(failed, first.instance_id),))
+    assert f"`covey stop {short}` gives up on it." in invoke(node, "run", "Tiny-Chat", "Hi").stderr
+
+
+def as_failed(state: Any, instance_id: str) -> Any:
+    return msgspec.structs.replace(state.instances[0], instance_id=instance_id)
 
 
 def test_the_fake_is_the_one_that_the_api_tests_use(node: ServedNode) -> None:

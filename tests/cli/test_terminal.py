@@ -45,6 +45,37 @@ def test_a_prompt_through_a_pipe(node: ServedNode) -> None:
     assert node.backend.requests[0].messages[0].content == "What is\na partridge?"
 
 
+def test_a_file_after_the_question(node: ServedNode) -> None:
+    done = covey(node, "run", "Tiny-Chat", "Sum", "this up:", input="\nIt rained.\n  Then it did not.\n\n")
+    assert (done.returncode, done.stdout) == (0, "Hello, world – 🐦\n")
+    assert node.backend.requests[0].messages[0].content == "Sum this up:\n\nIt rained.\n  Then it did not."
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_question_without_a_file(node: ServedNode, *, is_closed: bool) -> None:
+    shell = f'"$@" {"<&-" if is_closed else "</dev/null"}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell, "sh", *COVEY, "run", "Tiny-Chat", "Hi"],
+        env=environment(node),
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert node.backend.requests[0].messages[0].content == "Hi"
+
+
+def test_what_is_no_text_is_no_prompt(node: ServedNode) -> None:
+    done = subprocess.run(
+        [*COVEY, "run", "Tiny-Chat", "What is it?"],
+        env=environment(node, PYTHONUTF8="1"),
+        input=b"\x89PNG\xff",
+        capture_output=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, b"Standard input is no text: it holds bytes that are not UTF-8.\n")
+
+
 def test_an_empty_pipe_is_no_prompt(node: ServedNode) -> None:
     done = covey(node, "run", "Tiny-Chat", input="")
     assert (done.returncode, done.stdout) == (1, "")
@@ -161,6 +192,38 @@ def test_a_conversation_remembers_what_was_said(node: ServedNode) -> None:
         terminal.type(CONTROL_D)
     said = [(message.role, message.content) for message in node.backend.requests[1].messages]
     assert said == [("user", "Hi"), ("assistant", "Hello, world – 🐦"), ("user", "And you?")]
+
+
+def test_a_conversation_that_fills_the_context_says_the_way_out(node: ServedNode) -> None:
+    cut = GenerationFinished(FinishReason.LENGTH, Usage(7, 4), Timings(1.0, 35.0, 60.0))
+    full = "The prompt has 9 tokens, and the context of Tiny-Chat holds 8 with the answer. Shorten the prompt."
+    with conversation(node) as terminal:
+        node.backend.events = [GenerationFailed(full, 400)]
+        terminal.type("A first question that is too long\n")
+        terminal.wait_for("Shorten the prompt.")
+        terminal.read_until("> ")
+        assert "/clear" not in terminal.shown
+        node.backend.events = (*ANSWER[:-1], cut)
+        terminal.type("Hi\n")
+        terminal.wait_for("(cut after 4 tokens: the context is full; /clear forgets what was said)")
+        node.backend.events = [GenerationFailed(full, 400)]
+        terminal.type("And?\n")
+        terminal.wait_for("Shorten the prompt. /clear forgets what was said.")
+        terminal.type(CONTROL_D)
+
+
+def test_a_refused_question_leaves_no_empty_line(node: ServedNode) -> None:
+    node.backend.events = [GenerationFailed("The prompt is too long.", 400)]
+    done = covey(node, "run", "Tiny-Chat", "Hi")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "The prompt is too long.\n")
+
+
+def test_an_error_begins_a_line(node: ServedNode) -> None:
+    node.backend.events = (*ANSWER[:3], GenerationFailed("The node berta is lost."))
+    with conversation(node, NO_COLOR="1") as terminal:
+        terminal.type("Hi\n")
+        terminal.wait_for("Hello\r\nThe node berta is lost.")
+        terminal.type(CONTROL_D)
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(node: ServedNode) -> None:

@@ -55,7 +55,7 @@ def test_the_first_look_is_where_the_account_begins() -> None:
         "anna joined.",
         "berta joined.",
         "anna leads the cluster.",
-        "Tiny-Chat was placed on anna and berta as inst-1.",
+        "Tiny-Chat is placed on anna and berta as inst-1.",
         "Tiny-Chat is ready as inst-1.",
     ]
     assert {event.at_ms for event in activity.page(0, 99).events} == {5}
@@ -98,11 +98,28 @@ def test_an_instance_is_placed_fails_recovers_and_is_removed() -> None:
     failed = cluster(READY, FAILED, reason="It ran out of memory\nlast line of the log\n")
     starting = cluster(READY, RunnerState.LOADING)
     assert told(cluster(), starting, failed, failed, starting, failed, cluster(READY, READY), cluster()) == [
-        "Tiny-Chat was placed on anna and berta as inst-1.",
+        "Tiny-Chat is placed on anna and berta as inst-1.",
         "The part of Tiny-Chat on berta failed: It ran out of memory.",
         "Tiny-Chat is ready as inst-1.",
-        "inst-1, which served Tiny-Chat, was removed.",
+        "Tiny-Chat is not placed as inst-1 any more.",
     ]
+
+
+def test_a_runner_that_nobody_needs_any_more_does_not_fail() -> None:
+    """Its instance was removed or assigned anew, and its links were closed: nothing is wrong."""
+    failed = replace(cluster(READY, FAILED, reason="The link to stage 0 is lost"), instances=())
+    assert told(replace(cluster(READY, READY), instances=()), failed) == []
+
+
+def test_what_was_there_before_a_node_came_is_no_news() -> None:
+    """A node that joins, or starts again, is told at once what failed and what is fetched since yesterday."""
+    fetching = downloading(DownloadState.ONGOING, 5).members[0].report
+    assert fetching is not None
+    there = cluster(READY, FAILED, reason="It broke yesterday.")
+    anna, berta = there.members
+    assert berta.report is not None
+    berta = replace(berta, report=replace(berta.report, downloads=fetching.downloads))
+    assert told(replace(there, members=(anna,)), replace(there, members=(anna, berta))) == ["berta joined."]
 
 
 def test_a_process_that_does_not_end_is_told_once() -> None:

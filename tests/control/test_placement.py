@@ -259,6 +259,8 @@ def test_odd_sizes_are_refused() -> None:
         placed = place(card((2 * MB,) * 4), nodes, options)
         assert isinstance(placed, Refused)
         assert placed.status == 400
+    one = reason(place(card((MB,) * 4), [node("a", 8 * GB)], Options(context_length=1)))
+    assert f"takes 2 to {card((MB,) * 4).context_length_max} tokens" in one
 
 
 @pytest.mark.parametrize("changes", [{"layer_count": 5}, {"layer_count": 0}, {"layer_bytes": (1,)}])

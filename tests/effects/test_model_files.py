@@ -51,6 +51,11 @@ def remains(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+async def test_a_name_of_a_hub_that_is_no_file_here(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"hub is named hf:anna/Tiny-GGUF/FILE\.gguf$"):
+        await ModelFiles(tmp_path).resolve("anna/Tiny-GGUF")
+
+
 async def test_a_model_in_a_package(packaged: ModelCard, tmp_path: Path) -> None:
     files, progress = ModelFiles(tmp_path / "models"), Progress()
     assert not files.is_on_disk(packaged)

@@ -41,6 +41,8 @@ class DialectBody(BaseModel):
 
 def json_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`, without its nulls at the top. Raises `RequestError`."""
+    if not body.strip():
+        raise RequestError("The body is empty; it must be a JSON object.")
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

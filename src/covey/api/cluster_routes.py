@@ -74,9 +74,10 @@ class ClusterRoutes:
     async def models(self, request: Request) -> Response:
         """The models that can be named here; `status=downloaded` keeps those on this node's disk."""
         status = request.query_params.get("status")
-        return json_response(models.render_models(self._backend.models(), self._created_s, status))
+        placed = self._backend.state().instances
+        return json_response(models.render_models(self._backend.models(), placed, self._created_s, status))
 
     async def model(self, request: Request) -> Response:
         """One of them. Its id may have slashes, written as they are or as %2F."""
         found = models.find_model(self._backend.models(), request.path_params["model_id"])
-        return json_response(models.render_model(found, self._created_s))
+        return json_response(models.render_model(found, self._backend.state().instances, self._created_s))

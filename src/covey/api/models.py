@@ -5,30 +5,38 @@ from typing import Any
 
 from covey.api.backend import ListedModel
 from covey.api.errors import MODEL_NOT_FOUND, RequestError
+from covey.checkpoints import mistaken
+from covey.schema.cluster import Instance
 
 STATUSES = ("downloaded",)
 
 
-def render_models(models: Iterable[ListedModel], created_s: int, status: str | None = None) -> dict[str, Any]:
+def render_models(
+    models: Iterable[ListedModel], placed: Sequence[Instance], created_s: int, status: str | None = None
+) -> dict[str, Any]:
     """`status` "downloaded" keeps those whose file is here. Raises `RequestError` for another."""
     if status is not None and status not in STATUSES:
         raise RequestError(f"The parameter 'status' must be 'downloaded', and was '{status}'.", param="status")
     chosen = [model for model in models if status is None or model.on_disk]
-    return {"object": "list", "data": [render_model(model, created_s) for model in chosen]}
+    return {"object": "list", "data": [render_model(model, placed, created_s) for model in chosen]}
 
 
 def find_model(models: Sequence[ListedModel], name: str) -> ListedModel:
     """In either case of letters, as requests may name it; else as it is written. Raises `RequestError` 404."""
     found = [model for model in models if model.card.model_id.lower() == name.lower()]
     if not found:
-        known = ", ".join(model.card.model_id for model in models)
-        sentence = f"There is no model '{name}'; listed are: {known}."
+        known = [model.card.model_id for model in models]
+        meant = mistaken.near(name, known)
+        hint = f"did you mean {meant}?" if meant else f"listed are: {', '.join(known)}."
+        sentence = f"There is no model '{name}'; {hint}"
         raise RequestError(sentence, status=404, param="model", code=MODEL_NOT_FOUND)
     return min(found, key=lambda model: model.card.model_id != name)
 
 
-def render_model(model: ListedModel, created_s: int) -> dict[str, Any]:
+def render_model(model: ListedModel, placed: Sequence[Instance], created_s: int) -> dict[str, Any]:
+    """Its context is the largest of its instances among those `placed`; the model's own where there is none."""
     card = model.card
+    served = [each.context_length for each in placed if each.card.model_id == card.model_id]
     return {
         "id": card.model_id,
         "object": "model",
@@ -37,7 +45,7 @@ def render_model(model: ListedModel, created_s: int) -> dict[str, Any]:
         "hugging_face_id": card.model_id,
         "name": card.model_id,
         "description": f"{card.layer_count} layers, {card.quantization}",
-        "context_length": card.context_length_max,
+        "context_length": max(served, default=card.context_length_max),
         "tags": [],
         "storage_size_megabytes": card.file_bytes // 1024**2,  # exo's megabytes
         "file_bytes": card.file_bytes,

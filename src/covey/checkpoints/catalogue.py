@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from covey.checkpoints import mistaken
 from covey.checkpoints.card import card_from_header
 from covey.checkpoints.gguf_file import CheckpointError, read_header
 from covey.schema.ids import ModelId
@@ -81,8 +82,12 @@ def parse_model_name(name: str) -> ModelName:
     card = find(name)
     if card is not None:
         return ListedName(card)
+    if mistaken.is_address(name):
+        raise _mistake(name, f"it is an address; {mistaken.address_hint(name)}")
     if name.lower().endswith(".gguf") or "/" in name:
         return PathName(name)
+    if meant := mistaken.near(name, [each.model_id for each in listed()]):
+        raise _mistake(name, f"did you mean {meant}?")
     raise _refusal(name, "none is listed by that name")
 
 
@@ -124,11 +129,16 @@ def _is_revision(revision: str) -> bool:
 
 def _refusal(name: str, reason: str) -> ModelNameError:
     names = ", ".join(card.model_id for card in listed())
-    shown = ascii(name if len(name) <= 80 else name[:80] + "...")  # noqa: PLR2004  # enough to recognise it
-    return ModelNameError(
-        f"{shown} names no model: {reason}; name a listed model ({names}), a path to a GGUF file, "
-        f"or a hub's file as hf:OWNER/REPO/FILE or hf:OWNER/REPO/FILE@REVISION"
+    return _mistake(
+        name,
+        f"{reason}; name a listed model ({names}), a path to a GGUF file, "
+        f"or a hub's file as hf:OWNER/REPO/FILE or hf:OWNER/REPO/FILE@REVISION",
     )
+
+
+def _mistake(name: str, reason: str) -> ModelNameError:
+    shown = ascii(name if len(name) <= 80 else name[:80] + "...")  # noqa: PLR2004  # enough to recognise it
+    return ModelNameError(f"{shown} names no model: {reason}")
 
 
 def _safe(words: str, length_max: int) -> str:

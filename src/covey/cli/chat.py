@@ -3,12 +3,12 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from msgspec import Struct
 
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import CliError, NodeClient, refused
 from covey.cli.console import err, harmless
 from covey.schema.generation import (
     FinishReason,
@@ -60,7 +60,7 @@ def ask(node: NodeClient, body: dict[str, Any], show: Callable[[str], None]) -> 
             case GenerationFinished():
                 answer.finished = event
             case GenerationFailed():
-                raise CliError(event.message)
+                raise refused(event.message, event.status)
             case _:
                 pass
     if answer.finished is None:
@@ -86,15 +86,37 @@ def figures(answer: Answer) -> str:
     )
 
 
-def cut_short(answer: Answer, options: dict[str, Any]) -> None:
-    """Says so where the answer did not come to its own end: on standard error, where it disturbs no pipe."""
+def cut_short(answer: Answer, options: dict[str, Any], way_out: str = "") -> None:
+    """Says so where the answer did not come to its own end: on standard error, where it disturbs no pipe.
+
+    `way_out` of a full context, if there is one.
+    """
     assert answer.finished is not None, "an answer that has ended"
     if answer.finished.reason is not FinishReason.LENGTH:
         return
     count = answer.finished.usage.completion_tokens
     is_asked = count >= options.get("max_tokens", math.inf)
-    reason = "; --max-tokens for more" if is_asked else ": the context is full"
+    reason = "; --max-tokens for more" if is_asked else f": the context is full{way_out and '; '}{way_out}"
     err.print(f"(cut after {count} token{'s' * (count > 1)}{reason})", style="dim")
+
+
+def question(words: Sequence[str]) -> str:
+    """What is asked: the words of the command line, and below them what a pipe or a file brings. Empty: a person is at
+    the terminal, and will say. Raises `CliError`.
+    """
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    parts = [" ".join(words), "" if is_typed or sys.stdin is None else _piped()]
+    text = "\n\n".join(part for part in parts if part)
+    if not text and not is_typed:
+        raise CliError("There is no prompt: standard input is empty.")
+    return text
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()  # whatever the locale
+    except UnicodeDecodeError:
+        raise CliError("Standard input is no text: it holds bytes that are not UTF-8.") from None
 
 
 def opening(system: str | None) -> list[dict[str, str]]:
@@ -104,11 +126,17 @@ def opening(system: str | None) -> list[dict[str, str]]:
 
 def single(node: NodeClient, model: str, prompt: str, options: dict[str, Any], system: str | None = None) -> None:
     """One question, one answer; the figures go to standard error, where they disturb no pipe."""
-    messages = [*opening(system), {"role": "user", "content": prompt}]
+    messages, shown = [*opening(system), {"role": "user", "content": prompt}], ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        shown += text
+        write(text)
+
     try:
-        answer = ask(node, {"model": model, "messages": messages, **options}, write)
+        answer = ask(node, {"model": model, "messages": messages, **options}, show)
     finally:
-        write("\n")  # what comes next, be it an error, begins a line
+        write("\n" if shown else "")  # what comes next, be it an error, begins a line
     if err.is_terminal:
         err.print(figures(answer), style="dim", soft_wrap=True)
     cut_short(answer, options)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -32,6 +33,10 @@ class CliError(Exception):
 
 class NodeAwayError(CliError):
     """Nobody answers at the address."""
+
+
+class WrongRequestError(CliError):
+    """The request itself is refused: sent again as it is, it would be again."""
 
 
 # What the commands read of an answer.
@@ -204,7 +209,7 @@ class NodeClient:
             message = msgspec.json.decode(response.content, type=_Failed).error.message
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise self._stranger(f"status {response.status_code}") from None
-        raise CliError(message)
+        raise refused(message, response.status_code)
 
     def _stranger(self, sign: str) -> CliError:
         """`sign`: by what it is known for one."""
@@ -212,6 +217,11 @@ class NodeClient:
             f"No Covey node of this version answers at {self.url}, but something else does ({sign.rstrip('.')}). Start"
             " one with `covey up`, or name another with --url."
         )
+
+
+def refused(message: str, status: int) -> CliError:
+    """A node's own sentence, and the HTTP status that goes with it."""
+    return WrongRequestError(message) if status == HTTPStatus.BAD_REQUEST else CliError(message)
 
 
 def address(written: str) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 
 from rich.console import Console
 
-WIDTH_OF_A_PIPE: Final = 200  # columns; whoever reads a table through a pipe wants all of it
+WIDTH_OF_A_PIPE: Final = 100_000  # columns; whoever reads through a pipe wants lines as they are
 KEPT_CONTROLS: Final = frozenset("\n\t")
 BYTES_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 UNIT: Final = 1000

@@ -6,8 +6,9 @@ import re
 from typing import Any, Final
 
 from covey.cli.chat import ask, cut_short, figures, opening, write
-from covey.cli.client import CliError, NodeClient
+from covey.cli.client import CliError, NodeClient, WrongRequestError
 from covey.cli.console import err
+from covey.cli.naming import with_short_ids
 
 HINT: Final = "/help lists what can be done, Ctrl-C stops an answer, Ctrl-D leaves."
 HELP: Final = """\
@@ -16,6 +17,7 @@ HELP: Final = """\
 /exit         leave, as Ctrl-D does
 /help         this list
 Ctrl-C stops an answer. The arrow keys move in the line, and bring back earlier ones."""
+WAY_OUT: Final = "/clear forgets what was said"
 COMMAND: Final = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)  # "/etc/hosts, what is it?" is a question
 
 
@@ -72,12 +74,14 @@ class Conversation:
             done = ask(self._node, body, show)
             write("\n")
             err.print(figures(done), style="dim", soft_wrap=True)
-            cut_short(done, self._options)
+            cut_short(done, self._options, WAY_OUT)
         except KeyboardInterrupt:
             write("\n")
             err.print("stopped", style="dim")
         except CliError as error:
-            err.print(str(error), style="red", markup=False, soft_wrap=True)
+            write("\n" if answer else "")
+            hint = f" {WAY_OUT}." if self._said and isinstance(error, WrongRequestError) else ""  # it may be too long
+            err.print(f"{with_short_ids(str(error))}{hint}", style="red", markup=False, soft_wrap=True)
             return
         if answer:
             self._said = [*asked, {"role": "assistant", "content": answer}]

@@ -8,8 +8,8 @@ import typer
 
 from covey.cli.client import DEFAULT_URL, NodeClient
 from covey.cli.console import err, out
+from covey.cli.listing import Listing
 from covey.cli.options import Json, Url, explained, print_json
-from covey.cli.tables import table
 
 app = typer.Typer(name="keys", help="API keys: who may use the cluster from other machines.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def list_keys(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: F
     if as_json:
         print_json(keys)
     elif keys:
-        out.print(table(("name", "id", "made"), _rows(keys)))
+        out.print(Listing(titles=("name", "id", "made"), rows=_rows(keys), folded=("name",)))
     else:
         out.print("There are no keys. `covey keys add NAME` makes one.")
 

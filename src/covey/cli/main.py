@@ -3,8 +3,6 @@
 What only some commands need is imported where they run, so that the others start fast.
 """
 
-import os
-import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +13,9 @@ import typer
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
-from covey.cli.naming import named_instance, short_ids
+from covey.cli.naming import local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
+from covey.schema.cluster import ClusterState
 
 app = typer.Typer(
     name="covey",
@@ -138,7 +137,9 @@ def identity_new(
 @explained
 def run(
     model: str,
-    prompt: Annotated[list[str] | None, typer.Argument(help="Without one: a conversation.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Without one: a conversation. What a pipe brings is added to it.")
+    ] = None,
     url: Url = DEFAULT_URL,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.7,
@@ -151,13 +152,9 @@ def run(
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
-    question = " ".join(prompt or ())
-    if not question and not sys.stdin.isatty():
-        question = sys.stdin.read().strip()
-        if not question:
-            raise CliError("There is no prompt: standard input is empty.")
+    question = chat.question(prompt or ())
     with NodeClient(url) as node:
-        ready = ensure_ready(node, local_path(model))
+        ready = ensure_ready(node, model_to_place(model))
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
         model_id = ready.instance.card.model_id
@@ -183,20 +180,20 @@ def place(
 
     wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
     with NodeClient(url) as node:
-        ready = (placing.make_ready if another else placing.ensure_ready)(node, local_path(model), wanted)
+        ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model), wanted)
         state = node.cluster()
     rows, instance_id = tables.stage_rows(ready.instance, tables.node_names(state)), ready.instance.instance_id
     if as_json:
         told = {"instance_id": instance_id, "model_id": ready.instance.card.model_id, "nodes": rows}
         print_json({**told, "on_one_node_only": ready.on_one_node_only})
         return
-    short = short_ids([each.instance_id for each in state.instances])
-    out.print(placing.summary(ready, short.get(instance_id, instance_id)), soft_wrap=True)
+    short = short_ids([instance_id, *(each.instance_id for each in state.instances)])[instance_id]
+    out.print(placing.summary(ready, short), soft_wrap=True)
     out.print(tables.layers_table(rows))
     if note := placing.shorter_context(ready.instance):
         out.print(f"\n{note}", soft_wrap=True)
     if ready.on_one_node_only:
-        warn_of_one_copy()
+        warn_of_one_copy(state)
 
 
 @app.command()
@@ -212,14 +209,15 @@ def stop(
     if everything == (instance is not None):
         raise typer.BadParameter("Name one instance, or give --all.")
     with NodeClient(url) as node:
-        placed = node.cluster().instances
+        state = node.cluster()
+        placed = state.instances
         chosen = placed if instance is None else [named_instance(placed, local_path(instance))]
         short = short_ids([each.instance_id for each in placed])
         for each in chosen:
             deleted = node.delete(each.instance_id)
             out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
             if deleted["on_one_node_only"]:
-                warn_of_one_copy()
+                warn_of_one_copy(state)
     if not chosen:
         out.print("No model is placed, so there is nothing to stop.")
 
@@ -336,16 +334,10 @@ def rotate(
     joining.rotate(url, without or [])
 
 
-def warn_of_one_copy() -> None:
-    """What only one disk holds, a broken disk takes along."""
-    err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
-
-
-def local_path(model: str) -> str:
-    """A path is meant from where the command runs, and the node runs elsewhere."""
-    if model.startswith("hf:") or not (model.endswith(".gguf") or "/" in model):
-        return model
-    return os.path.normpath(Path(model).expanduser().absolute())
+def warn_of_one_copy(state: ClusterState) -> None:
+    """What only one disk holds, a broken disk takes along; a node that has no other knows that."""
+    if len(state.members) > 1:
+        err.print("This is noted on one node only: no second one was there to keep a copy.", style="dim")
 
 
 def main() -> None:

@@ -1,13 +1,37 @@
-"""How people name an instance: by its model, by its id, or by the beginning of its id."""
+"""How people name a model, which may be a path; and an instance: by its model, by its id, or by its short id."""
 
+import hashlib
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
+from covey.checkpoints import mistaken
+from covey.checkpoints.catalogue import HUB_PREFIX
 from covey.cli.client import CliError
 from covey.schema.cluster import Instance
 
 BEGINNING_LEAST: Final = 4  # characters; fewer are a slip of the finger
-SHORT_LEAST: Final = 8  # characters shown, so that most ids keep their short form when others come
+SHORT_LEAST: Final = 8  # characters shown: of 1,000 instances, two would begin alike once in 8,000 clusters
+INSTANCE_ID: Final = re.compile(r"\b[0-9a-f]{8}-\d+-\d+\.[0-9a-f]{8}-\d+-\d+\b")  # as control/ and node.py make it
+
+
+def local_path(model: str) -> str:
+    """A path is meant from where the command runs, and the node runs elsewhere."""
+    is_path = model.endswith(".gguf") or "/" in model
+    if model.startswith(HUB_PREFIX) or mistaken.is_address(model) or not is_path:
+        return model
+    return os.path.normpath(Path(model).expanduser().absolute())
+
+
+def model_to_place(model: str) -> str:
+    """The same. Raises `CliError` where there is no such file here, and its name looks like one of a hub's."""
+    path = local_path(model)
+    hint = mistaken.hub_hint(model)
+    if hint and not Path(path).exists():
+        raise CliError(f"{model}: there is no such file here; {hint}.")
+    return path
 
 
 def instances_of(instances: Sequence[Instance], model: str) -> list[Instance]:
@@ -16,14 +40,25 @@ def instances_of(instances: Sequence[Instance], model: str) -> list[Instance]:
 
 
 def short_ids(ids: Sequence[str]) -> dict[str, str]:
-    """The shortest beginning of each instance's id that no other one has."""
+    """What each instance is called: the first digits of its id's hash, as many as tell these apart. So it keeps its
+    name while others come and go; the ids themselves are long, and begin alike.
+    """
     return {each: _short(each, [other for other in ids if other != each]) for each in ids}
 
 
 def _short(instance_id: str, others: Sequence[str]) -> str:
-    lengths = range(SHORT_LEAST, len(instance_id))
-    found = (instance_id[:length] for length in lengths)
-    return next((each for each in found if not any(other.startswith(each) for other in others)), instance_id)
+    digest, taken = _digest(instance_id), [_digest(other) for other in others]
+    found = (digest[:length] for length in range(SHORT_LEAST, len(digest)))
+    return next((each for each in found if not any(other.startswith(each) for other in taken)), digest)
+
+
+def _digest(instance_id: str) -> str:
+    return hashlib.sha256(instance_id.encode()).hexdigest()
+
+
+def with_short_ids(text: str) -> str:
+    """A sentence of a node's for a person, with the short form of each instance's id in it."""
+    return INSTANCE_ID.sub(lambda found: _digest(found[0])[:SHORT_LEAST], text)
 
 
 def named_instance(instances: Sequence[Instance], name: str) -> Instance:
@@ -40,7 +75,11 @@ def named_instance(instances: Sequence[Instance], name: str) -> Instance:
 
 
 def _beginning(instances: Sequence[Instance], name: str) -> list[Instance]:
-    return [each for each in instances if len(name) >= BEGINNING_LEAST and each.instance_id.startswith(name)]
+    return [
+        each
+        for each in instances
+        if len(name) >= BEGINNING_LEAST and _digest(each.instance_id).startswith(name.lower())
+    ]
 
 
 def listed(instances: Sequence[Instance]) -> str:

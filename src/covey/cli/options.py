@@ -13,6 +13,7 @@ from rich.markup import escape
 from covey.cli import chat
 from covey.cli.client import CliError
 from covey.cli.console import err
+from covey.cli.naming import with_short_ids
 
 FAILURE_EXIT: Final = 1
 
@@ -29,7 +30,7 @@ def explained(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
         try:
             command(*arguments, **options)
         except CliError as error:
-            err.print(escape(str(error)), style="red", soft_wrap=True)
+            err.print(escape(with_short_ids(str(error))), style="red", soft_wrap=True)
             raise typer.Exit(FAILURE_EXIT) from None
         except KeyboardInterrupt:
             raise typer.Exit(chat.INTERRUPTED_EXIT) from None

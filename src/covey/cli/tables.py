@@ -1,28 +1,15 @@
 """What the listing commands show, as tables for people and as plain data for `--json`."""
 
 from collections.abc import Sequence
-from typing import Any, Final
-
-from rich.markup import escape
-from rich.table import Table
+from typing import Any
 
 from covey.cli.console import harmless, size
-from covey.cli.naming import short_ids
+from covey.cli.listing import Listing
+from covey.cli.naming import short_ids, with_short_ids
 from covey.control.routing import instance_status
 from covey.schema.cluster import ClusterState, Instance, Member, Visibility
 
 Row = dict[str, Any]
-GAP: Final = 2  # columns
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], folded: Sequence[str] = ()) -> Table:
-    """A plain table without a frame. Too wide, it cuts columns, and lets those `folded` take more lines."""
-    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
-    for title in titles:
-        drawn.add_column(title, no_wrap=title not in folded, overflow="fold" if title in folded else "ellipsis")
-    for row in rows:
-        drawn.add_row(*(escape(harmless(cell)) for cell in row))  # whoever wrote it
-    return drawn
 
 
 def node_names(state: ClusterState) -> dict[str, str]:
@@ -32,6 +19,7 @@ def node_names(state: ClusterState) -> dict[str, str]:
 
 def instance_rows(state: ClusterState) -> list[Row]:
     names = node_names(state)
+    asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
     return [
         {
             "instance_id": instance.instance_id,
@@ -39,6 +27,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "status": instance_status(state, instance).text,
             "context_length": instance.context_length,
             "slots": instance.slot_count,
+            "nodes_asked_for": asked.get(instance.wish_id, 1),
             "nodes": stage_rows(instance, names),
         }
         for instance in state.instances
@@ -58,22 +47,32 @@ def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
     ]
 
 
-def instances_table(rows: Sequence[Row]) -> Table:
+def instances_table(rows: Sequence[Row]) -> Listing:
     """A line for each node of each instance; what all of an instance's lines would repeat stands in the first."""
     short = short_ids([row["instance_id"] for row in rows])
     drawn: list[tuple[str, ...]] = []
     for row in rows:
-        head = (short[row["instance_id"]], row["model_id"], row["status"], str(row["context_length"]))
+        head = (short[row["instance_id"]], row["model_id"], _status_cell(row), str(row["context_length"]))
         for node in row["nodes"]:
             drawn.append((*head, *_layers_cells(node)))
             head = ("",) * len(head)
-    return table(
-        ("instance", "model", "status", "context", "node", "layers", "memory"), drawn, folded=("model", "status")
+    return Listing(
+        titles=("instance", "model", "status", "context", "node", "layers", "memory"),
+        rows=drawn,
+        folded=("model", "status", "node"),
+        spared=("memory", "layers", "context", "node"),
     )
 
 
-def layers_table(rows: Sequence[Row]) -> Table:
-    return table(("node", "layers", "memory"), [_layers_cells(node) for node in rows])
+def _status_cell(row: Row) -> str:
+    """Also that it is placed on fewer nodes than somebody asked for, since no more are left."""
+    count, asked = len(row["nodes"]), row["nodes_asked_for"]
+    return row["status"] if count >= asked else f"{row['status']} (on {count} of {asked} nodes asked for)"
+
+
+def layers_table(rows: Sequence[Row]) -> Listing:
+    drawn = [_layers_cells(node) for node in rows]
+    return Listing(titles=("node", "layers", "memory"), rows=drawn, folded=("node",))
 
 
 def _layers_cells(node: Row) -> tuple[str, str, str]:
@@ -111,13 +110,18 @@ def notices(state: ClusterState) -> list[str]:
     return [*state.notices, *said]
 
 
-def nodes_table(rows: Sequence[Row]) -> Table:
+def nodes_table(rows: Sequence[Row]) -> Listing:
     """The memory of a machine stands at one of its nodes, which is here if any is, and nowhere twice."""
     first: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["visibility"] != "visible"):
         first.setdefault(row["machine_id"] or row["node_id"], row)
     cells = [_node_cells(row, first[row["machine_id"] or row["node_id"]]) for row in rows]
-    return table(("node", "id", "seen", "cores", "memory free", "role"), cells)
+    return Listing(
+        titles=("node", "id", "seen", "cores", "memory free", "role"),
+        rows=cells,
+        folded=("node", "seen", "memory free", "role"),
+        spared=("memory free", "cores"),
+    )
 
 
 def _node_cells(row: Row, first: Row) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ def _machine_cells(row: Row) -> tuple[str, str]:
     return str(row["cores"] or "unknown"), memory
 
 
-def models_table(models: Sequence[Row]) -> Table:
+def models_table(models: Sequence[Row]) -> Listing:
     drawn = [
         (
             model["id"],
@@ -144,9 +148,14 @@ def models_table(models: Sequence[Row]) -> Table:
         )
         for model in models
     ]
-    return table(("model", "size", "quantization", "context", "on disk"), drawn)
+    return Listing(
+        titles=("model", "size", "quantization", "context", "on disk"),
+        rows=drawn,
+        folded=("model",),
+        spared=("quantization", "context"),
+    )
 
 
-def events_table(events: Sequence[Row]) -> Table:
-    drawn = [(event["at"].replace("T", " ")[:19], event["text"]) for event in events]
-    return table(("when (UTC)", "what"), drawn)
+def events_table(events: Sequence[Row]) -> Listing:
+    drawn = [(event["at"].replace("T", " ")[:19], with_short_ids(event["text"])) for event in events]
+    return Listing(titles=("when (UTC)", "what"), rows=drawn, folded=("what",))

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from covey.checkpoints import catalogue
 from covey.cli.client import DEFAULT_URL
+from covey.cli.naming import with_short_ids
 from covey.node import NodeReady
 from covey.schema.activity import ActivityEvent, EventKind
 from covey.schema.ids import NodeId
@@ -55,4 +56,4 @@ def news(event: ActivityEvent, own_id: NodeId) -> str:
     """A line on what happened; none on what only who asks wants to know: `covey events` tells all."""
     if event.kind not in TOLD or (event.kind is EventKind.NODE_JOINED and event.subject == own_id):
         return ""
-    return f"{time.strftime(TIME_FORMAT, time.localtime(event.at_ms / 1000))}  {event.text}\n"
+    return f"{time.strftime(TIME_FORMAT, time.localtime(event.at_ms / 1000))}  {with_short_ids(event.text)}\n"

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.routing import is_ready, visible_reports
 from covey.schema.activity import ActivityEvent, ActivityPage, EventKind
@@ -21,7 +22,6 @@ from covey.schema.cluster import (
     DeleteInstance,
     DownloadReport,
     DownloadState,
-    Instance,
     Member,
     PlaceModel,
     Refused,
@@ -30,7 +30,7 @@ from covey.schema.cluster import (
     TimedOut,
     Visibility,
 )
-from covey.schema.ids import InstanceId, NodeId, RunnerId
+from covey.schema.ids import InstanceId, NodeId
 from covey.schema.runner import RunnerState
 
 EVENTS_MAX: Final = 1000  # some 200 kB; a busy home's last days, a storm's last minutes
@@ -133,6 +133,12 @@ def _introduced(state: ClusterState) -> dict[NodeId, Member]:
     return {member.node_id: member for member in state.members if member.report}
 
 
+def _met(before: Seen, after: Seen) -> ClusterState:
+    """The cluster without the nodes that are new here: what they bring happened before."""
+    known = _introduced(before.state)
+    return replace(after.state, members=tuple(each for each in after.state.members if each.node_id in known))
+
+
 def _leader(before: Seen, after: Seen) -> Iterator[Note]:
     leader = after.state.leader
     if leader == before.state.leader:
@@ -142,20 +148,21 @@ def _leader(before: Seen, after: Seen) -> Iterator[Note]:
 
 
 def _instances(before: Seen, after: Seen) -> Iterator[Note]:
+    """As a state: to a node that joins or starts again, what was decided long before comes as a change, too."""
     old = {each.instance_id: each for each in before.state.instances}
     new = {each.instance_id: each for each in after.state.instances}
     were_ready = _ready(before.state)
     for instance_id, instance in new.items():
         if instance_id not in old:
             names = " and ".join(_name(after.state, stage.node_id) for stage in instance.stages)
-            text = f"{instance.card.model_id} was placed on {names} as {instance_id}."
+            text = f"{instance.card.model_id} is placed on {names} as {instance_id}."
             yield EventKind.INSTANCE_PLACED, instance_id, text
     for instance_id in _ready(after.state):
         if instance_id not in were_ready:
             yield EventKind.INSTANCE_READY, instance_id, f"{new[instance_id].card.model_id} is ready as {instance_id}."
     for instance_id, instance in old.items():
         if instance_id not in new:
-            text = f"{instance_id}, which served {instance.card.model_id}, was removed."
+            text = f"{instance.card.model_id} is not placed as {instance_id} any more."
             yield EventKind.INSTANCE_REMOVED, instance_id, text
 
 
@@ -167,12 +174,14 @@ def _ready(state: ClusterState) -> list[InstanceId]:
 def _runners(before: Seen, after: Seen) -> Iterator[Note]:
     old = {report.runner_id: report for _, report in _runner_reports(before.state)}
     models = {stage.runner_id: each for each in after.state.instances for stage in each.stages}
-    for node_id, report in _runner_reports(after.state):
+    for node_id, report in _runner_reports(_met(before, after)):
         known = old.get(report.runner_id)
         had_failed = known is not None and known.state in (RunnerState.FAILED, RunnerState.STUCK)
         failed_before = known is not None and had_failed and known.attempt == report.attempt
-        if report.state is RunnerState.FAILED and not failed_before:
-            text = f"{_part_of(models, report)} on {_name(after.state, node_id)} failed: {_sentence(report.reason)}"
+        instance = models.get(report.runner_id)  # a runner whose instance was removed is lost to nobody
+        if report.state is RunnerState.FAILED and instance and not failed_before:
+            name = _name(after.state, node_id)
+            text = f"The part of {instance.card.model_id} on {name} failed: {_sentence(report.reason)}"
             yield EventKind.RUNNER_FAILED, report.runner_id, text
         if report.state is RunnerState.STUCK and (known is None or known.state is not RunnerState.STUCK):
             yield EventKind.RUNNER_FAILED, report.runner_id, f"{_name(after.state, node_id)} {report.waiting}."
@@ -184,14 +193,9 @@ def _runner_reports(state: ClusterState) -> Iterator[tuple[NodeId, RunnerReport]
             yield member.node_id, report
 
 
-def _part_of(models: dict[RunnerId, Instance], report: RunnerReport) -> str:
-    instance = models.get(report.runner_id)
-    return f"The part of {instance.card.model_id}" if instance else "A runner whose instance was removed"
-
-
 def _downloads(before: Seen, after: Seen) -> Iterator[Note]:
     old = {(node_id, each.model_id): each for node_id, each in _download_reports(before.state)}
-    for node_id, report in _download_reports(after.state):
+    for node_id, report in _download_reports(_met(before, after)):
         known, name = old.get((node_id, report.model_id)), _name(after.state, node_id)
         tell = _failed if report.reason else _TOLD_DOWNLOADS.get(report.state)
         note = tell(known, report, name) if tell and known != report else None

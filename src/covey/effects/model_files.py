@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import anyio.to_thread
 import msgspec
 
-from covey.checkpoints import catalogue
+from covey.checkpoints import catalogue, mistaken
 from covey.checkpoints.card import card_from_header
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
 from covey.checkpoints.quantization import is_known, known_types
@@ -204,7 +204,8 @@ def _card_of_file(name: str) -> ModelCard:
         reason = str(error).removeprefix(f"{path}: ")  # what reads the header names its file, too
         raise ModelNotFoundError(f"{path} is no model that can be run: {reason}", 400) from None
     except FileNotFoundError:
-        raise ModelNotFoundError(f"there is no file {path}; check the path, which is looked up on this node") from None
+        hint = mistaken.hub_hint(name) or "check the path, which is looked up on this node"
+        raise ModelNotFoundError(f"there is no file {path}; {hint}") from None
     except OSError as error:
         raise ModelNotFoundError(f"{path} can't be read: {error.strerror or error}", 400) from None
 

@@ -21,7 +21,6 @@ from covey.schema.model import ModelCard, Shard
 
 CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
-CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
 SLOT_COUNT_DEFAULT: Final = 4
 SPLITS_TRIED_MAX: Final = 200  # for one count of nodes, of all sets in all orders; the best come first
 
@@ -72,7 +71,7 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
 def _refuse_load(load: Load) -> Refused | None:
     if not 0 < load.card.layer_count == len(load.card.layer_bytes):
         return refusal.odd_card(load.card)
-    if not (CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
+    if not (refusal.CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
     return None
 

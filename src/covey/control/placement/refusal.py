@@ -8,6 +8,8 @@ from covey.control.placement.nodes import Candidate, machines
 from covey.schema.cluster import Refused
 from covey.schema.model import ModelCard
 
+CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
+
 CONFLICT: Final = 409
 BAD_REQUEST: Final = 400
 UNAVAILABLE: Final = 503
@@ -34,7 +36,7 @@ def more_nodes_than_layers(asked: int, load: Load) -> Refused:
 def odd_sizes(load: Load) -> Refused:
     return Refused(
         f"a context of {load.context_length} tokens in {load.slot_count} slots can't be served: {load.card.model_id} "
-        f"takes 1 to {load.card.context_length_max} tokens, in at least 1 slot.",
+        f"takes {CONTEXT_LENGTH_MIN} to {load.card.context_length_max} tokens, in at least 1 slot.",
         BAD_REQUEST,
     )
 
