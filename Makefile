@@ -16,7 +16,7 @@ run: $(VENV)/.runtime
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not net and not seeds"
 
-# Many worlds of the simulator, from SEED on: 10,000 take 20 minutes of one core. Then the bugs that are rarely met.
+# Many worlds of the simulator, from SEED on: 10,000 take 20 minutes of processor time. Then the bugs that are rarely met.
 seeds: $(VENV)/.test
 	$(BIN)/python -m simulation --seed $(SEED) --seeds $(SEEDS)
 	$(BIN)/python -m pytest -m seeds tests/simulation

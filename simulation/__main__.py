@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from simulation.run import run
+from simulation.run import run, run_all
 from simulation.trace import Trace
 from simulation.world import World
 
@@ -22,8 +22,8 @@ def main() -> int:
     options = parser.parse_args()
     began_s = time.monotonic()
     failed = 0
-    for seed in range(options.seed, options.seed + options.seeds):
-        verdict = run(seed, watch if options.trace else None)
+    seeds = range(options.seed, options.seed + options.seeds)
+    for verdict in (run(seed, watch) for seed in seeds) if options.trace else run_all(seeds):
         failed += verdict.problem is not None
         if verdict.problem or options.trace or options.seeds == 1:
             print(verdict.line(), flush=True)

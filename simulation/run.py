@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from random import Random
 
 from msgspec import Struct
@@ -18,6 +20,7 @@ from simulation.network import LATE_MS_MAX
 from simulation.world import World
 
 GIGABYTE = 10**9
+CHUNK = 8  # seeds that a process is given at once
 TROUBLE_MS = 40_000  # how long faults last
 RETURN_MS = 35_000  # some come back after they were forgotten, some still sleep
 LIVENESS_MS = 90_000  # 30 s until the dead are forgotten, all back-off, and time to link and load twice
@@ -59,6 +62,12 @@ def run(seed: int, watch: Callable[[World], None] | None = None) -> Verdict:
     except (Failure, UnexpectedInputError) as failure:
         problem = str(failure)
     return Verdict(seed=seed, problem=problem, step_count=world.step_count, now_ms=world.now_ms, digest=world.digest())
+
+
+def run_all(seeds: Sequence[int]) -> Iterator[Verdict]:
+    """The verdicts in order, from as many processes as this machine has cores."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+        yield from processes.map(run, seeds, chunksize=CHUNK)
 
 
 def _live(world: World) -> None:

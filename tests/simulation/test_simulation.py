@@ -29,7 +29,7 @@ from covey.control.runners import Runners
 from covey.control.view import View
 from covey.schema.cluster import IntentUpdate
 from covey.schema.machine import SendTo
-from simulation.run import run
+from simulation.run import run, run_all
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 300
@@ -37,7 +37,7 @@ ONCE_HEARD = Membership._hear
 
 
 def test_seeds_pass() -> None:
-    verdicts = [run(seed) for seed in range(1, SEEDS + 1)]
+    verdicts = list(run_all(range(1, SEEDS + 1)))
     assert [verdict.line() for verdict in verdicts if verdict.problem] == []
     assert sum(verdict.step_count for verdict in verdicts) > 50_000  # the worlds are not empty
 
