@@ -59,6 +59,34 @@ def test_a_slow_and_lossy_network_is_still_one(net: Lab, nodes: Nodes) -> None:
     assert seen.count(False) <= 2  # five heartbeats in a row that are late or lost
 
 
+def test_a_node_that_can_only_dial_out_holds_a_part_of_a_model(net: Lab, nodes: Nodes) -> None:
+    """A firewall lets nothing in that nobody inside asked for."""
+    lan = net.switch()
+    hosts = trio(net, lan)
+    behind = lan.ports[1]
+    lan.allows = lambda frame, _, target: target is not behind or not (is_multicast(frame) or opens_connection(frame))
+    (ada,) = nodes.up(hosts[0], code=CODE)
+    (bob,) = nodes.up(hosts[1], code=CODE, peers=("10.77.0.1",))
+    together([ada, bob])
+    model = str(write_model(net.home / "model.gguf", layers=4))
+    ada.post("/place_instance", {"model_id": model, "min_nodes": 2})
+    until(lambda: ada.runner_states() == ["Ready"] * 2, 30, ada.runner_states)
+    for node in (ada, bob):
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+        assert node.post("/v1/chat/completions", body)["usage"]["completion_tokens"] == 20
+
+
+def opens_connection(frame: bytes) -> bool:
+    """Whether it is the first packet of a TCP connection."""
+    kind = int.from_bytes(frame[12:14], "big")
+    protocol, start = {
+        0x0800: (frame[23], 14 + 4 * (frame[14] & 0xF)),
+        0x86DD: (frame[20], 54),
+    }.get(kind, (0, 0))
+    syn, ack = 0x02, 0x10
+    return protocol == 6 and frame[start + 13] & (syn | ack) == syn
+
+
 @pytest.mark.net
 def test_an_interface_that_goes_down_and_comes_back(net: Lab, nodes: Nodes) -> None:
     hosts = trio(net, net.switch())
