@@ -161,11 +161,14 @@ class Host:
     def fits(self, stage: Stage, effects: Sequence[Effect] = ()) -> bool:
         """Whether a runner fits into what its processes, and those that start now, leave free, now and when probed."""
         assert self.machine is not None
-        records = self.machine.runners.runners
-        taken = sum(process.memory_bytes - process.resident_bytes for process in self.processes)
-        taken += sum(records[each.runner_id].stage.memory_bytes for each in effects if isinstance(each, StartRunner))
-        probed_bytes = self.machine.memory.probed.memory_bytes_available if self.machine.memory.probed else 0
-        return taken + stage.memory_bytes <= min(self.free_bytes(), probed_bytes)
+        records, figures = self.machine.runners.runners, self.machine.memory
+        starting = sum(records[each.runner_id].stage.memory_bytes for each in effects if isinstance(each, StartRunner))
+        needed = stage.memory_bytes + starting
+        to_take = sum(process.memory_bytes - process.resident_bytes for process in self.processes)
+        held = {(process.spec.runner_id, process.attempt): process.memory_bytes for process in self.processes}
+        to_take_when_probed = sum(max(0, count - figures.held_at_probe.get(key, 0)) for key, count in held.items())
+        probed_bytes = figures.probed.memory_bytes_available if figures.probed else 0
+        return needed + to_take <= self.free_bytes() and needed + to_take_when_probed <= probed_bytes
 
     # ---- its machine ----
 

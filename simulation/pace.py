@@ -8,6 +8,7 @@ from covey.schema.cluster import Heartbeat, Instance, IntentUpdate, NodeReport
 from covey.schema.ids import NodeId, RunnerId
 from covey.schema.machine import (
     Effect,
+    EntriesKept,
     Input,
     KeepEntries,
     KeepingFailed,
@@ -42,6 +43,8 @@ class Pace:
         """Before the step."""
         if isinstance(news, KeepingFailed) and news.token > self.keep_failed:
             self.keep_failed, self.keep_failed_ms, self.is_copy_awaited = news.token, self.host.now_ms, False
+        elif isinstance(news, EntriesKept) and news.token > self.keep_failed:
+            self.keep_failed_ms = LONG_AGO_MS  # the disk takes writes again
         message = news.message if isinstance(news, MessageReceived) else None
         if isinstance(message, IntentUpdate) and self.host.node_id in message.keepers:
             self.is_copy_awaited = True
