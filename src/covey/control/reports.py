@@ -41,6 +41,7 @@ class MemoryFigures:
         self.settings = settings
         self.probed: Hardware | None = None
         self.held_at_probe: Held = {}
+        self.is_settled = True
         self.settled_bytes = 0  # free at the last probe during which no runner took memory or gave it back
         self.held_settled: Held = {}
         self.shown: Hardware | None = None
@@ -51,7 +52,7 @@ class MemoryFigures:
         if is_settled or self.probed is None:
             self.settled_bytes, self.held_settled = hardware.memory_bytes_available, held
         self.revision += 1
-        self.probed, self.held_at_probe = hardware, held
+        self.probed, self.held_at_probe, self.is_settled = hardware, held, is_settled
 
     def show(self, held: Held) -> Hardware | None:
         """What to report now: the last figures shown, unless they are wrong by a step."""
@@ -76,8 +77,8 @@ class MemoryFigures:
         return None if self.probed is None else min(self._available(held), self.probed.memory_bytes_available)
 
     def is_fresh(self, held: Held) -> bool:
-        """Whether no runner has started, loaded or ended since the last probe."""
-        return held == self.held_at_probe
+        """Whether the last probe was settled, and no runner has started, loaded or ended since."""
+        return self.is_settled and held == self.held_at_probe
 
     def _available(self, held: Held) -> int:
         taken = sum(max(0, count - self.held_settled.get(key, 0)) for key, count in held.items())
