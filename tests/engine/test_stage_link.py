@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from covey.engine import handshake
+from covey.engine import port as port_module
 from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
 from covey.engine.contract import Piece
 from covey.engine.handshake import (
@@ -370,6 +371,41 @@ def test_two_sides_that_dial_at_once_agree(monkeypatch: pytest.MonkeyPatch) -> N
         assert stages.failures == []
         assert stages.heard() == [(index - 1) % len(stages.ports) for index in range(len(stages.ports))]
         stages.close()
+
+
+def test_a_link_that_came_too_late_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another try held the place up, and whoever dialled has given up: the place must not hold a dead link."""
+    monkeypatch.setattr(port_module, "WELCOME_SECONDS_MAX", 0.2)
+    port = DataPort(make_spec(1, 2), credentials(1), Mailbox())
+    is_over = threading.Event()
+
+    def hang() -> Link:
+        is_over.wait(10)
+        raise ConnectionResetError("it was a try in vain")
+
+    def hold() -> None:
+        with suppress(ConnectionResetError):
+            port.before.fill(hang)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    place = LinkPlace()
+    late = threading.Thread(
+        target=DIALLER._dial_all, args=(DIALLER._neighbour(1, at(port)), place, time.monotonic() + 9)
+    )
+    late.start()
+    time.sleep(0.5)
+    is_over.set()
+    for thread in (holder, late):
+        thread.join()
+    assert (place.wait(0), port.before.wait(0)) == (None, None)
+    DIALLER.connect(at(port), place, 5).close()
+    assert port.before.wait(5) is not None
+    port.close()
+
+
+def at(port: DataPort) -> tuple[Address, ...]:
+    return (Address(HOST, port.number),)
 
 
 def test_two_that_can_only_dial_out_are_no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

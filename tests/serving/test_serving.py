@@ -36,6 +36,7 @@ from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address, RunnerState
 from covey.serving import choosing as choosing_module
+from covey.serving import head as head_module
 from covey.serving import serving as serving_module
 from covey.serving.head import HeadLostError, HeadPlace, Heads
 from covey.serving.model_text import ModelTexts
@@ -356,7 +357,7 @@ def test_a_silent_head_is_left_at_once_for_an_instance_that_is_ready(monkeypatch
         first = both.instances[0].stages[0].node_id
         gone = away(both)
         assert gone.members[0].node_id == first
-        node.state = with_instances(gone, gone.instances[0], on_one_node(gone, gone.instances[1]))
+        node.state = with_instances(gone, gone.instances[0], on_one_node(gone.instances[1]))
         await until(lambda: head.cancels)
         task.cancel()
 
@@ -367,7 +368,7 @@ def with_instances(state: ClusterState, *instances: Instance) -> ClusterState:
     return msgspec.structs.replace(state, instances=instances, revision=state.revision + 1)
 
 
-def on_one_node(state: ClusterState, instance: Instance) -> Instance:
+def on_one_node(instance: Instance) -> Instance:
     """Only its part on the second node."""
     return msgspec.structs.replace(instance, stages=instance.stages[1:])
 
@@ -450,6 +451,89 @@ def test_what_an_earlier_attempt_left_on_the_connection_is_not_listened_to(monke
         assert len(head.admits) == 2
 
     with_head(FakeHead(say), story)
+
+
+@pytest.mark.parametrize("address", [Address("127.0.0.1", 70000), Address("a" * 99, 7), Address("\0", 7)])
+def test_an_address_that_makes_no_sense_ends_the_request_and_not_the_node(
+    monkeypatch: pytest.MonkeyPatch, address: Address
+) -> None:
+    monkeypatch.setattr(serving_module, "REACH_S_MAX", 0.1)
+
+    async def run() -> None:
+        async with Node(address, READY, READY).serving() as serving:
+            for _ in range(2):
+                (failed,) = await all_of(serving, request())
+                assert isinstance(failed, GenerationFailed)
+                assert failed.status == 503
+
+    told(run)
+
+
+def test_what_nobody_thought_of_ends_the_request_and_not_the_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving_module, "REACH_S_MAX", 0.1)
+
+    async def fail(*_: object) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(head_module, "open_connection", fail)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert isinstance((await all_of(serving, request()))[-1], GenerationFailed)
+
+    with_head(FakeHead(says("")), story)
+    assert "was not connected to" in caplog.text
+
+
+def test_a_head_that_can_not_be_reached_from_here_is_asked_last() -> None:
+    """It takes no requests, so it is the least busy; others reach it, so that it stays."""
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        both = beside(node.state, context_length=1024)
+        near, far = (each.stages[0].runner_id for each in both.instances)
+
+        def moved(member: Member) -> Member:
+            assert member.report is not None
+            runners = tuple(
+                msgspec.structs.replace(each, data_address=Address("127.0.0.1", 1)) if each.runner_id == far else each
+                for each in member.report.runners
+            )
+            return msgspec.structs.replace(member, report=msgspec.structs.replace(member.report, runners=runners))
+
+        node.state = msgspec.structs.replace(both, members=tuple(moved(each) for each in both.members))
+        assert text_of(await all_of(serving, request())) == "Hello"
+        assert near != far
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_an_instance_with_too_little_room_is_no_reason_to_leave_one_that_is_unheard_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request("A prompt of twenty.")))
+        await until(lambda: head.admits)
+        gone = away(beside(node.state, context_length=4))
+        node.state = with_instances(gone, gone.instances[0], on_one_node(gone.instances[1]))
+        await asyncio.sleep(0.3)
+        assert head.cancels == []
+        task.cancel()
+
+    with_head(FakeHead(lambda admit: rest_of("Hello")(admit)[:3]), story)
+
+
+def test_an_answer_goes_on_rather_where_all_of_it_fits() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request(token_count_max=50)))
+        await until(lambda: head.admits)
+        node.state = beside(node.state, context_length=20)  # it holds the prompt and what has come
+        assert text_of(await task) == "Hello"
+        assert head.hellos[-1].instance_id == "inst-1"
+
+    with_head(FakeHead(rest_of("Hello"), hang_up_after=3), story)
 
 
 def test_a_head_that_hangs_is_waited_for_by_all_together() -> None:

@@ -11,6 +11,7 @@ from covey.schema.cluster import Hardware, NodeReport
 from covey.schema.runner import EVERYWHERE, Address
 
 LOOPBACK: Final = "127.0.0.1"
+PORT_MAX: Final = 65535
 ADDRESSES_MAX: Final = 8  # each may take its full time limit
 LOCAL_NETWORK_BITS: Final = {4: 24, 6: 64}  # what networks at home share; reports have no netmasks
 
@@ -19,7 +20,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 def ways_to(listener: Address | None, there: NodeReport | None, here: NodeReport | None) -> tuple[Address, ...]:
     """How the node of the report `here` reaches `listener`, which the node of `there` reports."""
-    if listener is None:
+    if listener is None or not 0 < listener.port <= PORT_MAX:
         return ()
     if listener.host != EVERYWHERE:
         return (listener,)

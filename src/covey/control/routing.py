@@ -2,7 +2,7 @@
 everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -42,12 +42,14 @@ def ready_instances(state: ClusterState, model_id: ModelId) -> tuple[Instance, .
     return tuple(each for each in state.instances if each.card.model_id == model_id and is_ready(each, reports))
 
 
-def pick(state: ClusterState, model_id: ModelId) -> Instance | Refused:
-    """The ready instance with the fewest requests; refused with the reason if there is none."""
+def pick(state: ClusterState, model_id: ModelId, rank: Callable[[Instance], int] = lambda _: 0) -> Instance | Refused:
+    """Of the ready instances of the lowest `rank` the one with the fewest requests; refused with the reason if there is
+    none.
+    """
     ready = ready_instances(state, model_id)
     if ready:
         reports = visible_reports(state)
-        return min(ready, key=lambda each: (request_count(each, reports), each.instance_id))
+        return min(ready, key=lambda each: (rank(each), request_count(each, reports), each.instance_id))
     placed = [each for each in state.instances if each.card.model_id == model_id]
     if placed:
         return Refused(instance_status(state, placed[0]).explanation, 503)

@@ -95,12 +95,18 @@ class Dialler(Struct, frozen=True):
         Raises `LinkRefusedError`, also where only strangers answer, and `LinkBrokenError` if there is none by then.
         """
         neighbour = self._neighbour(1, addresses)
-        deadline, pause = time.monotonic() + seconds, RETRY_SECONDS
+        begun, pause = time.monotonic(), RETRY_SECONDS
+        deadline, known = begun + seconds, dict[str, None]()
         while True:
-            reasons = self._dial_all(neighbour, place, deadline)
+            failures = self._dial_all(neighbour, place, deadline)
+            known |= dict.fromkeys(map(explain, failures))
+            reasons = "; ".join(known) or "its node reports none that can be reached"
             left = deadline - time.monotonic()
             if link := place.wait(min(pause, left)):
                 return link
+            is_offered_late = time.monotonic() - begun > 2 * OFFER_SECONDS
+            if is_offered_late and failures and all(isinstance(error, PeerError | ssl.SSLError) for error in failures):
+                raise LinkRefusedError(f"No link to {neighbour.name}: {reasons}.")
             if left <= 0:
                 raise LinkBrokenError(f"No link to {neighbour.name} within {seconds:.0f} s: {reasons}.")
             pause = min(2 * pause, RETRY_SECONDS_MAX)
@@ -113,7 +119,9 @@ class Dialler(Struct, frozen=True):
         while link is None and time.monotonic() < deadline:
             for address in addresses:
                 try:
-                    place.fill(partial(self._introduce, neighbour, address, deadline))
+                    channel = self._meet(neighbour, address, deadline)
+                    if not place.fill(partial(_agree, channel, neighbour)):
+                        channel.socket.close()
                 except (OSError, LinkRefusedError) as error:
                     log.info("%s takes no link at %s: %s", neighbour.name, address.host, explain(error))
                 time.sleep(RETRY_SECONDS)  # in which it may come by itself
@@ -126,14 +134,14 @@ class Dialler(Struct, frozen=True):
         first = kind(self.spec.instance_id, self.spec.stage_index, self.spec.stage_count)
         return _Neighbour(f"stage {index} at {places}", self.spec.stage_node_ids[index], first, tuple(addresses))
 
-    def _dial_all(self, neighbour: "_Neighbour", place: LinkPlace, deadline: float) -> str:
-        """Tries each address until `place` is filled; why it is not. Raises `LinkRefusedError`."""
+    def _dial_all(self, neighbour: "_Neighbour", place: LinkPlace, deadline: float) -> list[OSError]:
+        """Tries each address until `place` is filled; what failed. Raises `LinkRefusedError`."""
         failures: list[OSError] = []
         for address in neighbour.addresses:
             if place.wait(0):
                 break
             try:
-                link = self._introduce(neighbour, address, deadline)
+                link = _agree(self._meet(neighbour, address, deadline), neighbour)
             except OSError as error:
                 failures.append(error)
             except LinkRefusedError:
@@ -142,25 +150,19 @@ class Dialler(Struct, frozen=True):
             else:
                 if not place.fill(lambda: link):  # noqa: B023 - called at once
                     link.close()
-        reasons = "; ".join(dict.fromkeys(map(explain, failures))) or "its node reports none that can be reached"
-        if failures and all(isinstance(error, PeerError | ssl.SSLError) for error in failures):
-            raise LinkRefusedError(f"No link to {neighbour.name}: {reasons}.")
-        return reasons
+        return failures
 
-    def _introduce(self, neighbour: "_Neighbour", address: Address, deadline: float) -> Link:
-        """One try at one address. Raises `OSError` where another may help, `LinkRefusedError`."""
+    def _meet(self, neighbour: "_Neighbour", address: Address, deadline: float) -> Channel:
+        """One try at one address: a connection to the neighbour's node. Raises `OSError` where another may help."""
         left = max(deadline - time.monotonic(), RETRY_SECONDS)
         connection = socket.create_connection((address.host, address.port), min(left, REACH_SECONDS))
         try:
             channel = Channel(connection, self.context, is_server=False)
-            answer = _exchange(channel, neighbour, time.monotonic() + min(left, HELLO_SECONDS))
+            channel.shake_hands(time.monotonic() + min(left, HELLO_SECONDS), neighbour.node_id)
         except BaseException:
             connection.close()
             raise
-        if isinstance(answer, LinkRefused):
-            connection.close()
-            raise LinkRefusedError(f"The link to {neighbour.name} was refused: {answer.reason}")
-        return Link(channel, neighbour.name)
+        return channel
 
 
 class _Neighbour(Struct, frozen=True):
@@ -170,14 +172,22 @@ class _Neighbour(Struct, frozen=True):
     addresses: tuple[Address, ...]
 
 
-def _exchange(channel: Channel, neighbour: _Neighbour, deadline: float) -> LinkWelcome | LinkRefused:
-    """Raises `OSError`."""
-    channel.shake_hands(deadline, neighbour.node_id)
+def _agree(channel: Channel, neighbour: _Neighbour) -> Link:
+    """Makes a link of the connection, or closes it. Raises `OSError` where another may help, `LinkRefusedError`."""
     try:
+        channel.socket.settimeout(HELLO_SECONDS)
         channel.send(pack(neighbour.first))
-        return _answers.decode(receive_first(channel, deadline))
+        answer = _answers.decode(receive_first(channel, time.monotonic() + HELLO_SECONDS))
     except (msgspec.MsgspecError, FrameTooLargeError) as error:
+        channel.socket.close()
         raise OSError(f"it did not answer as a stage does ({error})") from error
+    except OSError:
+        channel.socket.close()
+        raise
+    if isinstance(answer, LinkRefused):
+        channel.socket.close()
+        raise LinkRefusedError(f"The link to {neighbour.name} was refused: {answer.reason}")
+    return Link(channel, neighbour.name)
 
 
 def receive_first(channel: Channel, deadline: float) -> bytes:

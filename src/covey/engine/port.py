@@ -36,6 +36,7 @@ from covey.schema.trust import Credentials
 from covey.schema.wire import FrameTooLargeError, pack
 
 CONNECTIONS_MAX: Final = 128  # at once, of members: some for each node of a large cluster; each costs two threads
+WELCOME_SECONDS_MAX: Final = HELLO_SECONDS - 1  # then the answer may come too late
 EXHAUSTED_SECONDS: Final = 0.2  # before the next try where this process has no file descriptor left
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ class DataPort:
     def _take_link(self, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
         place = self.before if isinstance(first, LinkHello) else self.after
         reason = link_refusal(self._spec, first, peer)
-        if reason is None and not place.fill(partial(_welcome, channel, first.stage_index)):
+        patience = time.monotonic() + WELCOME_SECONDS_MAX
+        if reason is None and not place.fill(partial(_welcome, channel, first.stage_index, patience)):
             reason = "this stage has its link already."
         if reason:
             log.warning("a link is refused: %s", reason)
@@ -136,8 +138,10 @@ class DataPort:
         self._mailbox.put(ServeGone(owner))
 
 
-def _welcome(channel: Channel, stage_index: int) -> Link:
-    """Raises `OSError`."""
+def _welcome(channel: Channel, stage_index: int, deadline: float) -> Link:
+    """Raises `OSError`, also after `deadline`: whoever asked no longer waits for the answer."""
+    if time.monotonic() > deadline:
+        raise TimeoutError("another connection for the same link held it up for too long")
     channel.send(pack(LinkWelcome()))
     return Link(channel, f"stage {stage_index}")
 

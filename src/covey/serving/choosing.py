@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from covey.control import routing
 from covey.control.runner_table import LOADED_STATES
 from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
-from covey.schema.ids import ModelId
+from covey.schema.ids import InstanceId, ModelId
 from covey.schema.model import ModelCard
 from covey.schema.runner import RunnerState
 from covey.serving.refusal import RefusedError
@@ -26,6 +26,22 @@ class Loss(Struct, frozen=True):
     may_pass: bool
 
 
+class Needs(Struct, frozen=True):
+    """What an instance must have to take an answer, or the rest of one, and what it had better have."""
+
+    card: ModelCard
+    room: int  # tokens of context: those there are, and the next
+    whole_room: int  # for as long an answer as is wanted
+    unreached: frozenset[InstanceId] = frozenset()  # by this node, just now
+
+    def are_met_by(self, instance: Instance) -> bool:
+        return instance.card == self.card and instance.context_length >= self.room
+
+    def rank(self, instance: Instance) -> int:
+        """The lower, the better."""
+        return 2 * (instance.instance_id in self.unreached) + (instance.context_length < self.whole_room)
+
+
 class Choosing:
     """`state` and `wait_changed` are the node's view of the cluster."""
 
@@ -35,16 +51,13 @@ class Choosing:
         self.state = state
         self.wait_changed = wait_changed
 
-    async def ready(self, model_id: ModelId, card: ModelCard | None = None, room: int = 0) -> Instance:
-        """An instance that can answer; waits while one is on its way. Raises `RefusedError`.
-
-        With `card` only one of the same file will do, whose context holds at least `room` tokens.
-        """
+    async def ready(self, model_id: ModelId, needs: Needs | None = None) -> Instance:
+        """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
         deadline = time.monotonic() + READY_S_MAX
         while True:
             whole = self.state()
-            state = _with_those_that_fit(whole, card, room)
-            picked = routing.pick(state, model_id)
+            state = _with_those_that_fit(whole, needs) if needs else whole
+            picked = routing.pick(state, model_id, needs.rank) if needs else routing.pick(state, model_id)
             if isinstance(picked, Instance):
                 return picked
             left = deadline - time.monotonic()
@@ -56,27 +69,25 @@ class Choosing:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""
         if instance.context_length >= room:
             return instance
-        state = _with_those_that_fit(self.state(), instance.card, room)
+        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room))
         picked = routing.pick(state, instance.card.model_id)
         return picked if isinstance(picked, Instance) else instance
 
-    def loss(self, instance: Instance) -> Loss | None:
-        """None as long as all its runners serve."""
+    def loss(self, instance: Instance, needs: Needs) -> Loss | None:
+        """None as long as all its runners serve. Others that meet the `needs` make it no use to wait."""
         state = self.state()
+        if not any(each.instance_id == instance.instance_id for each in state.instances):
+            return Loss(f"{instance.card.model_id} was taken off its nodes while it answered.", may_pass=False)
         reports = routing.visible_reports(state)
-        stands = any(each.instance_id == instance.instance_id for each in state.instances)
-        if stands and routing.is_ready(instance, reports):
+        if routing.is_ready(instance, reports):
             return None
         reason = routing.instance_status(state, instance).explanation.partition("\n")[0]
-        others = routing.ready_instances(state, instance.card.model_id)
-        return Loss(reason, may_pass=stands and not others and routing.seen_ones_serve(instance, reports))
+        others = routing.ready_instances(_with_those_that_fit(state, needs), instance.card.model_id)
+        return Loss(reason, may_pass=not others and routing.seen_ones_serve(instance, reports))
 
 
-def _with_those_that_fit(state: ClusterState, card: ModelCard | None, room: int) -> ClusterState:
-    if card is None:
-        return state
-    fitting = (each for each in state.instances if each.card == card and each.context_length >= room)
-    return replace(state, instances=tuple(fitting))
+def _with_those_that_fit(state: ClusterState, needs: Needs) -> ClusterState:
+    return replace(state, instances=tuple(each for each in state.instances if needs.are_met_by(each)))
 
 
 def _other_file(model_id: ModelId) -> RefusedError:

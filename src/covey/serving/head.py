@@ -154,6 +154,11 @@ class Heads:
             opening.set_exception(lost)
             opening.exception()  # seen, even where all who waited have left
             return
+        except Exception as error:  # noqa: BLE001 (the top of this task: what a member reports must not end the node)
+            _log.exception("the head at %s was not connected to", place.addresses)
+            opening.set_exception(HeadLostError(f"The head can't be reached: {error}."))
+            opening.exception()
+            return
         finally:
             opening.cancel()  # unless it is done: the node ends
             del self._opening[place]
@@ -168,7 +173,7 @@ async def open_connection(place: HeadPlace, context: ssl.SSLContext) -> HeadConn
             for address in place.addresses:
                 try:
                     return await _open_at(address, place, context)
-                except OSError as error:
+                except (OSError, ValueError, OverflowError) as error:  # no host or port may look like that
                     failures.append(f"{_name(address)} can't be reached: {explain(error)}")
     except TimeoutError:
         failures.append(f"the rest did not answer within {CONNECT_S_MAX:.0f} s")

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from types import TracebackType
 from typing import Final, Self
@@ -30,7 +30,7 @@ from covey.schema.ids import InstanceId, RequestId
 from covey.schema.model import ModelCard
 from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText
-from covey.serving.choosing import Choosing, held
+from covey.serving.choosing import Choosing, Needs, held
 from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
 from covey.serving.model_text import ModelText, ModelTexts
 from covey.serving.progress import FIRST_ATTEMPT, Progress
@@ -136,7 +136,7 @@ class Serving:
         instance, connection = await self._reach(instance, progress)
         async with connection.admitted(progress.admit) as stream:
             while not progress.done:
-                event = await self._next(stream, instance)
+                event = await self._next(stream, instance, progress)
                 if isinstance(event, Broken) and event.status in PASSING:
                     raise HeadLostError(event.message)
                 for each in progress.take(event):
@@ -147,7 +147,7 @@ class Serving:
 
         The cluster notices only after seconds that a head is gone; until then it is tried again.
         """
-        left_s = REACH_S_MAX
+        left_s, unreached = REACH_S_MAX, set[InstanceId]()
         while True:
             begun_s = time.monotonic()
             try:
@@ -157,17 +157,17 @@ class Serving:
                 left_s -= time.monotonic() - begun_s
                 if left_s <= 0:
                     raise RefusedError(f"{lost} Send the request again.", GONE) from None
-                instance = await self._another(instance, progress, lost)
+                unreached.add(instance.instance_id)
+                instance = await self._another(needs_of(progress, instance, unreached), lost)
 
-    async def _another(self, instance: Instance, progress: Progress, lost: HeadLostError) -> Instance:
+    async def _another(self, needs: Needs, lost: HeadLostError) -> Instance:
         """One that can go on, be it the same. Raises `RefusedError`."""
-        card = instance.card
         try:
-            return await self._choosing.ready(card.model_id, card, len(progress.admit.token_ids))
+            return await self._choosing.ready(needs.card.model_id, needs)
         except RefusedError as refused:
             raise RefusedError(f"{lost} {refused.message}", refused.status) from None
 
-    async def _next(self, stream: HeadStream, instance: Instance) -> HeadEvent:
+    async def _next(self, stream: HeadStream, instance: Instance, progress: Progress) -> HeadEvent:
         """What the head says next. Raises `HeadLostError`.
 
         A machine that is switched off or asleep says nothing, and closes nothing: a silent head is looked at. One whose
@@ -179,7 +179,7 @@ class Serving:
                 async with asyncio.timeout(SILENCE_S):
                     return await stream.next()
             except TimeoutError:
-                loss, now_s = self._choosing.loss(instance), time.monotonic()
+                loss, now_s = self._choosing.loss(instance, needs_of(progress, instance)), time.monotonic()
                 lost_since_s = (lost_since_s or now_s) if loss else None
                 if loss and not (loss.may_pass and now_s - (lost_since_s or now_s) < LOST_S):
                     raise HeadLostError(loss.reason) from None
@@ -194,7 +194,7 @@ class Serving:
         _log.warning("an answer of %s broke off, and goes on where it stopped: %s", instance.card.model_id, lost)
         progress.begin_next_attempt()
         await asyncio.sleep(SPACING_S)
-        return await self._another(instance, progress, lost)
+        return await self._another(needs_of(progress, instance), lost)
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
@@ -218,6 +218,13 @@ def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], ins
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
     return Progress(admit, answer, time.monotonic)
+
+
+def needs_of(progress: Progress, instance: Instance, unreached: Collection[InstanceId] = ()) -> Needs:
+    """What another instance must have to go on where `instance` is left."""
+    admit = progress.admit
+    room = min(len(admit.token_ids) + 1, instance.context_length)  # its end may be all that is missing
+    return Needs(instance.card, room, admit.prompt_length + admit.token_count_max, frozenset(unreached))
 
 
 def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:
