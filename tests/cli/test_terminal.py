@@ -82,6 +82,39 @@ def test_an_empty_pipe_is_no_prompt(node: ServedNode) -> None:
     assert done.stderr == "There is no prompt: standard input is empty.\n"
 
 
+NOTE = "Reading standard input, which goes below the question; Ctrl-D ends it, `< /dev/null` leaves it out.\n"
+
+
+def test_a_pipe_that_stays_open_is_told_of(node: ServedNode) -> None:
+    with asked(node.url) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        readable, _, _ = select.select([process.stderr], [], [], WAIT_S)
+        assert readable
+        output, errors = process.communicate("It rained.", timeout=WAIT_S)
+    assert (process.returncode, output, errors) == (0, "Hello, world – 🐦\n", NOTE)
+    assert node.backend.requests[0].messages[0].content == "Sum this up:\n\nIt rained."
+
+
+def test_a_node_that_is_away_is_told_of_before_standard_input_ends() -> None:
+    with asked("http://127.0.0.1:1") as process:
+        assert process.wait(WAIT_S) == 1
+        assert process.stderr is not None
+        assert process.stderr.read().startswith("No node answers at http://127.0.0.1:1.")
+
+
+@contextmanager
+def asked(url: str) -> Iterator[subprocess.Popen[str]]:
+    """With a pipe that nobody has closed."""
+    command, pipe = [*COVEY, "run", "Tiny-Chat", "Sum this up:"], subprocess.PIPE
+    environment = {**os.environ, "COVEY_URL": url}
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_a_reader_that_leaves_early_is_no_error_to_talk_about(node: ServedNode) -> None:
     process = subprocess.Popen([*COVEY, "nodes"], env=environment(node), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

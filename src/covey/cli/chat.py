@@ -2,8 +2,10 @@
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from msgspec import Struct
@@ -19,6 +21,10 @@ from covey.schema.generation import (
 )
 
 INTERRUPTED_EXIT: Final = 130
+SILENT_SECONDS_MAX: Final = 1.0  # what a program writes or a file holds is here by then, or soon
+WAITS_FOR_INPUT: Final = (
+    "Reading standard input, which goes below the question; Ctrl-D ends it, `< /dev/null` leaves it out."
+)
 
 
 class Answer(Struct):
@@ -104,17 +110,26 @@ def question(words: Sequence[str]) -> str:
     """What is asked: the words of the command line, and below them what a pipe or a file brings. Empty: a person is at
     the terminal, and will say. Raises `CliError`.
     """
-    is_typed = sys.stdin is not None and sys.stdin.isatty()
-    parts = [" ".join(words), "" if is_typed or sys.stdin is None else _piped()]
-    text = "\n\n".join(part for part in parts if part)
+    text, is_typed = " ".join(words), sys.stdin is not None and sys.stdin.isatty()
+    if sys.stdin is not None and not is_typed:
+        piped = _piped(WAITS_FOR_INPUT if text else "")
+        text = "\n\n".join(part for part in (text, piped) if part)
     if not text and not is_typed:
         raise CliError("There is no prompt: standard input is empty.")
     return text
 
 
-def _piped() -> str:
+def _piped(note: str) -> str:
+    """All that comes. Where nothing does for a while, `note` is told: a pipe that was inherited may never end."""
+    waits = threading.Timer(SILENT_SECONDS_MAX, partial(err.print, note, style="dim", soft_wrap=True))
+    if note:
+        waits.start()
     try:
-        return sys.stdin.buffer.read().decode().strip()  # whatever the locale
+        first = sys.stdin.buffer.read(1)
+    finally:
+        waits.cancel()
+    try:
+        return (first + sys.stdin.buffer.read()).decode().strip()  # whatever the locale
     except UnicodeDecodeError:
         raise CliError("Standard input is no text: it holds bytes that are not UTF-8.") from None
 

@@ -152,8 +152,9 @@ def run(
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
-    question = chat.question(prompt or ())
     with NodeClient(url) as node:
+        node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
+        question = chat.question(prompt or ())
         ready = ensure_ready(node, model_to_place(model))
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
