@@ -363,7 +363,7 @@ def test_the_context_of_a_model_is_the_one_that_is_served(client: TestClient, ba
 
 def test_a_model_that_is_written_nearly_so(client: TestClient) -> None:
     message = client.get("/v1/models/tiny").json()["error"]["message"]
-    assert message == "There is no model 'tiny'; did you mean Tiny-Chat?"
+    assert message == "There is no model 'tiny' (did you mean Tiny-Chat?); listed are: Tiny-Chat."
 
 
 def test_the_document_of_the_api_tells_what_each_field_means() -> None:

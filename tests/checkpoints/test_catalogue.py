@@ -78,7 +78,15 @@ def test_what_names_no_model_is_refused_with_what_can_be_named(name: str) -> Non
         ("hf.co/a/b", "name one of its files as hf:a/b/FILE.gguf"),
         ("https://huggingface.co/", "name one of its files as hf:OWNER/REPO/FILE.gguf"),
         ("https://example.org/m.gguf", "fetch the file and name its path"),
-        ("file:///home/anna/m.gguf", "fetch the file and name its path"),
+        ("file:///home/anna/m.gguf", "name it as /home/anna/m.gguf"),
+        ("file://localhost/home/anna/a%20b.gguf", "name it as /home/anna/a b.gguf"),
+        ("file://berta/m.gguf", "fetch the file and name its path"),
+        ("file:///a%0Ab.gguf", "fetch the file and name its path"),
+        ("hf.co/a/b:Q4_K_M", "name one of its files as hf:a/b/FILE.gguf"),
+        ("https://huggingface.co/a/b/blob/refs%2Fpr%2F1/c.gguf", "name it as hf:a/b/c.gguf@refs/pr/1"),
+        ("https://huggingface.co/a/b/blob/main/c%2Bd.gguf", "name it as hf:a/b/c+d.gguf"),
+        ("https://huggingface.co/a/b/blob/main/c%0Ad.gguf", "name one of its files as hf:a/b/FILE.gguf"),
+        ("https://huggingface.co/a/b/blob/main/README.md", "name one of its files as hf:a/b/FILE.gguf"),
         ("SmolLM2", "did you mean SmolLM2-135M-Instruct?"),
         ("smollm2-135m-instuct", "did you mean SmolLM2-135M-Instruct?"),
     ],
@@ -87,13 +95,31 @@ def test_what_was_probably_meant(name: str, hint: str) -> None:
     with pytest.raises(ModelNameError) as caught:
         parse_model_name(name)
     assert hint in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["gpt", "s", "smol", "llama-3"])
+@pytest.mark.parametrize("name", ["SmolLM2", "smollm2-135m-instuct"])
+def test_a_guess_takes_nothing_from_what_can_be_named(name: str) -> None:
+    with pytest.raises(ModelNameError) as caught:
+        parse_model_name(name)
+    assert str(caught.value) == (
+        f"'{name}' names no model: none is listed by that name (did you mean SmolLM2-135M-Instruct?); name a listed "
+        "model (SmolLM2-135M-Instruct), a path to a GGUF file, or a hub's file as hf:OWNER/REPO/FILE or "
+        "hf:OWNER/REPO/FILE@REVISION"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt", "s", "smol", "llama-3", "Llama-3.2-1B-Instruct", "SmolLM2-1.7B-Instruct", "SmolLM2-360M-Instruct",
+        "SmolLM-135M-Instruct", "SmolLM2-135M",
+    ],
+)  # fmt: skip
 def test_nothing_is_suggested_that_is_far_off(name: str) -> None:
     with pytest.raises(ModelNameError) as caught:
         parse_model_name(name)
-    assert ("did you mean" in str(caught.value)) is (name == "smol")
+    assert ("did you mean" in str(caught.value)) is (name in ("smol", "SmolLM2-135M"))
 
 
 @pytest.mark.parametrize(

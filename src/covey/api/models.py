@@ -26,9 +26,7 @@ def find_model(models: Sequence[ListedModel], name: str) -> ListedModel:
     found = [model for model in models if model.card.model_id.lower() == name.lower()]
     if not found:
         known = [model.card.model_id for model in models]
-        meant = mistaken.near(name, known)
-        hint = f"did you mean {meant}?" if meant else f"listed are: {', '.join(known)}."
-        sentence = f"There is no model '{name}'; {hint}"
+        sentence = f"There is no model '{name}'{mistaken.guess(name, known)}; listed are: {', '.join(known)}."
         raise RequestError(sentence, status=404, param="model", code=MODEL_NOT_FOUND)
     return min(found, key=lambda model: model.card.model_id != name)
 

@@ -86,9 +86,8 @@ def parse_model_name(name: str) -> ModelName:
         raise _mistake(name, f"it is an address; {mistaken.address_hint(name)}")
     if name.lower().endswith(".gguf") or "/" in name:
         return PathName(name)
-    if meant := mistaken.near(name, [each.model_id for each in listed()]):
-        raise _mistake(name, f"did you mean {meant}?")
-    raise _refusal(name, "none is listed by that name")
+    guess = mistaken.guess(name, [each.model_id for each in listed()])
+    raise _refusal(name, f"none is listed by that name{guess}")
 
 
 def file_name(source: PackageSource | HubSource) -> str:
