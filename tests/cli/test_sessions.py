@@ -19,7 +19,7 @@ from covey.cli import placing, tables
 from covey.cli.client import CliError, NodeClient, address
 from covey.cli.listing import Listing
 from covey.cli.main import app
-from covey.cli.naming import short_ids
+from covey.cli.naming import model_to_place, short_ids
 from covey.control.activity import Activity
 from covey.schema.cluster import (
     Accepted,
@@ -330,6 +330,37 @@ def test_a_name_of_a_hub_is_not_taken_for_a_path(
     Path("anna").mkdir()
     Path("anna/Tiny-GGUF").touch()
     assert f"There is no model '{tmp_path}/anna/Tiny-GGUF'" in invoke(node, "place", "anna/Tiny-GGUF").stderr
+
+
+def test_a_path_that_cant_be_looked_at_is_told_of(
+    node: ServedNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("anna").mkdir()
+    name = f"anna/{'x' * 300}.gguf"
+    done = invoke(node, "place", name)
+    assert (done.exit_code, done.stderr) == (1, f"{name} can't be looked at (File name too long): check the path.\n")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_here"),
+    [
+        ("http://127.0.0.1:52415", True),
+        ("localhost", True),
+        ("http://[::1]:52415", True),
+        ("berta", False),
+        ("http://192.168.1.7:52415", False),
+    ],
+)
+def test_a_path_is_looked_up_where_the_node_is(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_here: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if is_here:
+        with pytest.raises(CliError, match="there is no such file here"):
+            model_to_place("models/m.gguf", address(url))
+    else:
+        assert model_to_place("models/m.gguf", address(url)) == f"{tmp_path}/models/m.gguf"
 
 
 def test_an_address_reaches_the_node_as_it_is(node: ServedNode) -> None:

@@ -155,7 +155,7 @@ def run(
     with NodeClient(url) as node:
         node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
         question = chat.question(prompt or ())
-        ready = ensure_ready(node, model_to_place(model))
+        ready = ensure_ready(node, model_to_place(model, node.url))
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
         model_id = ready.instance.card.model_id
@@ -181,7 +181,7 @@ def place(
 
     wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
     with NodeClient(url) as node:
-        ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model), wanted)
+        ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)
         state = node.cluster()
     rows, instance_id = tables.stage_rows(ready.instance, tables.node_names(state)), ready.instance.instance_id
     if as_json:

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from covey.checkpoints import mistaken
 from covey.checkpoints.catalogue import HUB_PREFIX
 from covey.cli.client import CliError
+from covey.effects.addresses import is_local
 from covey.schema.cluster import Instance
 
 BEGINNING_LEAST: Final = 4  # characters; fewer are a slip of the finger
@@ -25,13 +27,22 @@ def local_path(model: str) -> str:
     return os.path.normpath(Path(model).expanduser().absolute())
 
 
-def model_to_place(model: str) -> str:
-    """The same. Raises `CliError` where there is no such file here, and its name looks like one of a hub's."""
-    path = local_path(model)
-    hint = mistaken.hub_hint(model)
-    if hint and not Path(path).exists():
+def model_to_place(model: str, url: str) -> str:
+    """The same. Raises `CliError` where the node at `url` is on this machine, there is no such file, and its name
+    looks like one of a hub's. A node elsewhere looks for the file there, and says what it found.
+    """
+    path, hint = local_path(model), mistaken.hub_hint(model)
+    is_here = is_local(urlsplit(url).hostname or "")
+    if hint and is_here and not _exists(path, model):
         raise CliError(f"{model}: there is no such file here; {hint}.")
     return path
+
+
+def _exists(path: str, model: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:  # a folder that is not ours to enter, a name that is too long
+        raise CliError(f"{model} can't be looked at ({error.strerror}): check the path.") from None
 
 
 def instances_of(instances: Sequence[Instance], model: str) -> list[Instance]:
