@@ -79,6 +79,13 @@ def fewer_nodes() -> Any:
     return msgspec.structs.replace(state, wishes=(wish,))
 
 
+def no_place() -> Any:
+    """The second of two wishes lost its node, and what is left is too small for it."""
+    card = msgspec.structs.replace(CARD, model_id="Large-Chat", embedding_bytes=10**12)
+    wish = Wish(wish_id="wish-2", card=card, node_count_min=2, context_length=1024, slot_count=2)
+    return msgspec.structs.replace(cluster(RunnerState.READY, RunnerState.READY), wishes=(wish,))
+
+
 def one_machine() -> Any:
     state = cluster()
     first, second = state.members
@@ -135,6 +142,10 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "one_machine": ({"current": one_machine()}, [["nodes"]]),
     "one_machine_half_away": ({"current": one_machine_half_away()}, [["nodes"]]),
     "fewer_nodes": ({"current": fewer_nodes()}, [["ps"], ["ps", "--json"]]),
+    "no_place": (
+        {"current": no_place()},
+        [["ps"], ["ps", "--json"], ["stop", "none-such"], ["stop", "Large-Chat"], ["stop", "wish-2"]],
+    ),
     "looking": ({"current": starting(RunnerState.IDLE, 0)}, [["ps"]]),
     "downloading": ({"current": starting(RunnerState.IDLE, 1_000_000)}, [["ps"]]),
     "connecting": ({"current": starting(RunnerState.CONNECTING, 0)}, [["ps"]]),

@@ -95,6 +95,17 @@ def test_deleting_takes_the_wish_and_its_later_instances_along() -> None:
     assert not cluster.instances
 
 
+def test_a_wish_that_waits_for_a_place_can_be_ended_by_its_own_id() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL))
+    cluster.apply((Written(f"instance/{made}", None),))
+    waiting = InstanceId(wish_of(made))
+    assert carry_out(cluster, DeleteInstance(waiting)) == waiting
+    assert not cluster.wishes
+    again = cluster.decide(DeleteInstance(waiting), context())
+    assert again == Decision((), Accepted(waiting), (f"wish/{waiting}",))
+
+
 def test_deleting_ends_a_wish_that_is_not_here() -> None:
     """The power was cut while both were written, and only the instance arrived; the others still hold the wish."""
     whole, torn = Cluster(NodeId("b")), Cluster(NodeId("a"))

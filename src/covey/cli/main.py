@@ -13,7 +13,7 @@ import typer
 from covey.cli import chat, keys, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
-from covey.cli.naming import local_path, model_to_place, named_instance, short_ids
+from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import Json, Url, explained, print_json
 from covey.schema.cluster import ClusterState
 
@@ -211,12 +211,12 @@ def stop(
         raise typer.BadParameter("Name one instance, or give --all.")
     with NodeClient(url) as node:
         state = node.cluster()
-        placed = state.instances
+        placed = asked_for(state)
         chosen = placed if instance is None else [named_instance(placed, local_path(instance))]
-        short = short_ids([each.instance_id for each in placed])
+        short = short_ids([id_of(each) for each in placed])
         for each in chosen:
-            deleted = node.delete(each.instance_id)
-            out.print(f"{each.card.model_id} ({short[each.instance_id]}) is stopped.", markup=False)
+            deleted = node.delete(id_of(each))
+            out.print(f"{each.card.model_id} ({short[id_of(each)]}) is stopped.", markup=False)
             if deleted["on_one_node_only"]:
                 warn_of_one_copy(state)
     if not chosen:
@@ -226,7 +226,7 @@ def stop(
 @app.command()
 @explained
 def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
-    """List the instances."""
+    """List the instances, and what waits for a place."""
     with NodeClient(url) as node:
         rows = tables.instance_rows(node.cluster())
     if as_json:

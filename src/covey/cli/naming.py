@@ -5,18 +5,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from covey.checkpoints import mistaken
 from covey.checkpoints.catalogue import HUB_PREFIX
 from covey.cli.client import CliError
 from covey.effects.addresses import is_local
-from covey.schema.cluster import Instance
+from covey.schema.cluster import ClusterState, Instance, Wish
 
 BEGINNING_LEAST: Final = 4  # characters; fewer are a slip of the finger
 SHORT_LEAST: Final = 8  # characters shown: of 1,000 instances, two would begin alike once in 8,000 clusters
 INSTANCE_ID: Final = re.compile(r"\b[0-9a-f]{8}-\d+-\d+\.[0-9a-f]{8}-\d+-\d+\b")  # as control/ and node.py make it
+
+Asked = TypeVar("Asked", bound=Instance | Wish)
 
 
 def local_path(model: str) -> str:
@@ -45,8 +47,18 @@ def _exists(path: str, model: str) -> bool:
         raise CliError(f"{model} can't be looked at ({error.strerror}): check the path.") from None
 
 
-def instances_of(instances: Sequence[Instance], model: str) -> list[Instance]:
-    """Those that serve the model."""
+def asked_for(state: ClusterState) -> list[Instance | Wish]:
+    """What can be stopped: the instances, and the wishes that wait for a place."""
+    served = {each.wish_id for each in state.instances}
+    return [*state.instances, *(each for each in state.wishes if each.wish_id not in served)]
+
+
+def id_of(asked: Instance | Wish) -> str:
+    return asked.instance_id if isinstance(asked, Instance) else asked.wish_id
+
+
+def instances_of(instances: Sequence[Asked], model: str) -> list[Asked]:
+    """Those that serve the model, or will."""
     return [each for each in instances if each.card.model_id.casefold() == model.casefold()]
 
 
@@ -72,9 +84,9 @@ def with_short_ids(text: str) -> str:
     return INSTANCE_ID.sub(lambda found: _digest(found[0])[:SHORT_LEAST], text)
 
 
-def named_instance(instances: Sequence[Instance], name: str) -> Instance:
+def named_instance(instances: Sequence[Asked], name: str) -> Asked:
     """The one that is meant. Raises `CliError` unless that is one."""
-    exactly = [each for each in instances if each.instance_id == name]
+    exactly = [each for each in instances if id_of(each) == name]
     found = exactly or instances_of(instances, name) or _beginning(instances, name)
     if len(found) == 1:
         return found[0]
@@ -85,14 +97,12 @@ def named_instance(instances: Sequence[Instance], name: str) -> Instance:
     raise CliError(f"There is no instance '{name}'; there are: {listed(instances)}.")
 
 
-def _beginning(instances: Sequence[Instance], name: str) -> list[Instance]:
+def _beginning(instances: Sequence[Asked], name: str) -> list[Asked]:
     return [
-        each
-        for each in instances
-        if len(name) >= BEGINNING_LEAST and _digest(each.instance_id).startswith(name.lower())
+        each for each in instances if len(name) >= BEGINNING_LEAST and _digest(id_of(each)).startswith(name.lower())
     ]
 
 
-def listed(instances: Sequence[Instance]) -> str:
-    short = short_ids([each.instance_id for each in instances])
-    return ", ".join(f"{short[each.instance_id]} ({each.card.model_id})" for each in instances)
+def listed(instances: Sequence[Instance | Wish]) -> str:
+    short = short_ids([id_of(each) for each in instances])
+    return ", ".join(f"{short[id_of(each)]} ({each.card.model_id})" for each in instances)

@@ -5,9 +5,9 @@ from typing import Any
 
 from covey.cli.console import harmless, size
 from covey.cli.listing import Listing
-from covey.cli.naming import short_ids, with_short_ids
-from covey.control.routing import instance_status
-from covey.schema.cluster import ClusterState, Instance, Member, Visibility
+from covey.cli.naming import asked_for, id_of, short_ids, with_short_ids
+from covey.control.routing import instance_status, wish_status
+from covey.schema.cluster import ClusterState, Instance, Member, Visibility, Wish
 
 Row = dict[str, Any]
 
@@ -18,20 +18,27 @@ def node_names(state: ClusterState) -> dict[str, str]:
 
 
 def instance_rows(state: ClusterState) -> list[Row]:
-    names = node_names(state)
+    """Also of wishes that wait for a place: these have no nodes, and their own id."""
     asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
+    names = node_names(state)
     return [
         {
-            "instance_id": instance.instance_id,
-            "model_id": instance.card.model_id,
-            "status": instance_status(state, instance).text,
-            "context_length": instance.context_length,
-            "slots": instance.slot_count,
-            "nodes_asked_for": asked.get(instance.wish_id, 1),
-            "nodes": stage_rows(instance, names),
+            "instance_id": id_of(each),
+            "model_id": each.card.model_id,
+            "status": _status(state, each),
+            "context_length": each.context_length,
+            "slots": each.slot_count,
+            "nodes_asked_for": asked.get(each.wish_id, 1),
+            "nodes": stage_rows(each, names) if isinstance(each, Instance) else [],
         }
-        for instance in state.instances
+        for each in asked_for(state)
     ]
+
+
+def _status(state: ClusterState, asked: Instance | Wish) -> str:
+    if isinstance(asked, Instance):
+        return instance_status(state, asked).text
+    return f"waiting: {wish_status(state, asked)}"
 
 
 def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
@@ -53,8 +60,8 @@ def instances_table(rows: Sequence[Row]) -> Listing:
     drawn: list[tuple[str, ...]] = []
     for row in rows:
         head = (short[row["instance_id"]], row["model_id"], _status_cell(row), str(row["context_length"]))
-        for node in row["nodes"]:
-            drawn.append((*head, *_layers_cells(node)))
+        for cells in [_layers_cells(node) for node in row["nodes"]] or [("", "", "")]:
+            drawn.append((*head, *cells))
             head = ("",) * len(head)
     return Listing(
         titles=("instance", "model", "status", "context", "node", "layers", "memory"),
@@ -67,7 +74,7 @@ def instances_table(rows: Sequence[Row]) -> Listing:
 def _status_cell(row: Row) -> str:
     """Also that it is placed on fewer nodes than somebody asked for, since no more are left."""
     count, asked = len(row["nodes"]), row["nodes_asked_for"]
-    return row["status"] if count >= asked else f"{row['status']} (on {count} of {asked} nodes asked for)"
+    return row["status"] if count >= asked or not count else f"{row['status']} (on {count} of {asked} nodes asked for)"
 
 
 def layers_table(rows: Sequence[Row]) -> Listing:

@@ -222,11 +222,13 @@ class Cluster:
 
     def _decide_deletion(self, command: DeleteInstance) -> Decision | Refused:
         """Deletes the wish too, and what else was assigned for it, else the leader would assign it again."""
-        if INSTANCE + command.instance_id not in self.entries:
-            return Refused(f"there is no instance {command.instance_id}: `covey ps` lists those there are.", NOT_FOUND)
-        wish_id = wish_of(command.instance_id)
-        before = tuple(key for key in (WISH + wish_id, INSTANCE + command.instance_id) if key in self.entries)
-        return Decision(self.without_wish(wish_id), Accepted(command.instance_id), before)
+        asked = command.instance_id
+        is_wish = WISH + asked in self.entries  # one that waits for a place has no instance to be named by
+        if not is_wish and INSTANCE + asked not in self.entries:
+            return Refused(f"there is no instance {asked}: `covey ps` lists those there are.", NOT_FOUND)
+        wish_id = asked if is_wish else wish_of(asked)
+        before = tuple(key for key in (WISH + wish_id, INSTANCE + asked) if key in self.entries)
+        return Decision(self.without_wish(wish_id), Accepted(asked), before)
 
     def _decide_addition(self, command: AddKey) -> Decision | Refused:
         """A key that was added before, even if it was revoked since, is not added again."""

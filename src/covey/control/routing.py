@@ -98,7 +98,7 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
         return "assigned."
     nodes = nodes_of(state)
     placement = place(wish.card, nodes, options_of(wish, nodes))
-    return placement.reason if isinstance(placement, Refused) else "waiting for the leader to assign it."
+    return placement.reason if isinstance(placement, Refused) else "the leader is about to assign it."
 
 
 def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:

@@ -215,6 +215,8 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):
+    """End an instance and its wish. `instance_id` may be the wish's own id: it may have no instance now."""
+
     instance_id: InstanceId
 
 
