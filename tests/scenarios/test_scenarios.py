@@ -8,6 +8,8 @@ from random import Random
 import pytest
 
 from covey.control.routing import instance_status
+from covey.schema.cluster import Claim, CommandRequest, DeleteInstance, Entry, Heartbeat, IntentUpdate, Version
+from covey.schema.ids import InstanceId
 from simulation.faults import Faults
 from simulation.host import Host
 from simulation.people import HUGE, LARGE, SMALL
@@ -16,6 +18,7 @@ from simulation.world import World
 
 FOLDER = Path(__file__).resolve().parent
 GIGABYTE = 10**9
+FLOOD = 1000
 
 
 class Story:
@@ -384,6 +387,57 @@ def other_programs_take_the_memory(story: Story) -> None:
     story.status(ada, bea)
 
 
+def clocks_that_disagree(story: Story) -> None:
+    """Nothing but the number of a node's start comes from its clock, and that is compared with its own ones only."""
+    ada, bea, cleo = story.hosts("ada", "bea", "cleo")
+    ada.boot, bea.boot, cleo.boot = 1_795_000_000, 1_795_000_600, 0
+    story.say("ada's clock is right, bea's is ten minutes ahead, cleo has none: its starts are 1, 2, 3")
+    for host in (ada, bea, cleo):
+        host.start()
+    story.go_on(3_000)
+    place_over(story, ada, 3)
+    story.status(cleo)
+    story.say("cleo and bea start anew; bea's clock was set right, so its starts are counted on")
+    for host in (cleo, bea):
+        host.crash()
+        host.start()
+    story.go_on(30_000)
+    story.status(ada, bea, cleo)
+
+
+def a_member_floods(story: Story) -> None:
+    """It has the code, so it is heard; what it says is odd, and much."""
+    ada, bea, cleo = story.hosts("ada", "bea", "cleo")
+    for host in (ada, bea, cleo):
+        host.start()
+    story.go_on(3_000)
+    place_over(story, ada, 2)
+    leader = story.leader()
+    flooder = next(host for host in (cleo, bea, ada) if host is not leader)
+    told = len(story.lines)
+    far = 2**63
+    for number in range(FLOOD):
+        command = DeleteInstance(InstanceId(f"flood-{number}"))
+        story.world.send(flooder, leader.node_id, CommandRequest(f"flood-{number}", flooder.node_id, command))
+        entry = Entry(None, Version(far + number, flooder.node_id))
+        story.world.publish(flooder, IntentUpdate(flooder.node_id, {f"wish/flood-{number}": entry}))
+        story.world.publish(flooder, beat(flooder, number, Claim(far + number, flooder.node_id)))
+    story.go_on(1_000)
+    answered = sum("> to" in line and "answer to flood" in line for line in story.lines)
+    del story.lines[told:]
+    story.say(f"{flooder.name} sends {FLOOD} commands, changes and claims to lead with counters of the far future")
+    story.say(f"{answered} are answered; {story.leader().name} leads; another's command is answered as ever")
+    story.world.people.place(next(host for host in (ada, bea, cleo) if host not in (leader, flooder)), SMALL)
+    story.go_on(5_000)
+    story.status(ada, bea, cleo)
+    assert all(host.machine and host.machine.cluster.counter < far for host in (ada, bea, cleo))
+
+
+def beat(host: Host, number: int, claim: Claim) -> Heartbeat:
+    assert host.machine
+    return Heartbeat(host.node_id, host.boot, 1000 + number, (), claim, "", life=f"{host.name} {host.boot}")
+
+
 STORIES: tuple[Callable[[Story], None], ...] = (
     three_nodes_start_at_once,
     the_leader_dies,
@@ -404,6 +458,8 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     the_power_is_cut,
     the_power_is_cut_and_one_node_does_not_come_back,
     a_disk_is_full,
+    clocks_that_disagree,
+    a_member_floods,
 )
 
 
