@@ -343,6 +343,15 @@ def test_a_name_of_a_hub_is_not_taken_for_a_path(
     assert f"There is no model '{tmp_path}/anna/Tiny-GGUF'" in invoke(node, "place", "anna/Tiny-GGUF").stderr
 
 
+def test_the_home_of_nobody_is_a_path_like_others(
+    node: ServedNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(node, "run", "~nobody-of-that-name/x.gguf", "Hi")
+    assert done.exit_code == 1
+    assert "~nobody-of-that-name/x.gguf" in done.stderr
+
+
 def test_a_path_that_cant_be_looked_at_is_told_of(
     node: ServedNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,7 @@ async def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     for name, status, message in [
         ("no-such-model", 404, "SmolLM2-135M-Instruct"),
         (str(tmp_path / "missing.gguf"), 404, "there is no file"),
+        ("~nobody-of-that-name/x.gguf", 404, "there is no file"),
         (str(tmp_path / "text.gguf"), 400, "^[^:]*text.gguf is no model that can be run: this is not a GGUF file"),
         (str(tmp_path / "folder.gguf"), 400, "it is not a regular file"),
         ("hf:only-owner", 404, "hf:OWNER/REPO/FILE"),

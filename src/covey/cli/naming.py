@@ -26,7 +26,7 @@ def local_path(model: str) -> str:
     is_path = model.endswith(".gguf") or "/" in model
     if model.startswith(HUB_PREFIX) or mistaken.is_address(model) or not is_path:
         return model
-    return os.path.normpath(Path(model).expanduser().absolute())
+    return os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111 - those of pathlib raise for unknown users
 
 
 def model_to_place(model: str, url: str) -> str:

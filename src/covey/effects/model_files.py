@@ -5,6 +5,7 @@ here runs at the start of a node, so that one without a network starts as fast a
 """
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -195,7 +196,7 @@ def _expect_runnable(header: GgufHeader) -> None:
 
 
 def _card_of_file(name: str) -> ModelCard:
-    path = Path(name).expanduser().absolute()
+    path = Path(os.path.expanduser(name)).absolute()  # noqa: PTH111 - that of pathlib raises for unknown users
     try:
         header = read_header(path)
         _expect_runnable(header)
