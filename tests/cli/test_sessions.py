@@ -305,6 +305,15 @@ def test_a_wait_follows_what_is_assigned_anew(node: ServedNode) -> None:
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
 
 
+def test_a_wish_that_waits_for_a_place_is_not_made_a_second_time(node: ServedNode) -> None:
+    ready = as_wished(node.backend.current, "wish-1.a-1-1")
+    node.backend.current = msgspec.structs.replace(ready, instances=())
+    later(node, ready)
+    done = invoke(node, "run", "tiny-chat", "Hi")
+    assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
+    assert node.backend.commands == []
+
+
 def test_a_wait_ends_when_the_wish_does(node: ServedNode) -> None:
     node.backend.current = as_wished(LOADING, "wish-1.a-1-1")
     later(node, EMPTY)

@@ -59,7 +59,11 @@ def id_of(asked: Instance | Wish) -> str:
 
 def instances_of(instances: Sequence[Asked], model: str) -> list[Asked]:
     """Those that serve the model, or will."""
-    return [each for each in instances if each.card.model_id.casefold() == model.casefold()]
+    return [each for each in instances if is_of(each, model)]
+
+
+def is_of(asked: Instance | Wish, model: str) -> bool:
+    return asked.card.model_id.casefold() == model.casefold()
 
 
 def short_ids(ids: Sequence[str]) -> dict[str, str]:

@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
-from covey.cli.naming import instances_of, short_ids
+from covey.cli.naming import asked_for, instances_of, is_of, short_ids
 from covey.control.cluster import wish_of
 from covey.control.routing import instance_status, wish_status
-from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase
+from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, Wish
 from covey.schema.ids import InstanceId
 
 ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
@@ -49,6 +49,9 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
     """An instance of the model that answers; placed if there is none. Raises `CliError`."""
     wanted, state = wanted or Wanted(), node.cluster()
     there = _placed(state, model, wanted)
+    waiting = next((each for each in asked_for(state) if isinstance(each, Wish) and is_of(each, model)), None)
+    if there is None and waiting and wanted == Wanted():
+        return Ready(wait_ready(node, waiting.wish_id), is_new=False)
     if there is None:
         return make_ready(node, model, wanted)
     if not wanted.is_met_by(there):
@@ -57,13 +60,13 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
             f"{there.card.model_id} is placed already, but otherwise than asked for: on {_counted(there)}. "
             f"`covey stop {short_id}` ends that; `covey place --another` makes a second one beside it."
         )
-    return Ready(wait_ready(node, there.instance_id), is_new=False)
+    return Ready(wait_ready(node, wish_of(there.instance_id)), is_new=False)
 
 
 def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
     """A new instance, also where there is one. Raises `CliError`."""
     answer = node.place(model, **(wanted or Wanted()).body())
-    instance = wait_ready(node, str(answer["instance_id"]))
+    instance = wait_ready(node, wish_of(InstanceId(answer["instance_id"])))
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
 
 
@@ -99,7 +102,7 @@ def shorter_context(instance: Instance) -> str:
     return f"Its context is {instance.context_length} of the model's {most} tokens: `covey place --context N` chooses."
 
 
-def wait_ready(node: NodeClient, instance_id: str) -> Instance:
+def wait_ready(node: NodeClient, wish_id: str) -> Instance:
     """Follows the wish of an instance until one answers: what its nodes can't hold is placed again under another id.
 
     Raises `CliError` if it fails, is removed, or finds no place.
@@ -108,7 +111,7 @@ def wait_ready(node: NodeClient, instance_id: str) -> Instance:
     columns = (TextColumn(bar), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("waiting", total=1, text="")
-        wish_id, seen_s, was_there = wish_of(InstanceId(instance_id)), time.monotonic(), False
+        seen_s, was_there = time.monotonic(), False
         for state in node.changes():
             instance = _instance_of(state, wish_id)
             if instance is None:
@@ -121,7 +124,7 @@ def wait_ready(node: NodeClient, instance_id: str) -> Instance:
             if status.phase is InstancePhase.FAILED:
                 raise CliError(status.explanation)
             _show(progress, task, state, instance)
-    raise CliError(f"The node at {node.url} ended while {instance_id} was being made ready.")
+    raise CliError(f"The node at {node.url} ended while the model was being made ready.")
 
 
 def _instance_of(state: ClusterState, wish_id: str) -> Instance | None:
