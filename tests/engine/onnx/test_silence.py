@@ -22,10 +22,12 @@ onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecution
 
 
 def left_behind(first: str, home: Path) -> list[Path]:
-    """What a process that opens a session leaves in its user's folder."""
+    """What a process that opens a session leaves in its user's folder.
+
+    It gets no other variables of ours: the library is silent where one, like `CI`, says that it is built or tested.
+    """
     home.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_"))}
-    environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     program = [sys.executable, "-c", SESSION.format(first=first)]
     subprocess.run(program, env=environment, check=True, timeout=60)
     return [path for path in home.rglob("*") if path.is_file()]
