@@ -3,6 +3,7 @@
 What only some commands need is imported where they run, so that the others start fast.
 """
 
+import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from covey.cli import chat, keys, tables
+from covey.cli import chat, keys, service, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
-from covey.cli.options import Json, Url, explained, print_json
+from covey.cli.options import Json, Url, explained, print_json, refuse_contradictions
 from covey.schema.cluster import ClusterState
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys.app, name="keys")
+app.add_typer(service.app, name="service")
 
 
 join_code_app = typer.Typer(help="Show or change the code by which devices join.")
@@ -78,10 +80,9 @@ def up(
     from covey.cli.log import Log  # noqa: PLC0415
     from covey.node import NodeOptions, run_node  # noqa: PLC0415
 
-    if no_auth and require_key:
-        raise typer.BadParameter("--no-auth and --require-key exclude each other.")
-    if anyone_joins and join is not None:
-        raise typer.BadParameter("--open and --join exclude each other: an open cluster has no join code.")
+    refuse_contradictions(
+        {"no_auth": no_auth, "require_key": require_key, "anyone_joins": anyone_joins, "join": join}
+    )
     if not anyone_joins:
         joining.take_code(join)
     options = NodeOptions(
@@ -101,6 +102,9 @@ def up(
     )
     log = Log(partial(joining.how_to_join, is_open=anyone_joins), is_quiet=quiet)
     raise typer.Exit(run_node(options, log.announce, log.tell))
+
+
+service.offer_install(up)
 
 
 @app.callback(invoke_without_command=True)
@@ -311,6 +315,31 @@ def demo(
         if once:
             raise
         err.print("All nodes have ended.", style="dim")
+
+
+@app.command()
+@explained
+def launcher(
+    output: Annotated[Path, typer.Option(help="The folder in which Covey.app is made, or renewed.")] = Path(),
+) -> None:
+    """Make Covey.app for macOS, which asks for the local network where a plain program is kept out without a word."""
+    from covey.desktop import bundle  # noqa: PLC0415 (the other commands start faster so)
+
+    command = [sys.executable, "-P", "-m", "covey.cli"]
+    try:
+        made = bundle.write_bundle(output.expanduser().absolute(), command, metadata.version("covey"))
+    except bundle.BundleError as error:
+        raise CliError(f"{error}.") from None
+    out.print(f"{made} is made.", soft_wrap=True, markup=False)
+    if sys.platform != "darwin":
+        out.print("It is for macOS, and of no use on this machine.", soft_wrap=True)
+    err.print(
+        f"On a Mac: open {made.name} in the Finder, or start {made.name}/{bundle.PROGRAM_FILE} with any options. macOS "
+        "asks once whether Covey may find devices on the local network.",
+        style="dim",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 @join_code_app.callback(invoke_without_command=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Annotated, Any, Final, ParamSpec
 
@@ -39,6 +39,14 @@ def explained(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             raise typer.Exit(FAILURE_EXIT) from None
 
     return run
+
+
+def refuse_contradictions(given: Mapping[str, Any]) -> None:
+    """Of the options of `covey up`, by the names of its parameters. Raises `typer.BadParameter`."""
+    if given["no_auth"] and given["require_key"]:
+        raise typer.BadParameter("--no-auth and --require-key exclude each other.")
+    if given["anyone_joins"] and given["join"] is not None:
+        raise typer.BadParameter("--open and --join exclude each other: an open cluster has no join code.")
 
 
 def print_json(value: Any) -> None:

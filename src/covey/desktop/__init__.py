@@ -1,0 +1,1 @@
+"""How a desktop starts a node and keeps it running: service files, who reads them, and the macOS bundle."""
