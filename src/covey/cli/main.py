@@ -80,9 +80,7 @@ def up(
     from covey.cli.log import Log  # noqa: PLC0415
     from covey.node import NodeOptions, run_node  # noqa: PLC0415
 
-    refuse_contradictions(
-        {"no_auth": no_auth, "require_key": require_key, "anyone_joins": anyone_joins, "join": join}
-    )
+    refuse_contradictions({"no_auth": no_auth, "require_key": require_key, "anyone_joins": anyone_joins, "join": join})
     if not anyone_joins:
         joining.take_code(join)
     options = NodeOptions(

@@ -16,7 +16,7 @@ from msgspec import structs
 from covey.cli.client import CliError
 from covey.cli.console import err, out
 from covey.cli.options import Json, explained, print_json, refuse_contradictions
-from covey.desktop.managing import Manager, manager
+from covey.desktop.managers import Manager, manager
 from covey.desktop.service import ServiceError, ServiceStatus, node_service
 from covey.effects import paths
 
@@ -129,8 +129,11 @@ def written(known: inspect.Signature, given: Mapping[str, Any]) -> list[str]:
 
 
 def _flag(parameter: inspect.Parameter) -> str:
-    """As Typer makes it: from the option's declaration, else from the name."""
-    declared = [each for info in get_args(parameter.annotation)[1:] for each in info.param_decls or ()]
+    """As Typer makes it: from the option's declaration, else from the name. In an annotation the first word of a
+    declaration stands where a default would.
+    """
+    words = [word for info in get_args(parameter.annotation)[1:] for word in (info.default, *(info.param_decls or ()))]
+    declared = [word for word in words if isinstance(word, str) and word.startswith("--")]
     return declared[0] if declared else f"--{parameter.name.replace('_', '-')}"
 
 

@@ -32,12 +32,12 @@ class Launchd:
         return is_new
 
     def _start(self) -> None:
-        for _ in range(TRIES):
-            done = ask(["launchctl", "bootstrap", self._domain, str(self.file)])
-            if not done.returncode:
+        command = ["launchctl", "bootstrap", self._domain, str(self.file)]
+        for _ in range(TRIES - 1):
+            if not ask(command).returncode:
                 return
             time.sleep(TRY_S)
-        raise ServiceError(f"`launchctl bootstrap {self._domain} {self.file}` failed: {said(done)}.")
+        demand(command)
 
     def uninstall(self) -> bool:
         self._answers()

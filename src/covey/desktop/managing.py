@@ -1,42 +1,17 @@
-"""Asks the service manager of the system, as its own commands do. Nothing is changed but this one service."""
+"""The commands of the system's service manager, and the file that it reads."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from covey.desktop.service import Service, ServiceError, ServiceStatus
+from covey.desktop.service import ServiceError
 
 ANSWER_S_MAX: Final = 120.0  # a node that is stopped may take its time
 ELSE: Final = (
     "In a container, let its runtime start `covey up` and restart it (docker: --restart unless-stopped); elsewhere, "
     "whatever keeps programs running there."
 )
-
-
-class Manager(Protocol):
-    """All raise `ServiceError`."""
-
-    def install(self, service: Service) -> bool:
-        """Writes the file, and starts the service anew with it. True if it was not there."""
-        ...
-
-    def uninstall(self) -> bool:
-        """Stops the service and removes its file. False if there was none."""
-        ...
-
-    def status(self) -> ServiceStatus: ...
-
-
-def manager(environment: dict[str, str] | None = None) -> Manager:
-    """The one of this system."""
-    from covey.desktop.launchd import Launchd  # noqa: PLC0415 (only one of the two is wanted)
-    from covey.desktop.systemd import Systemd  # noqa: PLC0415
-
-    known = dict(os.environ) if environment is None else environment
-    return Launchd() if sys.platform == "darwin" else Systemd(known)
 
 
 def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from typing import Final
 
 from covey.desktop.managing import ELSE, ask, demand, remove_file, said, write_file
 from covey.desktop.service import Service, ServiceError, ServiceStatus
-from covey.desktop.systemd_unit import UNIT_NAME, unit
+from covey.desktop.systemd_unit import UNIT_NAME, can_start, unit
 
 SYSTEMCTL: Final = ("systemctl", "--user")
 LOG_COMMAND: Final = f"journalctl --user -u {UNIT_NAME} -e"
@@ -21,6 +21,11 @@ class Systemd:
 
     def install(self, service: Service) -> bool:
         text = unit(service, self._version())
+        if not can_start(service.command[0]):
+            raise ServiceError(
+                f"systemd starts no program in a folder with quotes in its name: {service.command[0]}. Install Covey "
+                "in another one."
+            )
         is_new = write_file(self.file, text.encode(errors="surrogateescape"))
         demand([*SYSTEMCTL, "daemon-reload"])
         demand([*SYSTEMCTL, "enable", UNIT_NAME])

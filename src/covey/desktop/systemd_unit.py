@@ -16,6 +16,7 @@ WAIT_STEPS: Final = 5
 ONLY_WAIT_S: Final = 5  # for versions before
 FIRST_PRINTABLE: Final = 0x20
 DELETE: Final = 0x7F
+REFUSED: Final = frozenset("\"'\\")  # in the path of a program, and so are control characters
 
 
 def unit(service: Service, version: int) -> str:
@@ -51,6 +52,11 @@ def unit(service: Service, version: int) -> str:
 def quoted(text: str) -> str:
     """As one word of a value, whatever it holds."""
     return '"' + "".join(_escaped(character) for character in text).replace("%", "%%") + '"'
+
+
+def can_start(program: str) -> bool:
+    """Whether systemd takes a program of this path, however it is quoted."""
+    return not REFUSED & set(program) and all(_escaped(character) == character for character in program)
 
 
 def _escaped(character: str) -> str:
