@@ -97,11 +97,11 @@ class _Failed(Struct):
 
 
 class NodeClient:
-    """The node at `url`. Use it as a context manager."""
+    """The node at `url`, which may take so long for an answer. Use it as a context manager."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, answer_s_max: float = ANSWER_SECONDS_MAX) -> None:
         self.url = address(url)
-        timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX)
+        timeout = httpx2.Timeout(answer_s_max, connect=CONNECT_SECONDS_MAX)
         with self._explained():
             self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=_credentials())
 

@@ -7,7 +7,6 @@ and rate, and nothing of it is shown that is not a number or a hex digit. Runs i
 import select
 import socket
 import string
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from covey.effects import multicast
 from covey.schema.mesh import (
     BEACON_BYTES_MAX,
     BEACON_MAGIC,
@@ -82,7 +82,7 @@ class _Link:
         self.number, self.interface, self.address = number, interface, address
         self.lost_count = 0  # own beacons since one came back
         self.is_blocked = False
-        self.socket = _sender(interface, address)
+        self.socket = multicast.sender(interface, address)
 
     def send(self, data: bytes) -> str:
         """Empty, or why it can't be sent."""
@@ -215,24 +215,6 @@ class Beacons(threading.Thread):
 # ---- sockets ----
 
 
-def _sender(interface: str, address: str) -> socket.socket:
-    """Sends from `address` through `interface`, to this machine too. Raises `OSError`."""
-    if ":" in address:
-        index = socket.if_nametoindex(interface)
-        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
-        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
-        sender.bind((address, 0, 0, index))
-    else:
-        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1)
-        sender.bind((address, 0))
-    sender.settimeout(0)
-    return sender
-
-
 def _receivers(links: Sequence[_Link]) -> list[socket.socket]:
     """One for each family, a member of the group on the interfaces of all links."""
     families = {
@@ -243,30 +225,11 @@ def _receivers(links: Sequence[_Link]) -> list[socket.socket]:
 
 
 def _receiver(family: socket.AddressFamily, links: Sequence[_Link]) -> socket.socket:
-    receiver = socket.socket(family, socket.SOCK_DGRAM)
-    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sys.platform == "darwin":  # where several nodes of one machine share the port only so
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    if family == socket.AF_INET6:
-        receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    receiver.bind((GROUP_4 if family == socket.AF_INET else "", PORT))
+    group = GROUP_4 if family == socket.AF_INET else GROUP_6
+    receiver = multicast.receiver(group, PORT)
     for link in links:
-        _join(receiver, link)
+        try:
+            multicast.join(receiver, group, link.interface, link.address)
+        except OSError:  # a membership that is there already, or can't be had, shows by what does not come back
+            link.lost_count = OWN_LOST_MAX
     return receiver
-
-
-def _join(receiver: socket.socket, link: _Link) -> None:
-    """A membership that is there already, or can't be had, shows by what does not come back."""
-    try:
-        if ":" in link.address:
-            member = socket.inet_pton(socket.AF_INET6, GROUP_6) + _index(link.interface)
-            receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, member)
-        else:
-            member = socket.inet_aton(GROUP_4) + socket.inet_aton(link.address)
-            receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
-    except OSError:
-        link.lost_count = OWN_LOST_MAX
-
-
-def _index(interface: str) -> bytes:
-    return socket.if_nametoindex(interface).to_bytes(4, sys.byteorder)

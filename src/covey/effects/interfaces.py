@@ -56,6 +56,24 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_near(address: str) -> bool:
+    """Whether it is of this machine, of a private network, or of one that this machine is in."""
+    return is_loopback(address) or _is_in(address, (*PRIVATE, LINK_LOCAL_6, *_own_networks()))
+
+
+def _own_networks() -> list[IPv4Network | IPv6Network]:
+    own = [each for addresses in psutil.net_if_addrs().values() for each in addresses if each.netmask]
+    return [
+        ipaddress.ip_network(f"{each.address.partition('%')[0]}/{_length(str(each.netmask))}", strict=False)
+        for each in own
+        if each.family in {socket.AF_INET, socket.AF_INET6}
+    ]
+
+
+def _length(netmask: str) -> int:
+    return int(ipaddress.ip_address(netmask)).bit_count()
+
+
 def _is_in(address: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
     parsed = ipaddress.ip_address(address)
     return any(parsed.version == network.version and parsed in network for network in networks)

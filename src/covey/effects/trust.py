@@ -40,15 +40,15 @@ def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Crede
     """What the node `mine` shows in the cluster of `code`. `cluster` tells apart clusters of one code."""
     signer = authority_key(code, cluster)
     cluster_id = cluster_id_of(code, cluster)
-    scouting = derive(code, "scouting", cluster, 4)
+    group, port = scouting_of(code, cluster)
     authority = _authority(signer, cluster_id)
     return Credentials(
         authority=authority.public_bytes(Encoding.PEM),
         certificate=_certificate(mine, authority, signer).public_bytes(Encoding.PEM),
         private_key=mine.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         cluster_id=cluster_id,
-        scouting_group=f"239.255.{scouting[0]}.{scouting[1]}",  # RFC 2365: never leaves the site
-        scouting_port=SCOUTING_PORT_FIRST + int.from_bytes(scouting[2:], "big") % SCOUTING_PORT_COUNT,
+        scouting_group=group,
+        scouting_port=port,
         mesh_key=derive(code, "mesh", cluster, SEED_BYTES),
     )
 
@@ -56,6 +56,18 @@ def make_credentials(code: JoinCode, mine: Identity, cluster: str = "") -> Crede
 def cluster_id_of(code: JoinCode, cluster: str = "") -> str:
     """16 hex digits, safe to show."""
     return derive(code, "cluster id", cluster, CLUSTER_ID_BYTES).hex()
+
+
+def authority_of(code: JoinCode, cluster: str = "") -> bytes:
+    """The certificate by which its members are known, in PEM."""
+    return _authority(authority_key(code, cluster), cluster_id_of(code, cluster)).public_bytes(Encoding.PEM)
+
+
+def scouting_of(code: JoinCode, cluster: str = "") -> tuple[str, int]:
+    """Where its nodes look for one another: a multicast group (RFC 2365: never leaves the site), and a UDP port."""
+    scouting = derive(code, "scouting", cluster, 4)
+    group = f"239.255.{scouting[0]}.{scouting[1]}"
+    return group, SCOUTING_PORT_FIRST + int.from_bytes(scouting[2:], "big") % SCOUTING_PORT_COUNT
 
 
 def authority_key(code: JoinCode, cluster: str = "") -> Ed25519PrivateKey:
