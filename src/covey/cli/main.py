@@ -15,7 +15,7 @@ from covey.cli import chat, keys, service, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
-from covey.cli.options import Json, Url, explained, print_json, refuse_contradictions
+from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
 from covey.schema.cluster import ClusterState
 
 app = typer.Typer(
@@ -313,6 +313,33 @@ def demo(
         if once:
             raise
         err.print("All nodes have ended.", style="dim")
+
+
+@app.command()
+@explained
+def doctor(
+    url: Url = DEFAULT_URL,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="A node that is not found: HOST or HOST:PORT, with its API's port.")
+    ] = None,
+    interface: Annotated[list[str] | None, typer.Option(help="As given to `covey up`.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="As given to `covey up`.")] = None,
+    as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
+) -> None:
+    """Look for what is wrong, with a node or without one, and say what to do. Nothing is changed."""
+    from covey.cli.doctor import looking, showing  # noqa: PLC0415 (the other commands start faster so)
+    from covey.cli.doctor.finding import summary  # noqa: PLC0415
+
+    if err.is_terminal:
+        err.print("Listening for other nodes takes some seconds.", style="dim")
+    asked = looking.Asked(url=url, data_dir=data_dir, peers=tuple(peer or ()), interfaces=tuple(interface or ()))
+    found = looking.findings(asked)
+    if as_json:
+        print_json(showing.report(found))
+    else:
+        out.print(showing.listing(found))
+        out.print(f"\n{summary(found)}", soft_wrap=True, markup=False)
+    raise typer.Exit(FAILURE_EXIT if showing.has_problems(found) else 0)
 
 
 @app.command()

@@ -101,7 +101,10 @@ class _Attempt:
                 self.lost[place] = error.strerror or str(error)
 
     def _read(self, ready: socket.socket) -> None:
-        data, origin = ready.recvfrom(BEACON_BYTES_MAX + 1)
+        try:
+            data, origin = ready.recvfrom(BEACON_BYTES_MAX + 1)
+        except OSError:  # the interface went away; what it means shows by what does not come back
+            return
         number = data.removeprefix(self._mark)
         if data.startswith(self._mark) and number.isdigit() and int(number) < len(self._senders):
             self.lost.pop(list(self._senders)[int(number)], None)

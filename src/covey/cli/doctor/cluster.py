@@ -1,0 +1,83 @@
+"""Judges what a running node says of its cluster."""
+
+from collections.abc import Iterator
+
+from covey.cli.console import harmless
+from covey.cli.doctor.finding import Finding, ok, problem, warning
+from covey.cli.doctor.network import MAC, MAC_ADVICE
+from covey.control.routing import instance_status, wish_status
+from covey.schema.cluster import ClusterState, InstancePhase, Member, NodeReport, Visibility
+
+
+def node(url: str, state: ClusterState | None, failure: str) -> Finding:
+    """`failure`: what else is there, or why it does not answer; empty with no `state` where nobody is."""
+    if state is not None:
+        name = next((each.name for each in _reports(state) if each.node_id == state.node_id), "A node")
+        visible = sum(each.visibility is Visibility.VISIBLE for each in state.members)
+        return ok("node", f"{harmless(name)} answers at {url} and sees {visible} of {len(state.members)} nodes.")
+    if failure:
+        return problem("node", failure, "End what is there, or name another node with --url.")
+    return ok("node", f"None runs at {url}; this is what one would find.")
+
+
+def cluster(state: ClusterState, own_version: str, platform: str) -> list[Finding]:
+    found = [*_notices(state, platform), *_away(state), *_versions(state, own_version), *_models(state)]
+    return found or [ok("cluster", "The node has nothing to complain of.")]
+
+
+def starts(state: ClusterState) -> list[tuple[str, int]]:
+    """Name of each node that is here, and when it started by its own clock: a boot counts seconds of the calendar."""
+    return [(harmless(report.name), report.boot) for report in _reports(state)]
+
+
+def _notices(state: ClusterState, platform: str) -> Iterator[Finding]:
+    for sentence in state.notices:
+        is_kept_out = platform == MAC and "multicast does not work" in sentence
+        yield warning("network", _whole(sentence), MAC_ADVICE if is_kept_out else NOTICE_ADVICE)
+    for report in _reports(state):
+        for sentence in report.notices:
+            advice = f"See to it on {harmless(report.name)}: `covey doctor` there says more."
+            yield warning("node", f"{harmless(report.name)} says: {_whole(sentence)}", advice)
+
+
+NOTICE_ADVICE = "docs/network.md says what each sentence of the network means."
+
+
+def _away(state: ClusterState) -> Iterator[Finding]:
+    for member in state.members:
+        if member.visibility is Visibility.AWAY:
+            seen = f"{_name(member)} has not been heard for {member.heard_ms_ago // 1000} s."
+            yield warning("nodes", seen, "Look whether it is on, awake, and in this network.")
+
+
+def _versions(state: ClusterState, own_version: str) -> Iterator[Finding]:
+    for report in _reports(state):
+        if report.version != own_version:
+            seen = f"{harmless(report.name)} runs Covey {harmless(report.version)}, and this is {own_version}."
+            yield warning("versions", seen, "Install the same version on all devices, and start their nodes anew.")
+
+
+def _models(state: ClusterState) -> Iterator[Finding]:
+    for instance in state.instances:
+        status = instance_status(state, instance)
+        if status.phase is InstancePhase.FAILED:
+            advice = "`covey stop` removes it, and `covey place` tries again."
+            yield problem("models", f"{instance.card.model_id}: {_whole(status.explanation)}", advice)
+    served = {instance.wish_id for instance in state.instances}
+    for wish in state.wishes:
+        if wish.wish_id not in served:
+            seen = f"{wish.card.model_id} waits for a place: {_whole(wish_status(state, wish))}"
+            yield warning("models", seen, "Let more devices take part, free memory, or `covey stop` another model.")
+
+
+def _reports(state: ClusterState) -> list[NodeReport]:
+    return [each.report for each in state.members if each.report and each.visibility is Visibility.VISIBLE]
+
+
+def _name(member: Member) -> str:
+    return harmless(member.report.name) if member.report else member.node_id[:8]
+
+
+def _whole(sentence: str) -> str:
+    clean = harmless(sentence).strip()
+    return clean if clean.endswith((".", "?", "!")) else f"{clean}."
