@@ -27,6 +27,7 @@ class Folder(Struct, frozen=True, kw_only=True):
     is_writable: bool
     owner: int  # user id
     mode: int  # permission bits
+    device: int  # equal for folders on one disk
     bytes_free: int
     files_free: int | None  # None where the file system sets no limit
 
@@ -43,6 +44,7 @@ def folder(wanted: Path) -> Folder:
         is_writable=os.access(path, os.W_OK | os.X_OK) and not disk.f_flag & os.ST_RDONLY,
         owner=status.st_uid,
         mode=status.st_mode & 0o777,
+        device=status.st_dev,
         bytes_free=disk.f_bavail * disk.f_frsize,
         files_free=disk.f_favail if disk.f_files else None,
     )

@@ -1,12 +1,17 @@
 """Judges what a running node says of its cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+from typing import Final
 
 from covey.cli.console import harmless
 from covey.cli.doctor.finding import Finding, ok, problem, warning
 from covey.cli.doctor.network import MAC, MAC_ADVICE
 from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, InstancePhase, Member, NodeReport, Visibility
+
+
+NOTICE_ADVICE: Final = "docs/network.md says what each sentence of the network means."
 
 
 def node(url: str, state: ClusterState | None, failure: str) -> Finding:
@@ -20,27 +25,27 @@ def node(url: str, state: ClusterState | None, failure: str) -> Finding:
     return ok("node", f"None runs at {url}; this is what one would find.")
 
 
-def cluster(state: ClusterState, own_version: str, platform: str) -> list[Finding]:
-    found = [*_notices(state, platform), *_away(state), *_versions(state, own_version), *_models(state)]
+def cluster(state: ClusterState, own_version: str, platform: str, heard: Collection[str]) -> list[Finding]:
+    """`heard`: the names of clusters that are told of already."""
+    found = [*_notices(state, platform, heard), *_away(state), *_versions(state, own_version), *_models(state)]
     return found or [ok("cluster", "The node has nothing to complain of.")]
 
 
 def starts(state: ClusterState) -> list[tuple[str, int]]:
-    """Name of each node that is here, and when it started by its own clock: a boot counts seconds of the calendar."""
-    return [(harmless(report.name), report.boot) for report in _reports(state)]
+    """Name of each other node that is here, and when it started by its clock: a boot counts seconds of the calendar."""
+    return [(harmless(report.name), report.boot) for report in _reports(state) if report.node_id != state.node_id]
 
 
-def _notices(state: ClusterState, platform: str) -> Iterator[Finding]:
+def _notices(state: ClusterState, platform: str, heard: Collection[str]) -> Iterator[Finding]:
     for sentence in state.notices:
+        if any(name in sentence for name in heard):
+            continue
         is_kept_out = platform == MAC and "multicast does not work" in sentence
         yield warning("network", _whole(sentence), MAC_ADVICE if is_kept_out else NOTICE_ADVICE)
     for report in _reports(state):
         for sentence in report.notices:
             advice = f"See to it on {harmless(report.name)}: `covey doctor` there says more."
-            yield warning("node", f"{harmless(report.name)} says: {_whole(sentence)}", advice)
-
-
-NOTICE_ADVICE = "docs/network.md says what each sentence of the network means."
+            yield warning("node", f"{harmless(report.name)} says: {harmless(sentence)}.", advice)
 
 
 def _away(state: ClusterState) -> Iterator[Finding]:
@@ -66,7 +71,7 @@ def _models(state: ClusterState) -> Iterator[Finding]:
     served = {instance.wish_id for instance in state.instances}
     for wish in state.wishes:
         if wish.wish_id not in served:
-            seen = f"{wish.card.model_id} waits for a place: {_whole(wish_status(state, wish))}"
+            seen = f"{wish.card.model_id} waits for a place: {wish_status(state, wish)}."
             yield warning("models", seen, "Let more devices take part, free memory, or `covey stop` another model.")
 
 
@@ -80,4 +85,5 @@ def _name(member: Member) -> str:
 
 def _whole(sentence: str) -> str:
     clean = harmless(sentence).strip()
+    clean = f"{clean[:1].upper()}{clean[1:]}"
     return clean if clean.endswith((".", "?", "!")) else f"{clean}."

@@ -28,6 +28,7 @@ from covey.effects.http_server import ListenError, listen
 from covey.effects.interfaces import Place, is_loopback
 from covey.effects.membership import CLUSTER_VARIABLE
 from covey.effects.multicast_trial import Groups
+from covey.effects.neighbours import cluster_name
 from covey.effects.probe import Probe
 from covey.schema.cluster import ClusterState
 
@@ -50,11 +51,12 @@ def findings(asked: Asked) -> list[Finding]:
     url = address(asked.url)
     state, failure = _ask(url)
     code = _code()
+    network_findings, heard = _network(asked, urlsplit(url).port or DEFAULT_PORT, code)
     return [
         cluster.node(url, state, failure),
         *_ports(url, state),
-        *_network(asked, urlsplit(url).port or DEFAULT_PORT, code),
-        *(cluster.cluster(state, metadata.version("covey"), sys.platform) if state else ()),
+        *network_findings,
+        *(cluster.cluster(state, metadata.version("covey"), sys.platform, heard) if state else ()),
         *_peers(asked.peers, code),
         *_machine(asked, cluster.starts(state) if state else []),
     ]
@@ -90,20 +92,23 @@ def _is_free(host: str, number: int) -> bool:
     return True
 
 
-def _network(asked: Asked, port: int, code: JoinCode | None) -> Iterator[Finding]:
+def _network(asked: Asked, port: int, code: JoinCode | None) -> tuple[list[Finding], set[str]]:
+    """Also the names of the clusters that are heard."""
     places = interfaces.usable(interfaces.all_places(), asked.interfaces)
     abroad = [place for place in places if not is_loopback(place[1]) or set(place) & set(asked.interfaces)]
     groups, name = multicast_trial.beacon_groups(), os.environ.get(CLUSTER_VARIABLE, "")
-    yield network.addresses(places)
     trial = multicast_trial.attempt(abroad, groups, LISTEN_S)
-    yield network.multicast("multicast", trial, groups, sys.platform)
-    if code is not None:
-        yield _scouting(places, code, name)
     own = trust.cluster_id_of(code, name) if code else ""
-    yield network.clusters(trial.heard, own, trust.cluster_id_of(trust.OPEN_CODE, name))
-    yield network.versions(trial.heard)
-    yield network.firewall(surroundings.firewall(), mesh_port(port), groups)
-    yield network.container(is_container=surroundings.is_container())
+    findings = [
+        network.addresses(places),
+        network.multicast("multicast", trial, groups, sys.platform),
+        *([_scouting(places, code, name)] if code else ()),
+        network.clusters(trial.heard, own, trust.cluster_id_of(trust.OPEN_CODE, name)),
+        network.versions(trial.heard),
+        network.firewall(surroundings.firewall(), mesh_port(port), groups),
+        network.container(is_container=surroundings.is_container()),
+    ]
+    return findings, {cluster_name(beacon.cluster) for beacon, _ in trial.heard}
 
 
 def _scouting(places: Sequence[Place], code: JoinCode, name: str) -> Finding:
@@ -124,17 +129,19 @@ def _machine(asked: Asked, starts: Sequence[tuple[str, int]]) -> Iterator[Findin
 
 
 def _folders(data_dir: Path | None) -> Iterator[Finding]:
-    seen: set[tuple[Path, str]] = set()
+    """Folders on one disk share its space, and those that are not there yet the one above."""
+    seen: set[Path | int] = set()
     for what, wanted in (("this node's data", paths.node_folder(data_dir)), ("models", paths.models_folder())):
         try:
             found = surroundings.folder(wanted)
         except OSError as error:
             yield problem("folder", f"{wanted} can't be looked at: {error.strerror or error}.", "Choose another one.")
             continue
-        for finding in (machine.folder(wanted, found, os.getuid()), machine.disk(what, found)):
-            if (found.path, finding.check) not in seen or finding.advice:
-                yield finding
-            seen.add((found.path, finding.check))
+        if found.path not in seen:
+            yield machine.folder(wanted, found, os.getuid())
+        if found.device not in seen:
+            yield machine.disk(what, found)
+        seen |= {found.path, found.device}
 
 
 def _code_file() -> Finding:

@@ -100,7 +100,7 @@ def versions(heard: Sequence[tuple[Beacon, str]]) -> Finding:
 
 def peers(sentences: Mapping[str, str]) -> list[Finding]:
     """`sentences`: for each peer that was named what is wrong with it, or nothing."""
-    advice = "Try from there, too: `covey doctor --peer` with this machine's address."
+    advice = "`covey doctor` on that device shows its side; docs/network.md says what nodes need of a network."
     return [
         problem("peer", f"{sentence[:1].upper()}{sentence[1:]}{'' if sentence.endswith('?') else '.'}", advice)
         if sentence
