@@ -2,36 +2,51 @@
 
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 
 
 def sender(interface: str, address: str) -> socket.socket:
     """Sends from `address` through `interface`, to this machine too. Raises `OSError`."""
+    return _made(socket.AF_INET6 if ":" in address else socket.AF_INET, partial(_set_sender, interface, address))
+
+
+def receiver(group: str, port: int) -> socket.socket:
+    """Listens at the port, beside others of this machine that do; `join` makes it hear. Raises `OSError`."""
+    return _made(socket.AF_INET6 if ":" in group else socket.AF_INET, partial(_set_receiver, group, port))
+
+
+def _made(family: socket.AddressFamily, set_up: Callable[[socket.socket], None]) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        set_up(made)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _set_sender(interface: str, address: str, made: socket.socket) -> None:
     if ":" in address:
         index = socket.if_nametoindex(interface)
-        made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
         made.bind((address, 0, 0, index))
     else:
-        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         made.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
         made.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
         made.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1)
         made.bind((address, 0))
     made.settimeout(0)
-    return made
 
 
-def receiver(group: str, port: int) -> socket.socket:
-    """Listens at the port, beside others of this machine that do; `join` makes it hear. Raises `OSError`."""
-    made = socket.socket(socket.AF_INET6 if ":" in group else socket.AF_INET, socket.SOCK_DGRAM)
+def _set_receiver(group: str, port: int, made: socket.socket) -> None:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if sys.platform == "darwin":  # where several nodes of one machine share the port only so
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if ":" in group:
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     made.bind(("" if ":" in group else group, port))
-    return made
 
 
 def join(hearing: socket.socket, group: str, interface: str, address: str) -> None:

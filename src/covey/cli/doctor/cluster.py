@@ -1,7 +1,6 @@
 """Judges what a running node says of its cluster."""
 
 from collections.abc import Collection, Iterator
-
 from typing import Final
 
 from covey.cli.console import harmless
@@ -9,7 +8,6 @@ from covey.cli.doctor.finding import Finding, ok, problem, warning
 from covey.cli.doctor.network import MAC, MAC_ADVICE
 from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, InstancePhase, Member, NodeReport, Visibility
-
 
 NOTICE_ADVICE: Final = "docs/network.md says what each sentence of the network means."
 

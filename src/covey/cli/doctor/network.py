@@ -52,7 +52,10 @@ def multicast(check: str, trial: Trial, groups: Groups, platform: str) -> Findin
     seen = f"Multicast does not work on {_places(list(trial.lost))}: {why}."
     if platform == MAC:
         return strength(check, f"{seen} This is how macOS keeps programs from the local network.", MAC_ADVICE)
-    advice = f"Allow UDP port {groups.port} in the firewall, or name the other nodes with `covey up --peer ADDRESS`."
+    advice = (
+        f"Let UDP port {groups.port} through the firewall, end a program that holds it alone, or name the other nodes "
+        "with `covey up --peer ADDRESS`."
+    )
     return strength(check, seen, advice)
 
 
