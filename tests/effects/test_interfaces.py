@@ -1,8 +1,12 @@
 """Where the mesh listens."""
 
+import socket
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
-from covey.effects.interfaces import all_places, is_loopback, usable
+from covey.effects.interfaces import all_places, is_loopback, is_near, usable
 
 LO = [("lo", "127.0.0.1"), ("lo", "::1")]
 
@@ -34,3 +38,20 @@ def test_this_machine_has_loopback() -> None:
 @pytest.mark.parametrize(("host", "is_it"), [("127.0.0.5", True), ("localhost", True), ("::1", True), ("ada", False)])
 def test_loopback(host: str, is_it: bool) -> None:  # noqa: FBT001
     assert is_loopback(host) is is_it
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1", True), ("::1", True), ("192.168.3.4", True), ("fd12::1", True), ("fe80::1", True),
+        ("100.70.0.1", True), ("8.8.8.8", False), ("2001:4860:4860::8888", False),
+    ],
+)  # fmt: skip
+def test_who_is_near(address: str, *, expected: bool) -> None:
+    assert is_near(address) is expected
+
+
+def test_the_network_of_a_public_address_of_ours_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SimpleNamespace(family=socket.AF_INET, address="203.0.113.7", netmask="255.255.255.0")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [own]})
+    assert [is_near(address) for address in ("203.0.113.200", "203.0.114.1")] == [True, False]

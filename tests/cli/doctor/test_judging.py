@@ -16,7 +16,7 @@ from covey.schema.mesh import MESH_PROTOCOL, Beacon
 from tests.api.fake_backend import FakeBackend, hardware
 from tests.credentials import CODE
 
-NAMES = ("attic", "anna", "bob")  # as people wrote them
+NAMES = ("attic", "anna", "berta")  # as people wrote them
 NOW_S = 1_795_000_000.0
 GROUPS = Groups("239.255.67.79", "ff12::434f", 19415)
 LAN, WIFI = ("eth0", "10.0.0.2"), ("wlan0", "fd00::2")
