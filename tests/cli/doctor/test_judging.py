@@ -9,6 +9,7 @@ from covey.checkpoints import catalogue
 from covey.cli.doctor import cluster, machine, network
 from covey.cli.doctor.finding import Finding, Level, ok, problem, summary, warning
 from covey.cli.doctor.showing import has_problems, listing, report
+from covey.desktop.service import ServiceStatus
 from covey.effects.multicast_trial import Groups, Trial
 from covey.effects.surroundings import Folder
 from covey.schema.cluster import Visibility
@@ -113,6 +114,24 @@ def test_libraries_and_limits() -> None:
     assert told(machine.accelerator("an NVIDIA GPU", ""))[0] is Level.WARNING
     assert told(machine.accelerator("an NVIDIA GPU", "ImportError: libgomp.so.1"))[0] is Level.PROBLEM
     assert [told(machine.open_files(limit))[0] for limit in (128, 256, 1024)] == list(reversed(Level))
+
+
+def test_the_service() -> None:
+    runs = ServiceStatus(
+        manager="systemd",
+        file="/f",
+        is_installed=True,
+        is_running=True,
+        state="active (running)",
+        log_command="tail /l",
+    )
+    ends = msgspec.structs.replace(runs, is_running=False, state="failed (failed)")
+    assert told(machine.service(runs))[0] is Level.OK
+    assert told(machine.service(ends)) == (
+        Level.WARNING,
+        "The service is installed and does not run: failed (failed).",
+    )
+    assert told(machine.service(msgspec.structs.replace(runs, restarts=9)))[0] is Level.WARNING
 
 
 @pytest.mark.parametrize(

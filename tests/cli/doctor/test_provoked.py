@@ -26,6 +26,7 @@ from covey.effects.trust import cluster_id_of
 from covey.schema.mesh import MESH_PROTOCOL, BeaconSetup
 from tests.cli.served_node import ServedNode
 from tests.credentials import CODE, OTHER_CODE
+from tests.desktop.fake_managers import SYSTEMCTL, place
 
 NO_NODE = "127.0.0.1:53281"
 HERE = ("127.0.0.1",)
@@ -233,6 +234,17 @@ def test_a_disk_that_is_full_or_can_not_be_written(home: Path, options: str, che
     mount = f'mount -t tmpfs -o {options} none "$COVEY_HOME" && exec "$@"'
     status, found = doctor(home, "unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", mount, "sh")
     assert (status, found[check]["level"]) == (1, "problem")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the fake is of Linux's systemctl")
+def test_a_service_that_does_not_run(home: Path, tmp_path: Path) -> None:
+    place(tmp_path / "bin", "systemctl", SYSTEMCTL.replace("{folder}", f"{tmp_path}/bin"))
+    unit = tmp_path / "config" / "systemd" / "user" / "covey.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Service]\n")
+    _, found = doctor(home, PATH=f"{tmp_path}/bin:/usr/bin:/bin", XDG_CONFIG_HOME=str(tmp_path / "config"))
+    assert found["service"]["level"] == "warning"
+    assert "journalctl" in found["service"]["advice"]
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:

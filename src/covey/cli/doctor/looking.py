@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,8 @@ from covey.cli.doctor import cluster, machine, network
 from covey.cli.doctor.finding import Finding, problem, warning
 from covey.control import join_code
 from covey.control.join_code import JoinCode, JoinCodeError
+from covey.desktop.managers import manager
+from covey.desktop.service import ServiceError
 from covey.effects import interfaces, multicast_trial, paths, peer_check, surroundings, trust
 from covey.effects.addresses import is_local
 from covey.effects.beacon import PERIOD_S
@@ -123,9 +126,18 @@ def _machine(asked: Asked, starts: Sequence[tuple[str, int]]) -> Iterator[Findin
     yield machine.clock(time.time(), starts)
     yield from _folders(asked.data_dir)
     yield _code_file()
+    yield from _service()
     yield machine.memory(Probe(paths.models_folder()).hardware(), catalogue.listed())
     yield machine.open_files(surroundings.open_files_max())
     yield machine.accelerator(surroundings.gpu(), surroundings.engine_failure())
+
+
+def _service() -> Iterator[Finding]:
+    """None where no service is installed, or there is nobody who could keep one."""
+    with suppress(ServiceError):
+        found = manager().status()
+        if found.is_installed:
+            yield machine.service(found)
 
 
 def _folders(data_dir: Path | None) -> Iterator[Finding]:

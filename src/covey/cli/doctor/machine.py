@@ -11,6 +11,7 @@ from covey.control import join_code
 from covey.control.join_code import JoinCodeError
 from covey.control.placement.memory import USABLE_PERCENT, Load, shard_bytes, whole_bytes
 from covey.control.placement.place import CONTEXT_LENGTH_LEAST
+from covey.desktop.service import ServiceStatus
 from covey.effects.surroundings import Folder
 from covey.schema.cluster import Hardware
 from covey.schema.model import ModelCard, Shard
@@ -22,6 +23,7 @@ DISK_BYTES_FEW: Final = 2_000_000_000  # for a small model
 FILES_LEAST: Final = 1000
 OPEN_FILES_LEAST: Final = 256
 OPEN_FILES_FEW: Final = 1024
+RESTARTS_MANY: Final = 5  # more than a bad day's
 OTHERS_BITS: Final = 0o077
 SHARED_WRITE_BITS: Final = 0o022
 
@@ -126,6 +128,17 @@ def open_files(limit: int) -> Finding:
     if limit < OPEN_FILES_FEW:
         return warning("open files", seen, advice)
     return ok("open files", "As many may be open as are needed.")
+
+
+def service(found: ServiceStatus) -> Finding:
+    """Of a service that is installed."""
+    if not found.is_running:
+        advice = f"Its log says why: `{found.log_command}`. `covey service install` starts it anew."
+        return warning("service", f"The service is installed and does not run: {found.state}.", advice)
+    if found.restarts is not None and found.restarts >= RESTARTS_MANY:
+        seen = f"The service was started again {found.restarts} times."
+        return warning("service", seen, f"Its log says why: `{found.log_command}`.")
+    return ok("service", f"It runs under {found.manager}.")
 
 
 def accelerator(gpu: str, failure: str) -> Finding:
