@@ -107,6 +107,17 @@ def test_only_the_key_itself_is_known(text: str, entropy: bytes) -> None:
     assert shown.rpartition("_")[2] not in repr(key)
 
 
+def test_who_asks_is_told_by_an_id(owner: FakeBackend) -> None:
+    """Requests of one key count together wherever they come from; a wrong key at the machine is nobody's."""
+    body = {"model": "Tiny-Chat", "messages": [{"role": "user", "content": "hi"}]}
+    wrong = SHOWN[:-1] + ("0" if SHOWN[-1] != "0" else "1")
+    for client, headers in [(ELSEWHERE, {"x-api-key": SHOWN}), (HERE, {"Authorization": f"Bearer {SHOWN}"}),
+                            (HERE, {}), (HERE, {"x-api-key": wrong}), (HERE, {"x-api-key": "sk-any"})]:  # fmt: skip
+        for path in ("/generate", "/v1/chat/completions"):
+            assert visit(owner, client=client).post(path, json=body, headers=headers).is_success
+    assert [each.account for each in owner.requests] == [KEY.key_id] * 4 + [""] * 6
+
+
 # ---- names ----
 
 

@@ -11,7 +11,15 @@ from msgspec import structs
 from covey.api import openai_chat
 from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
-from covey.schema.generation import ChatMessage, FinishReason, GenerationFailed, GenerationFinished, Timings, Usage
+from covey.schema.generation import (
+    ChatMessage,
+    FinishReason,
+    GenerationFailed,
+    GenerationFinished,
+    QueueProgressed,
+    Timings,
+    Usage,
+)
 from covey.schema.ids import InstanceId, ModelId
 from tests.api.fake_backend import ANSWER, CARD, FakeBackend
 
@@ -268,6 +276,20 @@ def test_a_refusal_has_its_status_streamed_or_not(
     assert answer.status_code == status
     assert answer.json()["error"]["message"] == "The prompt has 9000 tokens; the context has 1024."
     assert answer.headers.get("retry-after") == retry_after
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_full_queue_says_when_to_come_back(client: TestClient, backend: FakeBackend, *, stream: bool) -> None:
+    backend.events = [GenerationFailed("Busy.", 429, retry_after_s=17)]
+    answer = client.post("/v1/chat/completions", json={**SMALLEST, "stream": stream})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "17")
+
+
+def test_who_waits_is_told_its_place(client: TestClient, backend: FakeBackend) -> None:
+    backend.events = [ANSWER[0], QueueProgressed(3, 5), QueueProgressed(1, 2), *ANSWER[1:]]
+    for path in ("/v1/chat/completions", "/generate"):
+        lines = client.post(path, json={**SMALLEST, "stream": True} if "chat" in path else SMALLEST).text.splitlines()
+        assert [line for line in lines if line.startswith(": queued")] == [": queued 3 of 5", ": queued 1 of 2"]
 
 
 def test_a_stream_that_breaks_says_so_and_is_done(client: TestClient, backend: FakeBackend) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from covey.engine.contract import Piece
 from covey.engine.plan import PlannedStep, StepOutcome
-from covey.engine.scheduler import PREFILL_CHUNK_TOKENS, QUEUE_MAX, Events, Scheduler, StepOrderError
+from covey.engine.scheduler import PREFILL_CHUNK_TOKENS, Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
+from covey.engine.waiting import QUEUE_MAX
 from covey.schema.generation import (
     Admit,
     Broken,
@@ -268,14 +269,17 @@ def test_the_queue_is_bounded_and_says_who_is_next() -> None:
     world = World(make_scheduler(slot_count=1))
     for number in range(QUEUE_MAX + 2):
         world.admit(make_admit(f"r{number}", ids(number, 4), 2))
-    places = [event.position for _, event in world.events if isinstance(event, Queued)]
-    assert places == list(range(QUEUE_MAX))
+    for number in range(1, QUEUE_MAX + 1):
+        told = [event for event in world.of(f"r{number}") if isinstance(event, Queued)]
+        assert {event.position for event in told} == {number - 1}
+        assert [event.waiting_requests for event in told] == list(range(number, QUEUE_MAX + 1))
     refused = world.of(f"r{QUEUE_MAX + 1}")
     assert [event.status for event in refused if isinstance(event, Broken)] == [429]
     world.settle()
     ends = [event.request_id for _, event in world.events if isinstance(event, Ended)]
     assert ends == [f"r{number}" for number in range(QUEUE_MAX + 1)]
-    assert [event.position for event in world.of("r3") if isinstance(event, Queued)] == [2, 1, 0]
+    told = [(event.position, event.waiting_requests) for event in world.of("r3") if isinstance(event, Queued)]
+    assert told[-3:] == [(2, QUEUE_MAX), (1, QUEUE_MAX - 1), (0, QUEUE_MAX - 2)]
 
 
 @pytest.mark.parametrize(
@@ -409,8 +413,8 @@ def test_a_cancelled_place_in_the_queue_moves_the_others_up() -> None:
         world.admit(make_admit(name, ids(ord(name), 5), 4))
     world.events.clear()
     world.note(world.scheduler.cancel(1, Cancel(RequestId("b"), 0), 0.0))
-    places = [(event.request_id, event.position) for _, event in world.events if isinstance(event, Queued)]
-    assert places == [("c", 0), ("d", 1)]
+    told = [event for _, event in world.events if isinstance(event, Queued)]
+    assert [(event.request_id, event.position, event.waiting_requests) for event in told] == [("c", 0, 2), ("d", 1, 2)]
 
 
 def test_all_are_told_when_the_runner_ends() -> None:

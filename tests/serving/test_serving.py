@@ -28,6 +28,7 @@ from covey.schema.generation import (
     HeadEvent,
     PrefillProgressed,
     Queued,
+    QueueProgressed,
     TextGenerated,
     TokenSampled,
     Usage,
@@ -598,6 +599,21 @@ def test_a_head_that_refuses_before_anything_else() -> None:
         assert await all_of(serving, request()) == [GenerationFailed("Busy.", 429)]
 
     with_head(FakeHead(lambda admit: [Broken(admit.request_id, 1, "Busy.", 429)]), story)
+
+
+def test_a_place_in_the_queue_and_the_time_to_come_back_reach_the_client() -> None:
+    """Also of a head that does not say yet how many wait."""
+
+    def say(admit: Admit) -> list[HeadEvent]:
+        name, attempt = admit.request_id, admit.attempt
+        return [Queued(name, attempt, 2, 5), Queued(name, attempt, 1), Broken(name, attempt, "Busy.", 429, 9)]
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        _, *events = await all_of(serving, request(account="3f2a"))
+        assert events == [QueueProgressed(3, 5), QueueProgressed(2, 2), GenerationFailed("Busy.", 429, 9)]
+        assert head.admits[0].account == "3f2a"
+
+    with_head(FakeHead(say), story)
 
 
 def test_a_request_that_breaks_every_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

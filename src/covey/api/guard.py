@@ -24,6 +24,7 @@ HEADERS_BYTES_MAX: Final = 16 * 1024  # request line and headers; the server rea
 TARGET_BYTES_MAX: Final = 8 * 1024
 FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via"})
 LOCAL: Final = "covey.is_local"  # in a request's scope: it comes from this machine
+KEY_ID: Final = "covey.key_id"  # in a request's scope: of the key that it shows, needed or not
 NOBODY: Final = "-"
 
 _log = logging.getLogger("covey.access")
@@ -50,7 +51,8 @@ class Guard:
         assert scope["type"] == "http", "the server speaks nothing else"
         visit = Visit(scope, send)
         try:
-            visit.name = self._admit(scope)
+            key = self._admit(scope)
+            visit.name, scope[KEY_ID] = (key.name, key.key_id) if key else (NOBODY, "")
         except RequestError as error:
             await error_response(error)(scope, receive, visit.send)
         else:
@@ -58,15 +60,25 @@ class Guard:
         finally:
             visit.log()
 
-    def _admit(self, scope: Scope) -> str:
-        """The name of the key that lets the request in. Raises `RequestError`."""
+    def _admit(self, scope: Scope) -> ApiKey | None:
+        """The key that the request shows, if it does; a wrong one matters only where one is needed.
+
+        Raises `RequestError`.
+        """
         refuse_large(scope)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refuse_foreign_host(headers.get("host"), self._access)
         refuse_foreign_origin(headers, self._access)
         scope[LOCAL] = is_local(scope, headers)
         is_free = self._access.is_open or (scope[LOCAL] and not self._access.asks_everybody)
-        return NOBODY if is_free else auth.admitted(headers, self._keys()).name
+        if is_free:
+            return auth.known(auth.shown_key(headers) or "", self._keys())
+        return auth.admitted(headers, self._keys())
+
+
+def account_of(scope: Scope) -> str:
+    """Who asks, as far as fairness goes: an id that tells other nodes nothing. Those without a key are one account."""
+    return str(scope.get(KEY_ID, ""))
 
 
 class Visit:

@@ -7,7 +7,9 @@ event for each `GenerationEvent`, whose `type` is the name of the message:
     {"type": "PrefillProgressed", "processed_tokens", "total_tokens"}
     {"type": "TextGenerated", "text", "token_ids"}
     {"type": "GenerationFinished", "reason", "usage", "timings"}      or
-    {"type": "GenerationFailed", "message", "status"}                 as the last one
+    {"type": "GenerationFailed", "message", "status", "retry_after_s"} as the last one
+
+but for `QueueProgressed`, which is a comment as in the other dialects (older clients know no such event).
 
 `GET /cluster` is the `ClusterState`; `GET /cluster/stream` is that first (event `state`), then each `ClusterChange`
 (event `change`), with ids after which it can go on.
@@ -19,7 +21,7 @@ from covey.api.cluster_changes import ClusterChange
 from covey.api.errors import RequestError
 from covey.api.generation_body import GenerationBody
 from covey.schema.cluster import ClusterState
-from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest
+from covey.schema.generation import GenerationEvent, GenerationFailed, GenerationRequest, QueueProgressed
 
 
 def parse_generate(body: bytes) -> GenerationRequest:
@@ -29,6 +31,8 @@ def parse_generate(body: bytes) -> GenerationRequest:
 
 
 def render_event(event: GenerationEvent) -> bytes:
+    if isinstance(event, QueueProgressed):
+        return sse.queued(event.position, event.waiting_requests)
     return sse.data(event)
 
 

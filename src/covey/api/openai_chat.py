@@ -16,11 +16,13 @@ from covey.api.generation_body import GenerationBody
 from covey.api.sampling import TokenCount
 from covey.schema.generation import (
     FinishReason,
+    GenerationEvent,
     GenerationFailed,
     GenerationFinished,
     GenerationRequest,
     GenerationStarted,
     PrefillProgressed,
+    QueueProgressed,
     TextGenerated,
     Timings,
     Usage,
@@ -170,12 +172,12 @@ class StreamRenderer:
         self._answer = answer
         self._include_usage = include_usage
 
-    def render(
-        self, event: GenerationStarted | PrefillProgressed | TextGenerated | GenerationFinished | GenerationFailed
-    ) -> Iterator[bytes]:
+    def render(self, event: GenerationEvent) -> Iterator[bytes]:
         match event:
             case GenerationStarted():
                 yield self._chunk({"role": "assistant", "content": ""})
+            case QueueProgressed():
+                yield sse.queued(event.position, event.waiting_requests)
             case PrefillProgressed():
                 yield sse.comment("prefill_progress", self._progress(event))
             case TextGenerated():

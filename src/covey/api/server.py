@@ -25,7 +25,7 @@ from covey.api.cluster_routes import WAIT_S_MAX, ClusterRoutes
 from covey.api.code_routes import CodeRoutes
 from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
-from covey.api.guard import Access, Guard
+from covey.api.guard import Access, Guard, account_of
 from covey.api.key_routes import KeyRoutes
 from covey.schema.cluster import DeleteInstance
 from covey.schema.generation import (
@@ -102,7 +102,7 @@ class ChatRoutes:
     async def complete(self, request: Request) -> Response:
         """OpenAI's chat completions, streamed or not."""
         call = openai_chat.parse(await self._bodies.read(request))
-        events = await self._begin(call.request)
+        events = await self._begin(request, call.request)
         answer = openai_chat.Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), call.request.model_id)
         if call.stream:
             renderer = openai_chat.StreamRenderer(answer, include_usage=call.include_usage)
@@ -117,12 +117,12 @@ class ChatRoutes:
 
     async def generate(self, request: Request) -> Response:
         """Covey's own: every `GenerationEvent`, with token ids."""
-        events = await self._begin(native.parse_generate(await self._bodies.read(request)))
+        events = await self._begin(request, native.parse_generate(await self._bodies.read(request)))
         return StreamResponse(
             EventStream(events, lambda event: [native.render_event(event)], refusal, native.render_failure)
         )
 
-    async def _begin(self, asked: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def _begin(self, request: Request, asked: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Resolves the model's name, unless an instance has it: its file may be known elsewhere only."""
         placed = {instance.card.model_id for instance in self._backend.state().instances}
         if asked.model_id not in placed:
@@ -131,6 +131,7 @@ class ChatRoutes:
             except RequestError as error:
                 raise about_model(error) from None
             asked = msgspec.structs.replace(asked, model_id=card.model_id)
+        asked = msgspec.structs.replace(asked, account=account_of(request.scope))
         return complete(self._backend.generate(asked))
 
 
@@ -149,7 +150,7 @@ def refusal(event: GenerationEvent) -> RequestError | None:
 
 
 def as_error(failed: GenerationFailed) -> RequestError:
-    retry_after_s = RETRY_AFTER_S if failed.status in WORTH_A_RETRY else None
+    retry_after_s = failed.retry_after_s or (RETRY_AFTER_S if failed.status in WORTH_A_RETRY else None)
     return about_model(RequestError(failed.message, status=failed.status, retry_after_s=retry_after_s))
 
 

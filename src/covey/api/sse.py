@@ -17,6 +17,11 @@ def data(value: Any) -> bytes:
     return b"data: " + _encode(value) + b"\n\n"
 
 
+def queued(position: int, waiting_requests: int) -> bytes:
+    """The same for each dialect: a comment, since none has a word for it."""
+    return f": queued {position} of {waiting_requests}\n\n".encode()
+
+
 def comment(name: str, value: Any) -> bytes:
     """Something that clients may read and parsers skip."""
     return b": " + name.encode() + b" " + _encode(value) + b"\n\n"

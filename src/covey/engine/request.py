@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final
 
-from covey.schema.generation import Admit, Broken, Ended, FinishReason, Timings
+from covey.schema.generation import Admit, Broken, Ended, FinishReason, Queued, Timings
 from covey.schema.ids import RequestId
 
 Key = tuple[int, RequestId, int]  # owner, request, attempt
@@ -21,6 +21,7 @@ class Request:
     slot: int = NO_SLOT
     cached: int = 0  # tokens that its slot held when it got it
     sent: int = 0  # tokens that are planned already: their keys and values are cached, or will be
+    told: tuple[int, int] | None = None  # its place in the queue, as its client knows it
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +57,11 @@ class Request:
         admit = self.admit
         return Ended(admit.request_id, admit.attempt, reason, self.completion_tokens, self._timings(now))
 
-    def broken(self, message: str, status: int) -> Broken:
-        return Broken(self.admit.request_id, self.admit.attempt, message, status)
+    def broken(self, message: str, status: int, retry_after_seconds: int = 0) -> Broken:
+        return Broken(self.admit.request_id, self.admit.attempt, message, status, retry_after_seconds)
+
+    def queued(self, position: int, waiting_count: int) -> Queued:
+        return Queued(self.admit.request_id, self.admit.attempt, position, waiting_count)
 
     def _timings(self, now: float) -> Timings:
         begun = now if self.begun is None else self.begun

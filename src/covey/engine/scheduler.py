@@ -1,6 +1,7 @@
 """Decides what the next step computes: pure, told the time, without I/O.
 
-A request waits in a bounded queue for a KV slot and keeps that slot until it ends. What it has to compute is always
+A request waits in a bounded queue, fair between accounts (`waiting`), for a KV slot and keeps that slot until it ends.
+What it has to compute is always
 `tokens[sent:]`: at first its prompt, sent in chunks, later the one token that was sampled last. So a request that
 waits for its token has nothing to send: at most one decode of it is in flight, while the chunks of a prompt follow
 one another without waiting. Prefill and decode steps take turns: a long prompt stalls nobody who is being answered.
@@ -9,7 +10,7 @@ With n stages up to n steps are in flight, and the decoding requests are dealt i
 slot is given away as soon as its request ends: links keep the order, so what is in flight for the old one runs first.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -20,9 +21,9 @@ from covey.engine.plan import PlannedStep, SamplingStart, StepOutcome, StepPlan
 from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
 from covey.engine.slots import Slots
-from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, Queued, TokenSampled
+from covey.engine.waiting import QUEUE_MAX, Pace, Waiting
+from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, TokenSampled
 
-QUEUE_MAX: Final = 64  # requests; who comes after so many would wait for minutes and is better told so
 PREFILL_CHUNK_TOKENS: Final = 256  # nearly a long prompt's full speed, while others wait for one chunk only
 
 
@@ -46,7 +47,8 @@ class Scheduler:
         self._stage_count = stage_count
         self._vocabulary_size = vocabulary_size  # 0: unknown
         self._slots = Slots(slot_count)
-        self._queue: dict[Key, Request] = {}
+        self._pace = Pace(slot_count)
+        self._waiting = Waiting()
         self._running: dict[Key, Request] = {}  # whose last step is the oldest comes first
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._released: list[int] = []  # slots that the last stage may forget, told with the next plan
@@ -59,14 +61,14 @@ class Scheduler:
 
     @property
     def queued_count(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     # ---- requests come and go ----
 
     def admit(self, owner: int, admit: Admit, now: float) -> Events:
         """Takes a request in or refuses it. One that is known already is ignored."""
         request = Request(owner, admit, now)
-        if request.key in self._running or request.key in self._queue:
+        if request.key in self._running or request.key in self._waiting:
             return []
         if reason := refusal(admit, self._context_length, self._vocabulary_size):
             return [OwnedEvent(owner, request.broken(reason, 400))]
@@ -75,11 +77,19 @@ class Scheduler:
         if self._slots.is_any_free:
             self._start(request)
             return []
-        if len(self._queue) >= QUEUE_MAX:
-            reason = f"The model is busy: {QUEUE_MAX} requests are waiting for it already; try again later."
-            return [OwnedEvent(owner, request.broken(reason, 429))]
-        self._queue[request.key] = request
-        return self._places()[-1:]
+        refused = self._waiting.enter(request)
+        return self._places() if refused is None else [self._refuse(refused, request, now), *self._places()]
+
+    def _refuse(self, refused: Request, newcomer: Request, now: float) -> OwnedEvent:
+        """Tells one that can't wait here when to come back: the newcomer, or who makes room for it."""
+        refused.ended = True
+        held = (now - running.begun for running in self._running.values() if running.begun is not None)
+        seconds = self._pace.retry_after_seconds(len(self._waiting), held)
+        reason = f"The model is busy: {QUEUE_MAX} requests are waiting for it"
+        if refused is not newcomer:
+            reason += ", more of yours than of anybody else's, so this one made room for another's"
+        message = f"{reason}; try again in about {seconds} s."
+        return OwnedEvent(refused.owner, refused.broken(message, 429, seconds))
 
     def cancel(self, owner: int, cancel: Cancel, now: float) -> Events:
         """Ends a request. One that is unknown has ended already."""
@@ -92,15 +102,15 @@ class Scheduler:
 
     def break_all(self, message: str, status: int) -> Events:
         """Ends all requests, because the runner ends."""
-        requests = (*self._running.values(), *self._queue.values())
-        self._queue.clear()
+        requests = (*self._running.values(), *self._waiting)
         for request in requests:
             self._leave(request)
         return [OwnedEvent(request.owner, request.broken(message, status)) for request in requests]
 
     def _cancel(self, is_meant: Callable[[Request], bool], now: float) -> Events:
-        meant = [request for request in (*self._running.values(), *self._queue.values()) if is_meant(request)]
+        meant = [request for request in (*self._running.values(), *self._waiting) if is_meant(request)]
         for request in meant:
+            self._note_pace(request, now)
             self._leave(request)
         ends = [OwnedEvent(request.owner, request.end(FinishReason.CANCELLED, now)) for request in meant]
         return ends + self._refill() if meant else []
@@ -108,26 +118,37 @@ class Scheduler:
     def _start(self, request: Request) -> None:
         request.slot, request.cached = self._slots.take(request.tokens)
         request.sent = request.cached
+        self._waiting.take_turn(request)
         self._running[request.key] = request
 
     def _leave(self, request: Request, *, is_cache_good: bool = True) -> None:
         request.ended = True
-        self._queue.pop(request.key, None)
+        self._waiting.leave(request)
         if self._running.pop(request.key, None):
             self._slots.give_back(request.slot, request.tokens[: request.sent] if is_cache_good else ())
             self._released.append(request.slot)
 
     def _refill(self) -> Events:
         """Gives free slots to those who wait, and tells the others their new places."""
-        while self._queue and self._slots.is_any_free:
-            self._start(self._queue.pop(next(iter(self._queue))))
+        while self._waiting and self._slots.is_any_free:
+            self._start(next(self._waiting.in_order(self._running_counts())))
         return self._places()
 
     def _places(self) -> Events:
-        return [
-            OwnedEvent(request.owner, Queued(request.admit.request_id, request.admit.attempt, place))
-            for place, request in enumerate(self._queue.values())
-        ]
+        """The new places of those for whom something changed."""
+        count, events = len(self._waiting), Events()
+        for position, request in enumerate(self._waiting.in_order(self._running_counts())):
+            if request.told != (position, count):
+                request.told = (position, count)
+                events.append(OwnedEvent(request.owner, request.queued(position, count)))
+        return events
+
+    def _running_counts(self) -> Counter[str]:
+        return Counter(request.admit.account for request in self._running.values())
+
+    def _note_pace(self, request: Request, now: float) -> None:
+        if request.begun is not None:
+            self._pace.note(now - request.begun)
 
     # ---- steps ----
 
@@ -187,6 +208,7 @@ class Scheduler:
 
     def _take_token(self, request: Request, token_id: int | None, failure: str, now: float) -> Events:
         if token_id is None:
+            self._note_pace(request, now)
             self._leave(request, is_cache_good=False)
             return [OwnedEvent(request.owner, request.broken(failure, 500))]
         request.answered = now if request.answered is None else request.answered
@@ -198,6 +220,7 @@ class Scheduler:
             sampled = TokenSampled(request.admit.request_id, request.admit.attempt, position, token_id)
             events.append(OwnedEvent(request.owner, sampled))
         if finished is not None:
+            self._note_pace(request, now)
             self._leave(request)
             events.append(OwnedEvent(request.owner, request.end(finished, now)))
         return events

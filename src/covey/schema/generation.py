@@ -44,6 +44,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     token_count_max: int | None = None  # None: as far as the context reaches
     stop: tuple[str, ...] = ()
+    account: str = ""  # whose request it is: the id of an API key; empty: of whoever needs none
 
 
 class Usage(Struct, frozen=True):
@@ -64,6 +65,13 @@ class GenerationStarted(Struct, frozen=True, tag=True):
     request_id: RequestId
     prompt_tokens: int
     seed: int
+
+
+class QueueProgressed(Struct, frozen=True, tag=True):
+    """It waits for other requests; told again whenever that changes."""
+
+    position: int  # 1: the next
+    waiting_requests: int  # itself included
 
 
 class PrefillProgressed(Struct, frozen=True, tag=True):
@@ -89,9 +97,12 @@ class GenerationFailed(Struct, frozen=True, tag=True):
 
     message: str
     status: int = 500
+    retry_after_s: int = 0  # when to try again; 0: not known
 
 
-GenerationEvent = GenerationStarted | PrefillProgressed | TextGenerated | GenerationFinished | GenerationFailed
+GenerationEvent = (
+    GenerationStarted | QueueProgressed | PrefillProgressed | TextGenerated | GenerationFinished | GenerationFailed
+)
 
 
 # ---- between serving and the head ----
@@ -115,6 +126,7 @@ class Admit(Struct, frozen=True, tag=True, kw_only=True):
     sampling: Sampling
     token_count_max: int  # new tokens, counted from `prompt_length`
     stop_token_ids: tuple[int, ...]
+    account: str = ""  # whose it is: slots are shared out fairly between accounts
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -123,11 +135,12 @@ class Cancel(Struct, frozen=True, tag=True):
 
 
 class Queued(Struct, frozen=True, tag=True):
-    """Waits for a KV slot, `position` requests before it."""
+    """Waits for a KV slot, `position` requests before it, `waiting_requests` in all (0: an older head does not say)."""
 
     request_id: RequestId
     attempt: int
     position: int
+    waiting_requests: int = 0
 
 
 class Prefilled(Struct, frozen=True, tag=True):
@@ -164,6 +177,7 @@ class Broken(Struct, frozen=True, tag=True):
     attempt: int
     message: str
     status: int
+    retry_after_s: int = 0  # 0: not known
 
 
 HeadEvent = Queued | Prefilled | TokenSampled | Ended | Broken

@@ -18,6 +18,7 @@ from covey.schema.generation import (
     Prefilled,
     PrefillProgressed,
     Queued,
+    QueueProgressed,
     Timings,
     TokenSampled,
     Usage,
@@ -59,14 +60,15 @@ class Progress:
     def take(self, event: HeadEvent) -> Iterable[GenerationEvent]:
         """The events that follow from what the head said."""
         if isinstance(event, Broken):
-            yield self._fail(event.message, event.status)
+            yield self._fail(event.message, event.status, event.retry_after_s)
             return
         if not self._started:  # only now is it known that the head does not refuse it
             self._started = True
             yield GenerationStarted(self.admit.request_id, self.admit.prompt_length, self.admit.sampling.seed)
         match event:
             case Queued():
-                pass  # the client hears keep-alives; its place in the queue is nobody else's business
+                position = event.position + 1
+                yield QueueProgressed(position, max(event.waiting_requests, position))
             case Prefilled():
                 if self.admit.attempt == FIRST_ATTEMPT:
                     self._cached_tokens = min(event.cached_tokens, self.admit.prompt_length)
@@ -105,9 +107,9 @@ class Progress:
         usage = Usage(self.admit.prompt_length, completion_tokens, self._cached_tokens)
         return GenerationFinished(reason, usage, timings)
 
-    def _fail(self, message: str, status: int) -> GenerationFailed:
+    def _fail(self, message: str, status: int, retry_after_s: int = 0) -> GenerationFailed:
         self.done = True
-        return GenerationFailed(message, status)
+        return GenerationFailed(message, status, retry_after_s)
 
     def _timings(self) -> Timings:
         """As measured here: where a stop string ends the answer, or several heads gave it, no head has the figures."""

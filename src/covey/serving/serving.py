@@ -215,6 +215,7 @@ def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], ins
         sampling=msgspec.structs.replace(request.sampling, seed=seed),
         token_count_max=token_count_max(request, len(token_ids), instance),
         stop_token_ids=tuple(sorted(text.stop_token_ids)),
+        account=request.account,
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
     return Progress(admit, answer, time.monotonic)
