@@ -19,7 +19,18 @@ from covey.engine.fake import FakeStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
 from covey.engine.tls import Channel, client_context, server_context
-from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, Sampling, ServeHello, TokenSampled
+from covey.schema.generation import (
+    Admit,
+    Broken,
+    Ended,
+    HeadEvent,
+    HeadMessage,
+    ProveAlive,
+    Sampling,
+    ServeHello,
+    ServeMessage,
+    TokenSampled,
+)
 from covey.schema.ids import RequestId, RunnerId
 from covey.schema.model import Shard
 from covey.schema.runner import (
@@ -47,7 +58,7 @@ WAIT_SECONDS = 20.0
 HOST = "127.0.0.1"
 GREEDY = Sampling(temperature=0.0)
 _messages = msgspec.msgpack.Decoder(RunnerMessage)
-_events = msgspec.msgpack.Decoder(HeadEvent)
+_heard = msgspec.msgpack.Decoder(HeadMessage)
 
 
 def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> RunnerSpec:
@@ -153,11 +164,12 @@ def pipeline(stage_count: int, **changes: Any) -> Iterator[tuple[list[Runner], i
 class Client:
     """A connection as `serving` opens it, that blocks."""
 
-    def __init__(self, port: int, instance_id: str = "instance-1") -> None:
+    def __init__(self, port: int, instance_id: str = "instance-1", *, can_prove_alive: bool = False) -> None:
+        """One that can prove that it is alive, and never does by itself, is one that has fallen silent."""
         plain = socket.create_connection((HOST, port), WAIT_SECONDS)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = client_context(credentials_of(99)).wrap_socket(plain)
-        self.socket.sendall(pack(ServeHello(instance_id)))
+        self.socket.sendall(pack(ServeHello(instance_id, can_prove_alive)))
         self._frames = FrameBuffer()
         self._events: list[HeadEvent] = []
 
@@ -167,7 +179,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def send(self, *commands: Admit | Cancel) -> None:
+    def send(self, *commands: ServeMessage) -> None:
         self.socket.sendall(b"".join(map(pack, commands)))
 
     def next_event(self) -> HeadEvent | None:
@@ -176,7 +188,8 @@ class Client:
             data = self.socket.recv(65536)
             if not data:
                 return None
-            self._events += map(_events.decode, self._frames.feed(data))
+            heard = map(_heard.decode, self._frames.feed(data))
+            self._events += [each for each in heard if not isinstance(each, ProveAlive)]
         return self._events.pop(0)
 
     def events_until(self, is_last: Callable[[HeadEvent], bool]) -> list[HeadEvent]:

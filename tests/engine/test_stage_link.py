@@ -426,7 +426,7 @@ def test_the_last_stage_links_to_the_head() -> None:
 
 def test_one_who_does_not_read_is_left_behind(channels: tuple[Channel, Channel]) -> None:
     """Sending never waits; once the backlog is full, the connection is closed instead."""
-    connection = ServeConnection(channels[0], 1)
+    connection = ServeConnection(channels[0], 1, can_prove_alive=False)
     events = [Prefilled(RequestId("r"), 0, number, 1000, 0) for number in range(1000)]
     sent = 0
     slowest = 0.0
@@ -444,7 +444,7 @@ def test_one_who_does_not_read_is_left_behind(channels: tuple[Channel, Channel])
 def test_one_who_reads_late_gets_everything_in_order(channels: tuple[Channel, Channel]) -> None:
     near, far = channels
     near.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    connection = ServeConnection(near, 1)
+    connection = ServeConnection(near, 1, can_prove_alive=False)
     bodies = [pack(Prefilled(RequestId("r"), 0, number, 1000, 0)) for number in range(5000)]
     for number in range(5000):
         connection.send([Prefilled(RequestId("r"), 0, number, 1000, 0)])

@@ -57,6 +57,41 @@ def three(tmp_path: Path) -> Generator[tuple[NodeProcess, NodeProcess, NodeProce
             process.kill()
 
 
+def test_an_answer_goes_on_after_the_node_that_was_asked_has_slept(tmp_path: Path) -> None:
+    """The lid is closed on the laptop where somebody asked: it closes no connection, so the head hears nothing, ends the
+    request and gives its slot to others. After waking, the answer goes on where it stopped.
+    """
+    model = write_model(tmp_path / "model.gguf", layers=4)
+    with running(tmp_path, "fast", step_delay_ms="0") as (fast,):
+        fast.post("/place_instance", {"model_id": str(model)})
+        until(lambda: list(fast.runners().values()) == ["Ready"])
+        prompt, undisturbed = long_prompt_of(fast, model, TOKENS)
+    with running(tmp_path, "asked", "head", step_delay_ms="70") as (asked, head):  # so that it would run for 17 s
+        until(lambda: len(asked.visibility()) == len(head.visibility()) == 2)
+        asked.post("/place_instance", {"model_id": str(model), "node_ids": [head.node_id]})
+        until(lambda: list(asked.runners().values()) == ["Ready"])
+        answer = Answer(asked, model, prompt, TOKENS)
+        until(lambda: len(answer.token_ids) > FAULT_AFTER)
+        family = [asked.process, *asked.children()]
+        stop_all(asked)
+        try:
+            freed_s = until(lambda: requests_running(head) == 0)
+        finally:
+            for process in family:
+                process.send_signal(signal.SIGCONT)
+        assert 8 < freed_s < 14
+        assert answer.wait() == undisturbed
+        print(
+            f"the asking node sleeps: its slot is free after {freed_s:.1f} s, {max(answer.gaps_s):.2f} s with no token"
+        )
+        until(lambda: requests_running(head) == 0)
+
+
+def requests_running(node: NodeProcess) -> int:
+    reports = [each["report"] for each in node.get("/cluster")["members"] if each["node_id"] == node.node_id]
+    return sum(runner["requests_running"] for report in reports for runner in report["runners"])
+
+
 @pytest.mark.parametrize("stage", ["head", "last stage"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_answer_goes_on(three: tuple[NodeProcess, NodeProcess, NodeProcess, Path], stage: str, fault: str) -> None:

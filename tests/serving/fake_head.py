@@ -10,11 +10,13 @@ import msgspec
 from covey.engine.tls import server_context
 from covey.schema.generation import (
     Admit,
+    Alive,
     Cancel,
     Ended,
     FinishReason,
     HeadEvent,
     Prefilled,
+    ProveAlive,
     ServeHello,
     Timings,
     TokenSampled,
@@ -24,7 +26,7 @@ from covey.schema.wire import FrameBuffer, pack
 from tests.credentials import credentials
 
 TIMINGS = Timings(1.0, 20.0, 30.0)
-_commands = msgspec.msgpack.Decoder(ServeHello | Admit | Cancel)
+_commands = msgspec.msgpack.Decoder(ServeHello | Admit | Cancel | Alive)
 
 
 def answer(admit: Admit, token_ids: Sequence[int], cached_tokens: int = 0) -> list[HeadEvent]:
@@ -45,6 +47,8 @@ class FakeHead:
     hellos: list[ServeHello] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
+    proofs: int = 0  # that whoever asks is alive
+    wants_proof_ms: int | None = None  # between two; None: it does not know of them yet, as older ones
     hang_up_after: int | None = None  # events of the first request, then the connection ends
 
     @property
@@ -69,10 +73,14 @@ class FakeHead:
                 self._hear(_commands.decode(body), writer)
         writer.close()
 
-    def _hear(self, command: ServeHello | Admit | Cancel, writer: asyncio.StreamWriter) -> None:
+    def _hear(self, command: ServeHello | Admit | Cancel | Alive, writer: asyncio.StreamWriter) -> None:
         match command:
             case ServeHello():
                 self.hellos.append(command)
+                if self.wants_proof_ms is not None and command.can_prove_alive:
+                    writer.write(pack(ProveAlive(self.wants_proof_ms)))
+            case Alive():
+                self.proofs += 1
             case Cancel():
                 self.cancels.append(command)
             case Admit():

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -258,6 +259,63 @@ def test_a_cancelled_task_cancels_at_the_head() -> None:
         await until(lambda: head.cancels)
 
     with_head(FakeHead(lambda _: []), story)
+
+
+# ---- being alive ----
+
+
+def test_a_head_is_told_that_this_node_is_alive_as_often_as_it_asks() -> None:
+    """Also while the client that is being answered reads nothing, and while prompts are worked on."""
+
+    class Slow(Letters):
+        def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+            end = time.monotonic() + 0.3  # of computing, which holds the interpreter
+            while time.monotonic() < end and len(messages[0].content) > 10:
+                pass
+            return super().prompt_ids(messages)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        async with aclosing(serving.generate(request())) as events:
+            await anext(events)
+            before = head.proofs
+            await asyncio.sleep(0.3)
+            assert head.proofs - before >= 10
+            before = head.proofs
+            assert text_of(await all_of(serving, request("a long prompt"))) == "Hello"
+            assert head.proofs - before >= 5
+
+    async def run() -> None:
+        async with FakeHead(says("Hello"), wants_proof_ms=15).listening() as head:
+            node = Node(head.address, READY, READY)
+            node.load = lambda _: Slow()
+            async with node.serving() as serving:
+                await story(head, node, serving)
+
+    told(run)
+
+
+def test_a_head_of_an_older_version_is_told_nothing_that_it_does_not_know() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        assert text_of(await all_of(serving, request())) == "Hello"
+        await asyncio.sleep(0.1)
+        assert (head.hellos[0].can_prove_alive, head.proofs) == (True, 0)
+
+    with_head(FakeHead(says("Hello")), story)
+
+
+def test_an_attempt_that_the_head_ended_while_this_node_slept_is_followed_by_the_next() -> None:
+    """Some tokens had come before; then the head heard nothing, and closed the connection."""
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        head.hang_up_after = None
+        assert text_of(await task) == "Hello"
+        assert [admit.attempt for admit in head.admits] == [1, 2]
+        before = head.proofs
+        await until(lambda: head.proofs > before)  # on the new connection
+
+    with_head(FakeHead(rest_of("Hello"), hang_up_after=3, wants_proof_ms=10), story)
 
 
 # ---- what can go wrong ----
@@ -624,7 +682,7 @@ def test_a_request_that_breaks_every_head_is_given_up(monkeypatch: pytest.Monkey
         return [Queued(name, attempt, 3), Broken(name, attempt, "The node berta is lost.", 503)]
 
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
-        started, failed = await all_of(serving, request())
+        started, *_, failed = await all_of(serving, request())
         assert isinstance(started, GenerationStarted)
         assert isinstance(failed, GenerationFailed)
         assert failed.message.startswith("The node berta is lost. That was the 5th time in a row")

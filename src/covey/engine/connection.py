@@ -1,4 +1,9 @@
-"""One connection from `serving` to the head: commands come in, events go out, and a slow reader holds nobody up."""
+"""One connection from `serving` to the head: commands come in, events go out, and a slow reader holds nobody up.
+
+A connection that proves nothing for a while is dead. TCP notices a machine that is out of reach, but not a node that
+was stopped, hangs or starves: its kernel goes on answering. It ends as if the other side had closed it, which cancels
+its requests and frees their slots.
+"""
 
 import contextlib
 import logging
@@ -12,21 +17,26 @@ import msgspec
 
 from covey.engine.link import tune
 from covey.engine.tls import Channel, explain
-from covey.schema.generation import Admit, Cancel, HeadEvent
+from covey.schema.generation import Alive, HeadMessage, ProveAlive, ServeCommand, ServeMessage
 from covey.schema.wire import FrameBuffer, FrameTooLargeError, pack
 
 BACKLOG_BYTES_MAX: Final = 4 * 1024 * 1024  # over 30000 events that nobody read: the other side hangs
 RECEIVE_BYTES: Final = 64 * 1024
 COMMANDS_WAITING_MAX: Final = 256  # more than a queue of requests and their cancellations; the rest waits in the socket
+ALIVE_MS: Final = 1_000  # between two proofs
+# As long as a node may be unheard before its work is given to others: one that swaps, or roams from one access point
+# to the next, comes back before. Cut off too early, its requests would lose their places and be computed anew. What
+# waiting costs is their slots, for these seconds, where it is really gone and closed no connection.
+SILENCE_MS: Final = 10_000
 
 log = logging.getLogger(__name__)
-_commands = msgspec.msgpack.Decoder(Admit | Cancel)
+_messages = msgspec.msgpack.Decoder(ServeMessage)
 
 
 class ServeConnection:
     """`owner` names it to the scheduler. Only the writer's thread ever waits for the other side to read."""
 
-    def __init__(self, channel: Channel, owner: int) -> None:
+    def __init__(self, channel: Channel, owner: int, *, can_prove_alive: bool) -> None:
         channel.socket.settimeout(None)
         tune(channel.socket)
         self.owner = owner
@@ -37,15 +47,24 @@ class ServeConnection:
         self._closed = False
         self._credits = threading.Semaphore(COMMANDS_WAITING_MAX)
         threading.Thread(target=self._write, name=f"writer {owner}", daemon=True).start()
+        if can_prove_alive:
+            channel.silence_ms_max = SILENCE_MS
+            self.send([ProveAlive(ALIVE_MS)])
 
-    def commands(self) -> Iterator[Admit | Cancel]:
-        """What the other side asks for, until it closes the connection or sends nonsense."""
+    def commands(self) -> Iterator[ServeCommand]:
+        """What the other side asks for, until it closes the connection, sends nonsense, or nothing for too long.
+
+        Commands that wait to be carried out do not count as silence: while they do nothing is read.
+        """
         frames, data = FrameBuffer(), memoryview(bytearray(RECEIVE_BYTES))
         try:
             while count := self._channel.receive(data):
-                for body in frames.feed(bytes(data[:count])):
-                    self._credits.acquire()
-                    yield _commands.decode(body)
+                for message in map(_messages.decode, frames.feed(bytes(data[:count]))):
+                    if not isinstance(message, Alive):
+                        self._credits.acquire()
+                        yield message
+        except TimeoutError as silence:
+            log.warning("a connection for requests is closed: %s", silence)
         except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
             log.warning("a connection for requests is closed: %s", explain(error))
 
@@ -53,7 +72,7 @@ class ServeConnection:
         """One of `commands` was carried out; so many more may be read."""
         self._credits.release()
 
-    def send(self, events: Iterable[HeadEvent]) -> None:
+    def send(self, events: Iterable[HeadMessage]) -> None:
         """Sends at once what the socket takes, and leaves the rest to the writer. Never waits, never fails: whoever
         reads the commands learns that the connection has ended.
         """

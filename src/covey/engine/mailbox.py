@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from covey.engine.connection import ServeConnection
 from covey.engine.link import Frame
-from covey.schema.generation import Admit, Cancel
+from covey.schema.generation import ServeCommand
 from covey.schema.runner import RunnerCommand
 
 
@@ -16,7 +16,7 @@ class ServeCame(Struct, frozen=True):
 
 class ServeSaid(Struct, frozen=True):
     owner: int
-    command: Admit | Cancel
+    command: ServeCommand
 
 
 class ServeGone(Struct, frozen=True):

@@ -131,7 +131,7 @@ class DataPort:
             channel.socket.close()
             return
         owner = next(self._owners)
-        serve = ServeConnection(channel, owner)
+        serve = ServeConnection(channel, owner, can_prove_alive=hello.can_prove_alive)
         self._mailbox.put(ServeCame(serve))
         for command in serve.commands():
             self._mailbox.put(ServeSaid(owner, command))

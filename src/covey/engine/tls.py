@@ -7,6 +7,7 @@ A runner's links block in threads; `serving` gives the same contexts to asyncio.
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import threading
@@ -120,6 +121,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext, *, is_server: bool) -> None:
         self.socket = connection
+        self.silence_ms_max: int | None = None  # how long receiving waits for the next bytes; None: for ever
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=is_server)
         self._lock = threading.Lock()
@@ -162,7 +164,7 @@ class Channel:
 
     def receive(self, into: memoryview) -> int:
         """Waits for the first bytes and puts as many as there are; 0 once the other side has closed. By one thread at
-        a time. Raises `OSError`.
+        a time. Raises `OSError`: `TimeoutError` after `silence_ms_max`.
         """
         while True:
             # Asking in vain costs an exception, which takes longer than all the rest.
@@ -191,10 +193,19 @@ class Channel:
         return count
 
     def _receive(self) -> int:
+        if self.silence_ms_max is not None:
+            self._wait_bytes(self.silence_ms_max)
         count = self.socket.recv_into(self._received)
         with self._lock:
             self._incoming.write(self._received[:count])
         return count
+
+    def _wait_bytes(self, milliseconds: int) -> None:
+        """Raises `TimeoutError`. A time limit of the socket would hold for the thread that writes, too."""
+        waiting = select.poll()
+        waiting.register(self.socket, select.POLLIN)
+        if not waiting.poll(milliseconds):
+            raise TimeoutError(f"it said nothing for {milliseconds / 1000:.0f} s")
 
 
 def _left(deadline: float) -> float:

@@ -1,7 +1,9 @@
 """One request for text, and the events that answer it: between `api` and `serving`, and between `serving` and a head.
 
 The second half is the data plane's protocol: `serving` opens a TCP connection to the head's data port, sends
-`ServeHello`, then any number of `Admit` and `Cancel`, and gets `HeadEvent`s back. Frames are as in `wire`.
+`ServeHello`, then any number of `Admit` and `Cancel`, and gets `HeadEvent`s back. Frames are as in `wire`. One that can
+prove that it is alive is told how often to (`ProveAlive`): a node that was stopped, or hangs, closes nothing, and its
+requests would hold their slots to the end.
 """
 
 from enum import StrEnum
@@ -112,6 +114,7 @@ class ServeHello(Struct, frozen=True, tag=True):
     """The first frame of a connection from serving."""
 
     instance_id: str
+    can_prove_alive: bool = False  # older nodes can't, and are not asked to
 
 
 class Admit(Struct, frozen=True, tag=True, kw_only=True):
@@ -132,6 +135,20 @@ class Admit(Struct, frozen=True, tag=True, kw_only=True):
 class Cancel(Struct, frozen=True, tag=True):
     request_id: RequestId
     attempt: int
+
+
+class Alive(Struct, frozen=True, tag=True):
+    """Whoever reads what the head says is there."""
+
+
+ServeCommand = Admit | Cancel
+ServeMessage = ServeCommand | Alive
+
+
+class ProveAlive(Struct, frozen=True, tag=True):
+    """From the head, once: say `Alive` so often, or the connection is taken for dead."""
+
+    every_ms: int
 
 
 class Queued(Struct, frozen=True, tag=True):
@@ -181,3 +198,4 @@ class Broken(Struct, frozen=True, tag=True):
 
 
 HeadEvent = Queued | Prefilled | TokenSampled | Ended | Broken
+HeadMessage = HeadEvent | ProveAlive

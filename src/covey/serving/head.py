@@ -12,12 +12,23 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
+import anyio
 import msgspec
 from msgspec import Struct
 
 from covey.engine.link import tune
 from covey.engine.tls import PeerError, client_context, explain, peer_of
-from covey.schema.generation import Admit, Broken, Cancel, Ended, HeadEvent, ServeHello
+from covey.schema.generation import (
+    Admit,
+    Alive,
+    Broken,
+    Cancel,
+    Ended,
+    HeadEvent,
+    HeadMessage,
+    ProveAlive,
+    ServeHello,
+)
 from covey.schema.ids import InstanceId, NodeId, RequestId
 from covey.schema.runner import Address
 from covey.schema.trust import Credentials
@@ -27,10 +38,11 @@ CONNECT_S_MAX: Final = 5.0  # for all addresses together
 REACH_S_MAX: Final = 2.0  # one address that swallows packets leaves time for the next
 SEND_S_MAX: Final = 10.0  # one prompt, over a slow link
 READ_BYTES: Final = 64 * 1024
+ALIVE_S_MIN: Final = 0.01  # between two proofs, whatever a head asks for
 
 Reader = Callable[[], Coroutine[Any, Any, None]]
 
-_decoder = msgspec.msgpack.Decoder(HeadEvent)
+_decoder = msgspec.msgpack.Decoder(HeadMessage)
 _log = logging.getLogger(__name__)
 
 
@@ -47,13 +59,14 @@ class HeadPlace(Struct, frozen=True):
 
 
 class HeadConnection:
-    """One connection. `read` must run for as long as it is used."""
+    """One connection. `live` must run for as long as it is used."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         self._reader = reader
         self._writer = writer
         self._name = name
         self._inboxes: dict[RequestId, asyncio.Queue[HeadEvent | HeadLostError]] = {}
+        self._alive_every_s: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.lost = False
 
     @contextlib.asynccontextmanager
@@ -81,7 +94,25 @@ class HeadConnection:
         except OSError as error:  # a TimeoutError is one
             raise HeadLostError(f"{_capital(self._name)} takes no requests: {explain(error)}.") from None
 
-    async def read(self) -> None:
+    async def live(self) -> None:
+        """Until the connection ends."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._prove_alive)
+            await self._read()
+            tasks.cancel_scope.cancel()
+
+    async def _prove_alive(self) -> None:
+        """As often as the head asks; one of an older version does not.
+
+        In a task of its own beside the one that reads: so it goes on while clients read slowly and while prompts are
+        rendered and tokenised, which other threads do, and stops where nobody would read what the head says.
+        """
+        every_s = await self._alive_every_s
+        while not self.lost:
+            self._writer.write(pack(Alive()))
+            await asyncio.sleep(every_s)
+
+    async def _read(self) -> None:
         """Gives each request its events until the connection ends; then tells all that are left."""
         reason = "ended"
         frames = FrameBuffer()
@@ -94,7 +125,11 @@ class HeadConnection:
         finally:
             self._lose(HeadLostError(f"The connection to {self._name} {reason}."))
 
-    def _deliver(self, event: HeadEvent) -> None:
+    def _deliver(self, event: HeadMessage) -> None:
+        if isinstance(event, ProveAlive):
+            if not self._alive_every_s.done():
+                self._alive_every_s.set_result(max(event.every_ms / 1000, ALIVE_S_MIN))
+            return
         inbox = self._inboxes.get(event.request_id)
         if inbox is not None:  # else the request was left, and its cancellation is on its way
             inbox.put_nowait(event)
@@ -146,7 +181,7 @@ class Heads:
         return await asyncio.shield(self._opening[place])
 
     async def _hold(self, place: HeadPlace, opening: "asyncio.Future[HeadConnection]") -> None:
-        """Opens a connection and reads it to its end."""
+        """Opens a connection and keeps it to its end."""
         try:
             connection = self._open[place] = await open_connection(place, self._context)
             opening.set_result(connection)
@@ -162,7 +197,7 @@ class Heads:
         finally:
             opening.cancel()  # unless it is done: the node ends
             del self._opening[place]
-        await connection.read()
+        await connection.live()
 
 
 async def open_connection(place: HeadPlace, context: ssl.SSLContext) -> HeadConnection:
@@ -190,7 +225,7 @@ async def _open_at(address: Address, place: HeadPlace, context: ssl.SSLContext) 
         writer.transport.abort()
         raise
     tune(writer.get_extra_info("socket"))
-    writer.write(pack(ServeHello(place.instance_id)))
+    writer.write(pack(ServeHello(place.instance_id, can_prove_alive=True)))
     return HeadConnection(reader, writer, _name(address))
 
 
