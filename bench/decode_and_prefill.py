@@ -1,10 +1,11 @@
 """Decode and prefill of the ONNX engine against llama.cpp's own `llama-bench`, alternating in one run.
 
     python bench/decode_and_prefill.py --model FILE.gguf --threads 2 --rounds 5 --llama-bench PATH [--json]
+    python bench/decode_and_prefill.py --model FILE.gguf --threads 2 --rounds 5 --exact
 
 A round is one prefill of 512 tokens and 64 decode steps from an empty cache, in each program, as
 `llama-bench -p 512 -n 64` does. Whatever else the machine does meets both, so ratios hold better than absolute
-figures. Medians are printed.
+figures. Medians are printed. With --exact the engine is compared with itself in exact mode.
 """
 
 import argparse
@@ -30,12 +31,13 @@ DECODE_TOKENS = 64
 MEASURES = ("prefill", "decode")
 
 
-def load(model: Path, threads: int) -> OnnxStage:
+def load(model: Path, threads: int, *, exact: bool = False) -> OnnxStage:
     layer_count = read_header(model).metadata["llama.block_count"]
     spec = RunnerSpec(
         runner_id=RunnerId("bench"),
         instance_id="bench",
         engine="onnx",
+        engine_options={"exact": "1"} if exact else {},
         model_path=str(model),
         shard=Shard(0, layer_count, layer_count),
         stage_index=0,
@@ -72,17 +74,22 @@ def measure_llama(program: Path, model: Path, threads: int) -> dict[str, float]:
     return {"prefill" if result["n_prompt"] else "decode": result["avg_ts"] for result in results}
 
 
-def compare(model: Path, threads: int, rounds: int, program: Path | None) -> dict[str, dict[str, float]]:
+def compare(
+    model: Path, threads: int, rounds: int, program: Path | None, *, with_exact: bool
+) -> dict[str, dict[str, float]]:
     stage = load(model, threads)
+    exact = load(model, threads, exact=True) if with_exact else None
     token_ids = np.random.default_rng(1).integers(0, 1000, PREFILL_TOKENS)
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(measure_ours(stage, token_ids))
-        if program is not None:
+        if exact is not None:
+            theirs.append(measure_ours(exact, token_ids))
+        elif program is not None:
             theirs.append(measure_llama(program, model, threads))
     found = {"covey": medians(ours)}
     if theirs:
-        found["llama.cpp"] = medians(theirs)
+        found["exact" if exact else "llama.cpp"] = medians(theirs)
         pairs = list(zip(ours, theirs, strict=True))
         found["ratio"] = medians([{name: our[name] / their[name] for name in MEASURES} for our, their in pairs])
     return found
@@ -97,10 +104,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench; without it only our own figures")
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument("--exact", action="store_true", help="compare with our own exact mode")
+    compared.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench; without it only our own figures")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = compare(options.model, options.threads, options.rounds, options.llama_bench)
+    found = compare(options.model, options.threads, options.rounds, options.llama_bench, with_exact=options.exact)
     if options.json:
         print(json.dumps({"model": options.model.name, "threads": options.threads, "rounds": options.rounds, **found}))
         return

@@ -136,6 +136,8 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
     assert answer.json()["model_card"]["modelId"] == "Tiny-Chat"
     asked = PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3, node_ids=(NodeId(FIRST),))
     assert backend.commands == [asked]
+    client.post("/place_instance", json={"model_id": "Tiny-Chat", "exact": True})
+    assert backend.commands[1:] == [PlaceModel(card=CARD, exact=True)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
         ({}, "model_id"),
         ({"model_id": "Tiny-Chat", "min_nodes": 0}, "min_nodes"),
         ({"model_id": "Tiny-Chat", "min_nodes": 10**9}, "min_nodes"),
+        ({"model_id": "Tiny-Chat", "exact": "very"}, "exact"),
         ({"model_id": "Tiny-Chat", "sharding": "Tensor"}, "sharding"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
         ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),

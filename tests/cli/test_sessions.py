@@ -339,6 +339,22 @@ def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode)
     assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
 
 
+def test_exact_is_asked_for_and_checked(node: ServedNode) -> None:
+    """The instance that comes back here is none, as from a leader of an older version."""
+    done = invoke(node, "place", "Tiny-Chat", "--another", "--exact")
+    assert node.backend.commands == [PlaceModel(card=CARD, exact=True)]
+    assert (done.exit_code, "not as --exact" in done.stderr) == (1, True)
+    for command in (["place", "Tiny-Chat", "--exact"], ["run", "Tiny-Chat", "Hi", "--exact"]):
+        done = invoke(node, *command)
+        assert (done.exit_code, "otherwise than asked for" in done.stderr) == (1, True)
+    exact = [msgspec.structs.replace(each, exact=True) for each in node.backend.current.instances]
+    node.backend.current = msgspec.structs.replace(node.backend.current, instances=tuple(exact))
+    assert invoke(node, "place", "Tiny-Chat", "--exact").exit_code == 0
+    assert invoke(node, "place", "Tiny-Chat").exit_code == 0
+    assert "Tiny-Chat (exact)" in " ".join(invoke(node, "ps").stdout.split())
+    assert msgspec.json.decode(invoke(node, "ps", "--json").stdout)[0]["exact"]
+
+
 @pytest.mark.parametrize("command", [["run", "Hi"], ["place"]])
 def test_a_name_of_a_hub_is_not_taken_for_a_path(
     node: ServedNode, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Intent: merging is free of order, and a command is carried out once, whoever leads."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,18 @@ from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.settings import TOMBSTONES_MAX
 from covey.control.tending import Tending
-from covey.schema.cluster import Accepted, DeleteInstance, Entry, Forgotten, PlaceModel, Refused, Value, Version, Wish
+from covey.schema.cluster import (
+    Accepted,
+    DeleteInstance,
+    Entry,
+    Forgotten,
+    Instance,
+    PlaceModel,
+    Refused,
+    Value,
+    Version,
+    Wish,
+)
 from covey.schema.ids import InstanceId, NodeId
 from simulation.people import SMALL
 
@@ -148,6 +160,27 @@ def test_tombstones_are_bounded_and_the_newest_stay() -> None:
     assert len(cluster.entries) == TOMBSTONES_MAX
     assert "instance/4.a-1-1" not in cluster.entries
     assert "instance/5.a-1-1" in cluster.entries
+
+
+def test_exactness_goes_from_the_command_to_the_instance() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL, exact=True))
+    assert cluster.wishes[wish_of(made)].exact
+    assert cluster.instances[made].exact
+    assert assignment(cluster.wishes[wish_of(made)], place_small(), context(mark="b-1-1")).exact  # placed again
+
+
+@pytest.mark.parametrize("value", [Wish, Instance])
+def test_versions_that_know_no_exactness_and_those_that_do_read_one_another(value: type[Wish | Instance]) -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL, exact=True))
+    mine = cluster.wishes[wish_of(made)] if value is Wish else cluster.instances[made]
+    fields = [(each.name, each.type) for each in msgspec.structs.fields(value) if each.name != "exact"]
+    config = value.__struct_config__
+    older = msgspec.defstruct(value.__name__, fields, frozen=True, kw_only=True, tag=config.tag)
+    read = msgspec.msgpack.decode(encoded(mine) or b"", type=older)
+    back = msgspec.msgpack.decode(msgspec.msgpack.encode(read), type=value)
+    assert back == replace(mine, exact=False)
 
 
 # ---- what a newer version wrote ----

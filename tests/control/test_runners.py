@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from runner_bench import MINE, Bench, instance, second
 
 from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
@@ -57,6 +58,14 @@ The next one starts when it is reaped and the memory was looked at without it. W
 taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is
 placed on other nodes if it fits there.
 """
+
+
+def test_the_engine_is_told_to_be_exact() -> None:
+    bench = Bench()
+    bench.instances[0] = replace(bench.instances[0], exact=True)
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+    assert start.spec.engine_options == {"exact": "1"}
 
 
 def test_one_runner_from_assignment_to_ready() -> None:

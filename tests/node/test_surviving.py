@@ -58,8 +58,8 @@ def three(tmp_path: Path) -> Generator[tuple[NodeProcess, NodeProcess, NodeProce
 
 
 def test_an_answer_goes_on_after_the_node_that_was_asked_has_slept(tmp_path: Path) -> None:
-    """The lid is closed on the laptop where somebody asked: it closes no connection, so the head hears nothing, ends the
-    request and gives its slot to others. After waking, the answer goes on where it stopped.
+    """The lid is closed on the laptop where somebody asked. It closes no connection, so the head just hears nothing: it
+    ends the request and gives its slot to others. After waking, the answer goes on where it stopped.
     """
     model = write_model(tmp_path / "model.gguf", layers=4)
     with running(tmp_path, "fast", step_delay_ms="0") as (fast,):

@@ -584,6 +584,15 @@ def test_an_instance_with_too_little_room_is_no_reason_to_leave_one_that_is_unhe
     with_head(FakeHead(lambda admit: rest_of("Hello")(admit)[:3]), story)
 
 
+def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
+    (rounding,) = cluster(READY, READY).instances
+    exact = msgspec.structs.replace(rounding, exact=True)
+    progress = serving_module.begin(request(), Letters(), [72, 105], exact)
+    assert serving_module.needs_of(progress, exact).are_met_by(exact)
+    assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
+    assert serving_module.needs_of(progress, rounding).are_met_by(exact)
+
+
 def test_an_answer_goes_on_rather_where_all_of_it_fits() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
         task = asyncio.create_task(all_of(serving, request(token_count_max=50)))

@@ -43,6 +43,7 @@ class PlaceBody(DialectBody):
     context_length: int | None = Field(default=None, ge=2, le=TOKENS_MAX)
     slot_count: int | None = Field(default=None, ge=1, le=SLOTS_MAX)
     node_ids: list[str] = Field(default_factory=list)
+    exact: bool = False
 
     def command(self, card: ModelCard) -> PlaceModel:
         return PlaceModel(
@@ -51,6 +52,7 @@ class PlaceBody(DialectBody):
             context_length=self.context_length,
             slot_count=self.slot_count,
             node_ids=tuple(NodeId(node_id) for node_id in self.node_ids),
+            exact=self.exact,
         )
 
 

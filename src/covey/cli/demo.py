@@ -37,6 +37,7 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
     temperature: float
     as_json: bool
     port: int | None  # None: the default one, or the next that is free
+    exact: bool = False
 
 
 def run_demo(options: DemoOptions) -> None:
@@ -92,7 +93,7 @@ def _ends_by_signal() -> Generator[None]:
 def _play(options: DemoOptions, nodes: list[LocalNode], client: NodeClient) -> None:
     err.print(f"Starting {len(nodes)} node{'s' * (len(nodes) > 1)} on this machine …", style="dim")
     wait_together(nodes)
-    instance = make_ready(client, MODEL, Wanted(node_count=len(nodes))).instance
+    instance = make_ready(client, MODEL, Wanted(node_count=len(nodes), exact=options.exact or None)).instance
     rows = stage_rows(instance, node_names(client.cluster()))
     if not options.as_json:
         out.print(f"[bold]{MODEL}[/] ({instance.card.quantization}) is ready:\n")

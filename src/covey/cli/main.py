@@ -38,6 +38,9 @@ LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for ea
 AnyoneJoins = Annotated[bool, typer.Option("--open", help="Without a join code: anyone on the network joins.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Slower, and an interrupted answer goes on as it would have gone.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Tell only what is wrong, not what happens.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
@@ -147,17 +150,18 @@ def run(
     temperature: Temperature = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the best that hold this share.")] = 0.9,
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
+    exact: Exact = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
     from covey.cli.conversation import Conversation  # noqa: PLC0415
-    from covey.cli.placing import ensure_ready, shorter_context  # noqa: PLC0415
+    from covey.cli.placing import Wanted, ensure_ready, shorter_context  # noqa: PLC0415
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options = {key: value for key, value in given.items() if value is not None}
     with NodeClient(url) as node:
         node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
         question = chat.question(prompt or ())
-        ready = ensure_ready(node, model_to_place(model, node.url))
+        ready = ensure_ready(node, model_to_place(model, node.url), Wanted(exact=exact or None))
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
         model_id = ready.instance.card.model_id
@@ -175,13 +179,14 @@ def place(
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="How many requests run at a time.")] = None,
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
+    exact: Exact = False,  # noqa: FBT002
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
     from covey.cli import placing  # noqa: PLC0415
 
-    wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots)
+    wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots, exact=exact or None)
     with NodeClient(url) as node:
         ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)
         state = node.cluster()
@@ -293,6 +298,7 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help=f"The API's port; default: {DEFAULT_PORT}, or the next free.")
     ] = None,
+    exact: Exact = False,  # noqa: FBT002 (Typer's way to a flag)
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Start nodes on this machine, split the demo model over them, and ask it something."""
@@ -306,6 +312,7 @@ def demo(
         temperature=temperature,
         as_json=as_json,
         port=port,
+        exact=exact,
     )
     try:
         run_demo(options)

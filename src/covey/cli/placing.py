@@ -24,9 +24,15 @@ class Wanted(Struct, frozen=True, kw_only=True):
     node_count: int | None = None  # at least
     context_length: int | None = None
     slot_count: int | None = None
+    exact: bool | None = None
 
     def body(self) -> dict[str, int]:
-        given = {"min_nodes": self.node_count, "context_length": self.context_length, "slot_count": self.slot_count}
+        given = {
+            "min_nodes": self.node_count,
+            "context_length": self.context_length,
+            "slot_count": self.slot_count,
+            "exact": self.exact,
+        }
         return {key: value for key, value in given.items() if value is not None}
 
     def is_met_by(self, instance: Instance) -> bool:
@@ -34,6 +40,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             len(instance.stages) >= (self.node_count or 0)
             and instance.context_length >= (self.context_length or 0)
             and instance.slot_count >= (self.slot_count or 0)
+            and (instance.exact or not self.exact)
         )
 
 
@@ -65,8 +72,11 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
 
 def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
     """A new instance, also where there is one. Raises `CliError`."""
-    answer = node.place(model, **(wanted or Wanted()).body())
+    wanted = wanted or Wanted()
+    answer = node.place(model, **wanted.body())
     instance = wait_ready(node, wish_of(InstanceId(answer["instance_id"])))
+    if wanted.exact and not instance.exact:
+        raise CliError("It is placed, but not as --exact: the leader is an older version, which knows no such mode.")
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
 
 
@@ -84,7 +94,7 @@ def _counted(instance: Instance) -> str:
     nodes, slots = len(instance.stages), instance.slot_count
     return (
         f"{nodes} node{'s' * (nodes > 1)} with a context of {instance.context_length} tokens in "
-        f"{slots} slot{'s' * (slots > 1)}"
+        f"{slots} slot{'s' * (slots > 1)}{', exact' * instance.exact}"
     )
 
 

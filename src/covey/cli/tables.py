@@ -28,6 +28,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "status": _status(state, each),
             "context_length": each.context_length,
             "slots": each.slot_count,
+            "exact": each.exact,
             "nodes_asked_for": asked.get(each.wish_id, 1),
             "nodes": stage_rows(each, names) if isinstance(each, Instance) else [],
         }
@@ -59,7 +60,8 @@ def instances_table(rows: Sequence[Row]) -> Listing:
     short = short_ids([row["instance_id"] for row in rows])
     drawn: list[tuple[str, ...]] = []
     for row in rows:
-        head = (short[row["instance_id"]], row["model_id"], _status_cell(row), str(row["context_length"]))
+        model = f"{row['model_id']}{' (exact)' * row['exact']}"
+        head = (short[row["instance_id"]], model, _status_cell(row), str(row["context_length"]))
         for cells in [_layers_cells(node) for node in row["nodes"]] or [("", "", "")]:
             drawn.append((*head, *cells))
             head = ("",) * len(head)

@@ -206,6 +206,7 @@ class Cluster:
             context_length=placement.context_length,
             slot_count=placement.slot_count,
             node_ids=command.node_ids,
+            exact=command.exact,
         )
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))
@@ -275,6 +276,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         slot_count=placement.slot_count,
         engine=context.engine,
         stages=stages,
+        exact=wish.exact,
     )
 
 

@@ -308,7 +308,7 @@ class Runners:
             runner_id=runner.stage.runner_id,
             instance_id=instance.instance_id,
             engine=instance.engine,
-            engine_options=self.settings.engine_options,
+            engine_options=self.settings.engine_options | ({"exact": "1"} if instance.exact else {}),
             model_path=path,
             vocabulary_size=instance.card.vocabulary_size,
             shard=runner.stage.shard,

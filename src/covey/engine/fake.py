@@ -4,8 +4,8 @@ Each layer keeps a 32-bit hash per position, made of the layer before and its ow
 layer of a model attends to its cache. The hash travels between stages in the first lanes of the activations. So a
 wrong slot, a lost chunk or one that comes twice changes the answer, or is refused; the number of stages does not.
 
-`engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long) and
-`load_delay_ms` (so does each layer's load).
+`engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long),
+`load_delay_ms` (so does each layer's load), and `exact`, which it is anyway.
 """
 
 import time
@@ -20,7 +20,7 @@ from covey.schema.runner import RunnerSpec
 
 WORD: Final = 0xFFFFFFFF
 LANES: Final = 4  # of a byte each, which every float type holds exactly
-DEFAULTS: Final = {"vocabulary_size": 256, "hidden_size": 8, "step_delay_ms": 0, "load_delay_ms": 0}
+DEFAULTS: Final = {"vocabulary_size": 256, "hidden_size": 8, "step_delay_ms": 0, "load_delay_ms": 0, "exact": 0}
 LOGITS_SPAN: Final = 8.0  # of the best to the worst: a distribution with a clear best and a long tail
 LAYER_BYTES: Final = 4
 

@@ -41,6 +41,7 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     context_length: int  # tokens of one KV slot
     slot_count: int
     node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
+    exact: bool = False
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
@@ -53,6 +54,7 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     slot_count: int
     engine: str
     stages: tuple[Stage, ...]
+    exact: bool = False  # activations are not rounded: a token's logits hardly depend on what is computed beside it
 
 
 class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
@@ -212,6 +214,7 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
     context_length: int | None = None  # None: the placement chooses
     slot_count: int | None = None
     node_ids: tuple[NodeId, ...] = ()  # empty: any
+    exact: bool = False  # slower, and answers that were interrupted go on as they would have
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):

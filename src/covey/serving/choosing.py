@@ -32,10 +32,12 @@ class Needs(Struct, frozen=True):
     card: ModelCard
     room: int  # tokens of context: those there are, and the next
     whole_room: int  # for as long an answer as is wanted
+    exact: bool = False  # it was begun so, and must not go on otherwise
     unreached: frozenset[InstanceId] = frozenset()  # by this node, just now
 
     def are_met_by(self, instance: Instance) -> bool:
-        return instance.card == self.card and instance.context_length >= self.room
+        is_exact_enough = instance.exact or not self.exact
+        return instance.card == self.card and instance.context_length >= self.room and is_exact_enough
 
     def rank(self, instance: Instance) -> int:
         """The lower, the better."""
@@ -69,7 +71,7 @@ class Choosing:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""
         if instance.context_length >= room:
             return instance
-        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room))
+        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room, instance.exact))
         picked = routing.pick(state, instance.card.model_id)
         return picked if isinstance(picked, Instance) else instance
 

@@ -225,7 +225,8 @@ def needs_of(progress: Progress, instance: Instance, unreached: Collection[Insta
     """What another instance must have to go on where `instance` is left."""
     admit = progress.admit
     room = min(len(admit.token_ids) + 1, instance.context_length)  # its end may be all that is missing
-    return Needs(instance.card, room, admit.prompt_length + admit.token_count_max, frozenset(unreached))
+    whole_room = admit.prompt_length + admit.token_count_max
+    return Needs(instance.card, room, whole_room, instance.exact, frozenset(unreached))
 
 
 def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:

@@ -17,11 +17,14 @@ from covey.schema.runner import RunnerSpec
 TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 40).astype(np.int64)
 
 
-def spec(path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: int = 64) -> RunnerSpec:
+def spec(
+    path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: int = 64, exact: bool = False
+) -> RunnerSpec:
     return RunnerSpec(
         runner_id=RunnerId("runner"),
         instance_id="instance",
         engine="onnx",
+        engine_options={"exact": "1"} if exact else {},
         model_path=str(path),
         shard=Shard(layers.start, layers.stop, LAYERS),
         stage_index=0,
@@ -79,6 +82,17 @@ def test_each_type_against_the_twin(tensor_type, tmp_path):
     else:  # the operator rounds activations to 8 bits per block, as llama.cpp does
         assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.03 * spread
         assert divergences(expected, actual).mean() < 1e-3
+
+
+@pytest.mark.parametrize("tensor_type", ["F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_each_type_is_exact_where_that_is_asked_for(tensor_type, tmp_path):
+    path = write_tiny_llama(tmp_path / "tiny.gguf", {}, default=tensor_type)
+    expected = LlamaTwin(path).logits(TOKENS.tolist())
+    stage = loaded(path, exact=True)
+    actual = each_logits(stage, TOKENS)
+    assert np.abs(actual - expected).max() < 1e-4 * expected.std()
+    together = stage.run([piece(1, 0, len(TOKENS))], TOKENS)
+    assert np.abs(together - actual[-1:]).max() < 1e-4 * expected.std()
 
 
 def test_types_mixed_as_quantisers_mix_them(tmp_path):

@@ -7,6 +7,7 @@ bytes and are handed to the session as they are; a graph knows only their names,
 
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import onnx
 from msgspec import Struct
@@ -20,6 +21,8 @@ MICROSOFT: Final = "com.microsoft"
 OPSET: Final = 21
 IR_VERSION: Final = 10
 INT8_ACCUMULATION: Final = 4  # `accuracy_level`: activations are quantised to 8 bits per block, as llama.cpp does
+FLOAT_ACCUMULATION: Final = 0  # they stay as they are: slower, and the same whether a token is computed alone or not
+BYTE_BITS: Final = 8
 INLINE_BYTES_MAX: Final = 1024  # smaller constants live in the model, where the optimiser may read them
 
 # Names of the graph's inputs and outputs.
@@ -87,9 +90,12 @@ class GraphBuilder:
 class LlamaGraph:
     """Adds a stage to a builder, layer by layer, so that a layer's weights can be read just before."""
 
-    def __init__(self, settings: LlamaSettings, rotary: tuple[Floats, Floats], table: Table | None) -> None:
+    def __init__(
+        self, settings: LlamaSettings, rotary: tuple[Floats, Floats], table: Table | None, *, is_exact: bool
+    ) -> None:
         """`table`: the token embeddings, on the first stage."""
         self._settings = settings
+        self._accuracy_level = FLOAT_ACCUMULATION if is_exact else INT8_ACCUMULATION
         self._builder = GraphBuilder()
         self._caches: list[str] = []
         builder = self._builder
@@ -229,20 +235,51 @@ class LlamaGraph:
         With (code - zero) * scale + offset for a weight, both together are exact; the operator alone takes offsets
         only in a form that is a hundred times slower.
         """
+        scaled_name = name if matrix.offsets is None else f"{name}.scaled"
+        if matrix.bits == BYTE_BITS and self._accuracy_level == FLOAT_ACCUMULATION:
+            scaled = self._matmul_halves(scaled_name, source, matrix)
+        else:
+            scaled = self._matmul_codes(scaled_name, source, matrix)
+        if matrix.offsets is None:
+            return scaled
+        offsets = self._builder.constant(f"{name}.offsets", matrix.offsets)
+        return self._builder.node("Gemm", [sums, offsets, scaled], name, transB=1)
+
+    def _matmul_halves(self, name: str, source: str, matrix: PackedBlocks) -> str:
+        """A code of 8 bits as two of 4: code - 128 is 16 * (high - 8) + low.
+
+        The operator has a kernel for 4 bits and floats alone. With 8 it unpacks the whole matrix for every token, which
+        takes 20 times as long.
+        """
+        high_codes, low_codes = halves(matrix.codes)
+        high = msgspec.structs.replace(matrix, codes=high_codes, scales=16 * matrix.scales, bits=BYTE_BITS // 2)
+        low = msgspec.structs.replace(matrix, codes=low_codes, bits=BYTE_BITS // 2)
+        rows, blocks = matrix.scales.shape
+        zeros = self._builder.constant(f"{name}.low.zeros", np.zeros((rows, -(-blocks // 2)), np.uint8))
+        products = [
+            self._matmul_codes(f"{name}.high", source, high),
+            self._matmul_codes(f"{name}.low", source, low, zeros),
+        ]
+        return self._builder.node("Add", products, name)
+
+    def _matmul_codes(self, name: str, source: str, matrix: PackedBlocks, *zeros: str) -> str:
+        """Without `zeros`, a zero is half of what the codes' bits hold."""
         builder = self._builder
         rows, blocks = matrix.scales.shape
         codes = builder.constant(f"{name}.codes", matrix.codes)
         scales = builder.constant(f"{name}.scales", matrix.scales.reshape(-1))
-        scaled_name = name if matrix.offsets is None else f"{name}.scaled"
-        scaled = builder.node(
-            "MatMulNBits", [source, codes, scales], scaled_name, MICROSOFT,
+        return builder.node(
+            "MatMulNBits", [source, codes, scales, *zeros], name, MICROSOFT,
             N=rows, K=blocks * matrix.block_size, bits=matrix.bits, block_size=matrix.block_size,
-            accuracy_level=INT8_ACCUMULATION,
+            accuracy_level=self._accuracy_level,
         )  # fmt: skip
-        if matrix.offsets is None:
-            return scaled
-        offsets = builder.constant(f"{name}.offsets", matrix.offsets)
-        return builder.node("Gemm", [sums, offsets, scaled], name, transB=1)
+
+
+def halves(codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The high and the low 4 bits of codes of 8, each two to a byte, the first in its low bits."""
+    first, second = codes[..., 0::2], codes[..., 1::2]
+    low, four = np.uint8(0x0F), np.uint8(4)
+    return (first >> four) | (second & ~low), (first & low) | (second << four)
 
 
 def _value(name: str, dtype: Any, shape: list[int | str]) -> onnx.ValueInfoProto:

@@ -17,6 +17,7 @@ from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
 from covey.schema.runner import RunnerSpec
 
 WARM_UP_TOKENS: Final = 16
+EXACT: Final = "exact"  # the engine option: "1" leaves activations as they are
 
 
 class OnnxStage:
@@ -83,7 +84,7 @@ class OnnxStage:
     ) -> StageGraph:
         shard = self._spec.shard
         rotary = rotary_tables(settings, self._spec.context_length, file.read_rope_divisors())
-        llama = LlamaGraph(settings, rotary, table)
+        llama = LlamaGraph(settings, rotary, table, is_exact=self._spec.engine_options.get(EXACT) == "1")
         total = shard.layer_end - shard.layer_start
         progress(LoadProgress(0, total, file.bytes_read, file.bytes_total))  # the ends may be as large as many layers
         for layer in range(shard.layer_start, shard.layer_end):
