@@ -34,6 +34,7 @@ from covey.schema.machine import (
     KeepEntries,
     MessageReceived,
     Publish,
+    RegroupRunner,
     RunnerExited,
     RunnerSaid,
     SendTo,
@@ -122,6 +123,9 @@ class Trace:
             case StartRunner(runner_id, attempt, spec):
                 layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
                 done = f"start {runner_id} attempt {attempt}, {layers}"
+            case RegroupRunner(runner_id, attempt, spec):
+                layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
+                done = f"regroup {runner_id} attempt {attempt} as {spec.runner_id} in {spec.generation}, {layers}"
             case StopRunner(runner_id, attempt):
                 done = f"stop {runner_id} attempt {attempt}"
             case TellRunner(runner_id, attempt, command):

@@ -464,7 +464,7 @@ class Machine:
                 api_address=self.settings.api_address,
                 hardware=hardware,
                 downloads=self.downloads.reports(),
-                runners=self.memory.steady(self.runners.reports()),
+                runners=self.memory.steady(self.runners.reports(), self.runners.keys()),
                 models_on_disk=self.downloads.models_on_disk(),
                 notices=self.keeping.notices,
             )

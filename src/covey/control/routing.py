@@ -10,7 +10,7 @@ from covey.control.addresses import ways_to
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
-from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES
+from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,
@@ -222,7 +222,7 @@ def have_parted(stages: Sequence[Stage], gone: RunnerReport | None, reports: Rep
 
 def _has_left(report: RunnerReport, gone: RunnerReport) -> bool:
     begins_anew = report.state in LINKING_STATES and report.attempt > gone.attempt and not report.waiting
-    return report.state is RunnerState.FAILED or begins_anew
+    return report.state in (RunnerState.FAILED, RunnerState.PARTED) or begins_anew
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
@@ -268,7 +268,7 @@ def _candidate(
         return runner.runner_id not in ending or runner.state is RunnerState.STUCK
 
     given_back = sum(each.resident_bytes for each in report.runners if not stays(each))
-    held = sum(each.resident_bytes for each in report.runners if stays(each) and each.state in MEASURED_STATES)
+    held = sum(each.resident_bytes for each in report.runners if stays(each) and _is_measured(each))
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -284,8 +284,13 @@ def _promised(stage: Stage, report: NodeReport) -> int:
     """What a stage will still take of the memory that its node says is available."""
     if stage.node_id != report.node_id:
         return 0
-    own = [each for each in report.runners if each.runner_id == stage.runner_id and each.state in MEASURED_STATES]
+    own = [each for each in report.runners if each.runner_id == stage.runner_id and _is_measured(each)]
     return still_to_take_bytes(stage.memory_bytes, own[0].resident_bytes if own else None)
+
+
+def _is_measured(report: RunnerReport) -> bool:
+    """Whether what it holds is known: it has loaded, maybe for a generation before this one."""
+    return report.state in MEASURED_STATES or (report.resident_bytes > 0 and report.state in STARTED_STATES)
 
 
 def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:
