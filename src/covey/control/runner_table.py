@@ -84,9 +84,7 @@ class Runner(Struct):
     serving_since_ms: int | None = None
     has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
-    retry_ms: int | None = (
-        None  # when FAILED ends (None: never, or not before it is reaped), or PARTED at last
-    )
+    retry_ms: int | None = None  # when FAILED ends (None: never, or not before it is reaped), or PARTED at last
     partings: int = 0  # since it was last well for a while
     listen_host: str = ""
     data_address: Address | None = None

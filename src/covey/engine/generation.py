@@ -30,6 +30,7 @@ from covey.schema.runner import (
     LoadProgressed,
     Ready,
     RunnerCommand,
+    RunnerSpec,
     WarmUp,
 )
 
@@ -49,7 +50,12 @@ class Generation:
     """`port` receives for this generation, which its `mailbox` is for alone."""
 
     def __init__(
-        self, pipe: NodePipe, configure: Configure, mailbox: Mailbox, port: DataPort, engine: StageEngine
+        self,
+        pipe: NodePipe,
+        configure: Configure,
+        mailbox: Mailbox,
+        port: DataPort,
+        find_engine: Callable[[RunnerSpec], StageEngine],
     ) -> None:
         self.spec = configure.spec
         self.loop: Loop | None = None
@@ -59,7 +65,7 @@ class Generation:
         self._credentials = configure.credentials
         self._mailbox = mailbox
         self._port_number, self._reception = port.number, port.reception
-        self._engine = engine
+        self._find_engine = find_engine
         self._early: list[Message] = []  # came before this stage was ready for it
 
     def live(self) -> NoReturn:
@@ -70,14 +76,15 @@ class Generation:
         linked = self._connect(neighbours)
         self._wait(Load)
         self.phase = "loading"
-        self._engine.load(self.spec, self._tell_progress)
+        engine = self._find_engine(self.spec)
+        engine.load(self.spec, self._tell_progress)
         self.has_loaded = True
         self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
         self._wait(WarmUp)
         self.phase = "warming up"
-        self._engine.warm_up()
+        engine.warm_up()
         self.phase = "running"
-        self._serve(Stage(self._engine, linked.after, is_last=self.spec.stage_index == self.spec.stage_count - 1))
+        self._serve(Stage(engine, linked.after, is_last=self.spec.stage_index == self.spec.stage_count - 1))
 
     def close(self, message: str) -> None:
         """Tells the clients `message` and the neighbours by closing."""

@@ -152,7 +152,7 @@ class Dialler(Struct, frozen=True):
             except OSError as error:
                 failures.append(error)
             except LinkRefusedError:
-                if place.wait(0) is None:  # else it refused because it had offered one itself
+                if place.settle() is None:  # else it refused because it had offered one itself
                     raise
             else:
                 if not place.fill(lambda: link):  # noqa: B023 - called at once

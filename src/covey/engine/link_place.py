@@ -44,6 +44,11 @@ class LinkPlace:
             self._changed.wait_for(lambda: self.is_closed or self._link is not None, max(seconds, 0.0))
             return self._link
 
+    def settle(self) -> Link | None:
+        """The link, once nobody is about to fill the place."""
+        with self._filling:
+            return self.wait(0)
+
     def close(self) -> None:
         """Closes the link, and takes no other. Waits for nobody who is about to fill it."""
         with self._changed:

@@ -21,7 +21,7 @@ from covey.engine.link import LinkBrokenError, LinkClosedError
 from covey.engine.mailbox import Mailbox
 from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort, Reception
-from covey.schema.runner import BEAT_MS, Beat, Configure, Parted, PhaseFailed
+from covey.schema.runner import BEAT_MS, Beat, Configure, Parted, PhaseFailed, RunnerSpec
 
 LOST: Final = "A part of the model was lost while it answered."  # for the clients
 
@@ -76,18 +76,22 @@ class Runner:
             self._has_weights = self._has_weights or generation.has_loaded
 
     def _begin(self, configure: Configure) -> Generation:
-        """What was still said to the former generation is lost with its mailbox."""
-        self._pipe.mailbox = mailbox = Mailbox()
+        """What others still say to the former generation is lost with its mailbox."""
+        mailbox: Mailbox = Mailbox()
+        self._pipe.deliver_to(mailbox)
         reception = Reception(configure.spec, configure.credentials, mailbox)
         self._port = self._port or DataPort(reception)
         self._port.reception = reception
-        self._engine = self._engine or create(configure.spec)
-        self._generation = Generation(self._pipe, configure, mailbox, self._port, self._engine)
+        self._generation = Generation(self._pipe, configure, mailbox, self._port, self._find_engine)
         return self._generation
+
+    def _find_engine(self, spec: RunnerSpec) -> StageEngine:
+        self._engine = self._engine or create(spec)
+        return self._engine
 
     def _wait_configure(self) -> Configure:
         while True:
-            message = self._pipe.mailbox.get()
+            message = self._pipe.take()
             if isinstance(message, Configure):
                 return message
 
