@@ -1,11 +1,11 @@
 """What the leader mends without being asked: each wish has one instance, on nodes that are there.
 
-Where an instance has a stage on a node that is gone, the wish is placed again on what is left, and the old assignment
-stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. A stage whose
-node has had too little memory for a while, or can't end its former process, is mended alike, but until there is another
-place its instance goes on waiting. Of several instances whose nodes are all here (two leaders, apart for a while, each
-assigned the wish) one stays: a ready one if there is one, then one that serves requests, then the one that this leader
-has seen whole for longest.
+Where an instance has a stage on a node that is gone, the wish is placed again on what is left, so that as few layers
+move as possible, and the old assignment stays dormant (`dormancy`); if the wish does not fit it is tried again whenever
+the nodes' figures change. A stage whose node has had too little memory for a while, or can't end its former process, is
+mended alike, but until there is another place its instance goes on waiting. Of several instances whose nodes are all
+here (two leaders, apart for a while, each assigned the wish) one stays: a ready one if there is one, then one that
+serves requests, then the one that this leader has seen whole for longest.
 """
 
 import sys
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written, assignment, wish_of
 from covey.control.dormancy import lacks
+from covey.control.placement.again import place_again
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
 from covey.control.routing import (
@@ -70,7 +71,7 @@ class Tending:
         if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
             return dropped
-        replaced = self._replace(wish, look(tuple(mine)), whole[:1], reports)
+        replaced = self._replace(wish, look(tuple(mine)), whole[:1], dormant[:1], reports)
         return (*dropped, *replaced, *(Written(INSTANCE + each.instance_id, None) for each in whole[:1] if replaced))
 
     def leftovers(self) -> tuple[Written, ...]:
@@ -92,12 +93,14 @@ class Tending:
         return self.cluster.entries[INSTANCE + instance.instance_id].version
 
     def _replace(
-        self, wish: Wish, context: Context, stuck: Sequence[Instance], reports: Reports
+        self, wish: Wish, context: Context, stuck: Sequence[Instance], lost: Sequence[Instance], reports: Reports
     ) -> tuple[Written, ...]:
-        """Another assignment than those that are stuck, if there is one."""
+        """Another assignment than those that are stuck, if there is one. What is left of a lost one stays in place."""
         if self.refused_with.get(wish.wish_id) == context.nodes:
             return ()
-        placement = place(wish.card, context.nodes, _options_without(_hung(stuck, reports), wish, context.nodes))
+        options = _options_without(_hung(stuck, reports), wish, context.nodes)
+        kept = None if stuck or not lost else place_again(lost[0], context.nodes, options)
+        placement = kept or place(wish.card, context.nodes, options)
         instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
         if instance is None or any(_shards(each) == _shards(instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
