@@ -174,21 +174,23 @@ class Safety:
         if len(deleted) > machine.settings.tombstones_max:
             self._fail(f"it remembers {len(deleted)} deletions")
 
-    def _check_written(self, machine: Machine, written: Mapping[str, Entry]) -> None:
+    def _check_written(self, machine: Machine, written: Mapping[str, Entry], *, is_command: bool = False) -> None:
         values = {key: value_of(entry) for key, entry in written.items() if not self.world.ledger.knows(key)}
         fresh: dict[str, Value] = {key: value for key, value in values.items() if value}
         for value in fresh.values():
             if isinstance(value, Instance):
-                self._check_single(machine, value)
+                self._check_single(machine, written, value)
                 self._check_memory(machine, fresh, value)
                 self._check_chosen(machine, fresh, value)
                 self._check_there(machine, value)
-                if value.wish_id in machine.cluster.wishes:  # else a command brings both
+                if not is_command:
                     self.pace.mend(machine, value)
 
-    def _check_single(self, machine: Machine, assigned: Instance) -> None:
-        """A leader assigns a wish only while no other assignment of it can be served."""
+    def _check_single(self, machine: Machine, written: Mapping[str, Entry], assigned: Instance) -> None:
+        """A leader assigns a wish only while no other assignment of it can be served, or in the place of that."""
         for other in machine.state(self.host.now_ms).instances:
+            if INSTANCE + other.instance_id in written:
+                continue
             if other.wish_id == assigned.wish_id and other.instance_id != assigned.instance_id:
                 self._fail(f"{assigned.wish_id} was assigned again beside {other.instance_id}")
 
@@ -296,7 +298,7 @@ class Safety:
         entries = {key: entry for key, entry in effect.entries.items() if entry}
         if not effect.entries:
             self._fail("it writes nothing to its disk")
-        self._check_written(machine, entries)
+        self._check_written(machine, entries, is_command=True)
         for key, entry in entries.items():
             self.world.ledger.write(self.host, key, entry)
 

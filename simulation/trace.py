@@ -17,6 +17,7 @@ from covey.schema.cluster import (
     MeshMessage,
     NodeReport,
     PlaceModel,
+    Rebalance,
     Refused,
     RevokeKey,
 )
@@ -157,6 +158,8 @@ def _command(news: CommandSubmitted) -> str:
     match news.command:
         case PlaceModel(card=card, node_count_min=node_count_min):
             return f"place {card.model_id} on at least {node_count_min}"
+        case Rebalance(instance_id):
+            return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):
             return f"delete {instance_id}"
         case AddKey(key):

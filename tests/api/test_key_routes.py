@@ -106,6 +106,7 @@ def test_no_other_route_commands_anything(here: TestClient) -> None:
     told = {
         ("POST", "/place_instance"),
         ("DELETE", "/instance/{instance_id}"),
+        ("POST", "/instance/{instance_id}/rebalance"),
         ("POST", "/keys"),
         ("DELETE", "/keys/{key}"),
         ("POST", "/join_code/rotate"),  # in the logs of all nodes: each begins a new life, and a new list of events

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
+from covey.control.cluster import options_of
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import Options, place
+from covey.control.placement.place import place
 from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES
 from covey.schema.cluster import (
     ClusterState,
@@ -99,20 +100,6 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
     nodes = nodes_of(state)
     placement = place(wish.card, nodes, options_of(wish, nodes))
     return placement.reason if isinstance(placement, Refused) else "the leader is about to assign it."
-
-
-def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
-    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
-
-    Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
-    """
-    here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
-    return Options(
-        node_count_min=min(wish.node_count_min, max(len(here), 1)),
-        context_length=wish.context_length,
-        slot_count=wish.slot_count,
-        node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
-    )
 
 
 def _failure(instance: Instance, reports: Reports) -> Progress | None:
