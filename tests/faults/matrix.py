@@ -1,5 +1,6 @@
 """One round of one fault: streams begin, something breaks, all of them end, and everything is as it was."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ import census
 from answers import Answer
 from questions import TOKENS, Questions
 from reference import judge
-from rig import ASKED, NAMES, Rig, until
+from rig import NAMES, Rig, until
 from rows import Row
 
+ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "1"))
+STOP_S = float(os.environ.get("FAULTS_STOP_S", "15"))  # how long what passes by itself lasts
 BEGUN = 10  # tokens of each stream before something breaks
 BEGIN_S_MAX = 90.0
 END_S_MAX = 180.0  # for a stream, after the fault; a client that waits longer counts as hung
@@ -28,7 +31,6 @@ class Fault:
     mends: Callable[[Rig, list[str], float], None] = lambda *_: None
     leader: str = "dora"  # at first
     leader_holds: bool | None = None  # None: it does not matter
-    lasts_s: float = 0.0
 
 
 def arrange(rig: Rig, fault: Fault) -> list[str]:
@@ -78,14 +80,10 @@ class Rounds:
         until(lambda: all(len(each.token_ids) > BEGUN for each in streams), BEGIN_S_MAX, "answering", self.rig.told)
         return streams
 
-    def _wait_ended(self, streams: list[Answer], broke_s: float) -> None:
-        """Notes when an instance was ready after the fault, on the way."""
-        ready_s: float | None = None
+    @staticmethod
+    def _wait_ended(streams: list[Answer], broke_s: float) -> None:
         while time.monotonic() - broke_s < END_S_MAX and not all(each.is_over for each in streams):
             time.sleep(0.1)
-            if ready_s is None and any(each.longest_wait_after_s(broke_s) for each in streams):
-                ready_s = time.monotonic() - broke_s
-        self.row.ready_s += [ready_s] if ready_s is not None else []
 
     def _count_streams(self, streams: list[Answer], broke_s: float) -> None:
         row = self.row
@@ -152,3 +150,12 @@ def expect_clean(row: Row) -> None:
     """What is promised of every fault."""
     assert (row.wrong, row.hung, row.orphans, row.leaked, row.errors) == (0, 0, 0, 0, []), row.told + row.errors
     assert row.completed == row.streams, row.told
+
+
+def repeat(rig: Rig, fault: Fault, questions: Questions, rows: list[Row], count: int) -> None:
+    rounds = Rounds(rig, fault, questions)
+    rows.append(rounds.row)
+    for number in range(count):
+        rounds.run(number)
+    print(rounds.row)
+    expect_clean(rounds.row)

@@ -4,7 +4,7 @@ from itertools import count, islice
 
 from reference import SLOTS, Reference
 
-TOKENS = 100
+TOKENS = 80
 SETS = 3  # the slots of a head hold what was asked last; what was asked before that is read anew
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +220,23 @@ class LabRig(Rig):
 
 
 @contextmanager
-def local(home: Path, model: Path, leader: str) -> Generator[Rig]:
+def local(
+    home: Path, model: Path, leader: str, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Generator[Rig]:
+    """On this machine. `around` holds while the nodes run; the data folders are there by then."""
     with _own_scratch(home):
         rig = Rig(home, model, leader)
-        try:
-            rig.begin()
-            yield rig
-        finally:
-            rig.end()
+        with around():
+            try:
+                rig.begin()
+                yield rig
+            finally:
+                rig.end()
 
 
 @contextmanager
 def apart(home: Path, model: Path, leader: str) -> Generator[LabRig]:
+    """On machines of their own."""
     with _own_scratch(home), lab(home) as net:
         rig = LabRig(home, model, leader, net)
         try:

@@ -20,15 +20,14 @@ class Row:
     orphans: int = 0
     leaked: int = 0  # slots, files, processes, file descriptors
     near: int = 0  # tokens that are best only nearly, where we can't know how the cache was filled
-    gaps_s: list[float] = field(default_factory=list)  # from the fault to the next token, of each stream
-    ready_s: list[float] = field(default_factory=list)  # from the fault until an instance was ready
+    gaps_s: list[float] = field(default_factory=list)  # each stream's longest wait for a token after the fault
     grown_mib: float = 0.0
     told: list[str] = field(default_factory=list)
 
     def cells(self) -> list[str]:
         gaps = self.gaps_s or [0.0]
         counts = [self.rounds, self.streams, self.completed, len(self.errors), self.wrong, self.hung, self.orphans]
-        figures = f"{median(gaps):.1f}", f"{max(gaps):.1f}", f"{max(self.ready_s, default=0.0):.1f}"
+        figures = f"{median(gaps):.1f}", f"{max(gaps):.1f}"
         return [self.fault, *map(str, [*counts, self.leaked]), *figures, f"{self.grown_mib:+.0f}"]
 
     def summary(self) -> dict[str, Any]:
@@ -48,7 +47,6 @@ HEADER = (
     "leaked",
     "gap median s",
     "gap worst s",
-    "ready worst s",
     "memory MiB",
 )
 

@@ -6,7 +6,7 @@ import pytest
 from questions import Questions
 from reference import judge
 
-BREAK = 75  # tokens, then another head read all of them at once
+BREAK = 60  # tokens, then another head read all of them at once
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_an_answer_that_went_on_is_right(
     judged = judge(questions.reference, *resumed)
     assert (judged.wrong, judged.near) == ("", 0)
     prompt, undisturbed, _, _ = resumed
-    assert judge(questions.reference, prompt, undisturbed, undisturbed[:90], []).wrong == ""
+    assert judge(questions.reference, prompt, undisturbed, undisturbed[:70], []).wrong == ""
 
 
 MISTAKES: dict[str, Callable[[list[int]], list[int]]] = {

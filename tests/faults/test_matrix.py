@@ -3,21 +3,15 @@
 `make faults ROUNDS=20` repeats each; a few of them run once with all tests.
 """
 
-import os
 import time
 from pathlib import Path
 
+import census
 import pytest
-from matrix import Fault, Rounds, expect_clean
+from matrix import ROUNDS, STOP_S, Fault, repeat
 from questions import Questions
 from rig import ASKED, Rig, local
 from rows import Row
-
-import census
-
-ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "1"))
-STOP_S = float(os.environ.get("FAULTS_STOP_S", "15"))
-
 
 def kill_runner(stage: int) -> Fault:
     def breaks(rig: Rig, holders: list[str]) -> None:
@@ -89,20 +83,17 @@ FAULTS = [
     stop_node(alone=True),
     stop_node(alone=False),
 ]
-SHORT = {"SIGKILL of the middle runner", "SIGKILL of the last runner's node"}
 
 
-def cases() -> list[object]:
-    marks = {True: (), False: (pytest.mark.faults,)}
-    return [pytest.param(fault, id=fault.name.replace(" ", "-"), marks=marks[fault.name in SHORT]) for fault in FAULTS]
-
-
-@pytest.mark.parametrize("fault", cases())
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_answers_go_on(tmp_path: Path, demo_model: Path, questions: Questions, rows: list[Row], fault: Fault) -> None:
     with local(tmp_path, demo_model, fault.leader) as rig:
-        rounds = Rounds(rig, fault, questions)
-        rows.append(rounds.row)
-        for number in range(ROUNDS):
-            rounds.run(number)
-    print(rounds.row)
-    expect_clean(rounds.row)
+        repeat(rig, fault, questions, rows, ROUNDS)
+
+
+def test_answers_go_on_once(tmp_path: Path, demo_model: Path, questions: Questions, rows: list[Row]) -> None:
+    """Two of them, one after the other in one cluster."""
+    with local(tmp_path, demo_model, "dora") as rig:
+        for fault in (kill_runner(1), kill_node(2)):
+            repeat(rig, fault, questions, rows, 1)
