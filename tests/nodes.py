@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,17 @@ class NodeProcess:
         *,
         ends_with_input: bool = False,
         engine: str = "fake",
+        within: Sequence[str] = (),
         **engine_options: str,
     ) -> None:
+        """`within`: a command that runs the one which follows it."""
         self.name = name
         options = json.dumps(FAKE_OPTIONS | engine_options if engine == "fake" else engine_options)
         self._log = home / f"{name}.stderr"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *within,
                     sys.executable,
                     "-c",
                     SCRIPT,
