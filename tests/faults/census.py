@@ -101,7 +101,9 @@ def leaks(before: Census, after: Census) -> list[str]:
     return found
 
 
-def settled(before: Census, home: Path, node_process_ids: Collection[int], timeout_s: float) -> tuple[Census, list[str]]:
+def settled(
+    before: Census, home: Path, node_process_ids: Collection[int], timeout_s: float
+) -> tuple[Census, list[str]]:
     """A census without leaks, or the last one."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -22,13 +22,14 @@ SETTLE_S_MAX = 30.0
 
 @dataclass
 class Fault:
-    """`breaks` gets the names of the nodes that hold the model, in order; `mends` makes it good again, and knows for
-    how long it has lasted.
+    """All get the names of the nodes that hold the model, in order. `passes`: what ends by itself, after `STOP_S`.
+    `mends`: what a person does once the streams have ended.
     """
 
     name: str
     breaks: Callable[[Rig, list[str]], None]
-    mends: Callable[[Rig, list[str], float], None] = lambda *_: None
+    passes: Callable[[Rig, list[str]], None] | None = None
+    mends: Callable[[Rig, list[str]], None] | None = None
     leader: str = "dora"  # at first
     leader_holds: bool | None = None  # None: it does not matter
 
@@ -51,6 +52,7 @@ class Rounds:
         self.rig, self.fault, self.questions = rig, fault, questions
         self.row = Row(fault.name)
         self.before: census.Census | None = None
+        self.resident_bytes = 0  # after the first round
 
     def run(self, number: int) -> None:
         holders = arrange(self.rig, self.fault)
@@ -59,8 +61,9 @@ class Rounds:
         streams = self._begin(number)
         broke_s = time.monotonic()
         self.fault.breaks(self.rig, holders)
-        self._wait_ended(streams, broke_s)
-        self.fault.mends(self.rig, holders, broke_s)
+        self._wait_ended(streams, broke_s, holders)
+        if self.fault.mends:
+            self.fault.mends(self.rig, holders)
         self.rig.wait_together()
         self.rig.wait_serving()
         self._count_streams(streams, broke_s)
@@ -80,9 +83,15 @@ class Rounds:
         until(lambda: all(len(each.token_ids) > BEGUN for each in streams), BEGIN_S_MAX, "answering", self.rig.told)
         return streams
 
-    @staticmethod
-    def _wait_ended(streams: list[Answer], broke_s: float) -> None:
-        while time.monotonic() - broke_s < END_S_MAX and not all(each.is_over for each in streams):
+    def _wait_ended(self, streams: list[Answer], broke_s: float, holders: list[str]) -> None:
+        passes = self.fault.passes
+        while passes or not all(each.is_over for each in streams):
+            lasted_s = time.monotonic() - broke_s
+            if passes and lasted_s >= STOP_S:
+                passes(self.rig, holders)
+                passes = None
+            if not passes and lasted_s >= max(END_S_MAX, STOP_S):
+                return
             time.sleep(0.1)
 
     def _count_streams(self, streams: list[Answer], broke_s: float) -> None:
@@ -143,7 +152,8 @@ class Rounds:
         row.orphans += len(orphans)
         row.leaked += len(leaks)
         row.told += [*leaks, *(f"orphan {each.pid}: {each.cmdline()}" for each in orphans)]
-        row.grown_mib = (after.resident_bytes - before.resident_bytes) / census.MIB
+        self.resident_bytes = self.resident_bytes or after.resident_bytes
+        row.grown_mib = (after.resident_bytes - self.resident_bytes) / census.MIB
 
 
 def expect_clean(row: Row) -> None:

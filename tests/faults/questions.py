@@ -9,7 +9,7 @@ SETS = 3  # the slots of a head hold what was asked last; what was asked before 
 
 
 class Questions:
-    """Prompts whose answers do not end by themselves within `TOKENS` tokens, in sets of as many as are asked at once."""
+    """Prompts whose answers do not end by themselves within `TOKENS` tokens, in sets that are asked at once."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference

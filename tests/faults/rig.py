@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import census
+import httpx
 import psutil
 from lab import Host, Lab, Switch, lab
 from nodes import NodeProcess, cluster_name
@@ -45,8 +46,6 @@ def until(condition: Callable[[], object], timeout_s: float, what: str, say: Cal
 
 
 def _holds(condition: Callable[[], object]) -> object:
-    import httpx
-
     try:
         return condition()
     except httpx.HTTPError:

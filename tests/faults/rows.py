@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass
 class Row:
-    """All rounds of one fault. `told`: what went wrong, a line each; `grown_mib`: of all our processes together."""
+    """All rounds of one fault. `told`: what went wrong, a line each; `grown_mib`: what all our processes hold
+    together after the last round, less what they held after the first.
+    """
 
     fault: str
     rounds: int = 0

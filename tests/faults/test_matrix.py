@@ -3,7 +3,6 @@
 `make faults ROUNDS=20` repeats each; a few of them run once with all tests.
 """
 
-import time
 from pathlib import Path
 
 import census
@@ -12,6 +11,7 @@ from matrix import ROUNDS, STOP_S, Fault, repeat
 from questions import Questions
 from rig import ASKED, Rig, local
 from rows import Row
+
 
 def kill_runner(stage: int) -> Fault:
     def breaks(rig: Rig, holders: list[str]) -> None:
@@ -29,7 +29,7 @@ def kill_node(stage: int) -> Fault:
     return Fault(
         f"SIGKILL of the {('', 'middle', 'last')[stage]} runner's node",
         lambda rig, holders: rig.nodes[holders[stage]].process.kill(),
-        lambda rig, holders, _: restart(rig, holders[stage]),
+        mends=lambda rig, holders: restart(rig, holders[stage]),
     )
 
 
@@ -44,14 +44,13 @@ def kill_leader(*, holds: bool) -> Fault:
     return Fault(
         f"SIGKILL of the leader, which holds {'a' if holds else 'no'} shard",
         breaks,
-        lambda rig, *_: restart(rig, killed[-1]),
+        mends=lambda rig, _: restart(rig, killed[-1]),
         leader="bea" if holds else "dora",
         leader_holds=holds,
     )
 
 
-def go_on(rig: Rig, _: list[str], broke_s: float) -> None:
-    time.sleep(max(0.0, broke_s + STOP_S - time.monotonic()))
+def go_on(rig: Rig, _: list[str]) -> None:
     rig.go_on()
 
 
@@ -59,7 +58,7 @@ def stop_runner(stage: int) -> Fault:
     def breaks(rig: Rig, holders: list[str]) -> None:
         rig.stop(rig.runner_of(holders[stage]))
 
-    return Fault(f"SIGSTOP of the {('head', 'middle', 'last')[stage]} runner for {STOP_S:g} s", breaks, go_on)
+    return Fault(f"SIGSTOP of the {('head', 'middle', 'last')[stage]} runner for {STOP_S:g} s", breaks, passes=go_on)
 
 
 def stop_node(*, alone: bool) -> Fault:
@@ -70,7 +69,7 @@ def stop_node(*, alone: bool) -> Fault:
         rig.stop(node, *([] if alone else children))
 
     what = "node alone" if alone else "whole machine"
-    return Fault(f"SIGSTOP of the middle runner's {what} for {STOP_S:g} s", breaks, go_on)
+    return Fault(f"SIGSTOP of the middle runner's {what} for {STOP_S:g} s", breaks, passes=go_on)
 
 
 FAULTS = [

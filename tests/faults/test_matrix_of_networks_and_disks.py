@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,14 +31,12 @@ def of_lab(action: Callable[[LabRig, list[str]], None]) -> Callable[[Rig, list[s
 
 def cut(stage: int) -> Fault:
     """Not even the end of a connection comes through."""
+
+    def turn(*, is_cut: bool) -> Callable[[Rig, list[str]], None]:
+        return of_lab(lambda rig, holders: rig.cut(holders[stage], is_cut=is_cut))
+
     name = ("", "middle", "last")[stage]
-
-    def mends(rig: Rig, holders: list[str], broke_s: float) -> None:
-        time.sleep(max(0.0, broke_s + STOP_S - time.monotonic()))
-        of_lab(lambda rig, holders: rig.cut(holders[stage], is_cut=False))(rig, holders)
-
-    breaks = of_lab(lambda rig, holders: rig.cut(holders[stage], is_cut=True))
-    return Fault(f"the {name} runner's cable is out for {STOP_S:g} s", breaks, mends)
+    return Fault(f"the {name} runner's cable is out for {STOP_S:g} s", turn(is_cut=True), passes=turn(is_cut=False))
 
 
 def slow() -> Fault:
@@ -52,7 +49,7 @@ def slow() -> Fault:
     return Fault(
         "20 ms and 2 % loss in the switch",
         set_to(0.02, 0.02),
-        lambda rig, holders, _: set_to(0.0, 0.0)(rig, holders),
+        mends=set_to(0.0, 0.0),
     )
 
 
@@ -64,9 +61,7 @@ def netem() -> Fault:
 
         return of_lab(act)
 
-    return Fault(
-        "20 ms and 2 % loss by tc netem", each("add"), lambda rig, holders, _: each("del")(rig, holders)
-    )
+    return Fault("20 ms and 2 % loss by tc netem", each("add"), mends=each("del"))
 
 
 DISTURBED = ("delay", "20ms", "5ms", "loss", "2%")
@@ -135,20 +130,20 @@ def fill(folder: Path) -> None:
 
 
 def full_disk(*, is_runner_killed: bool) -> Fault:
-    """The model is served on, also to who asks only now; a runner that dies is replaced, although its log can't grow."""
+    """The model is served on, also to who asks only now; a runner that dies is replaced, though its log can't grow."""
 
     def breaks(rig: Rig, _: list[str]) -> None:
         fill(rig.home / FULL)
         if is_runner_killed:
             rig.runner_of(FULL).kill()
 
-    def mends(rig: Rig, *_: object) -> None:
+    def mends(rig: Rig, _: list[str]) -> None:
         assert FULL in rig.holders()
         assert len(Answer(rig.asked, rig.model, "Is it full?", 5).wait()) > 0
         assert shutil.disk_usage(rig.home / FULL).free == 0
         (rig.home / FULL / "filler").unlink()
 
-    return Fault("disk full" + (", and the runner there killed" if is_runner_killed else ""), breaks, mends)
+    return Fault("disk full" + (", and the runner there killed" if is_runner_killed else ""), breaks, mends=mends)
 
 
 @pytest.mark.faults
