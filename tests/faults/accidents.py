@@ -1,7 +1,7 @@
 """Accidents inside of a process that no signal can bring about: a module that Python imports by itself at every start.
 
-It lies in a folder of the test, and reaches our processes by `PYTHONPATH`; the product knows nothing of it. Files beside
-it decide what happens, so that a test can begin and end it.
+It lies in a folder of the test, and reaches our processes by `PYTHONPATH`; the product knows nothing of it. Files
+beside it decide what happens, so that a test can begin and end it.
 """
 
 from pathlib import Path

@@ -97,8 +97,8 @@ def test_a_model_that_fits_no_more_after_a_loss_waits_and_comes_back_with_memory
 @pytest.mark.faults
 @pytest.mark.xfail(
     strict=True,
-    reason="of an instance whose node is lost it is only said that it waits for that node, even where the rest was found"
-    " to be too small; how much memory is missing stands nowhere",
+    reason="of an instance whose node is lost it is only said that it waits for that node, even where the rest was"
+    " found to be too small; how much memory is missing stands nowhere",
 )
 def test_a_model_that_fits_no_more_after_a_loss_says_what_is_missing(
     demo_model: Path, bereaved: tuple[NodeProcess, NodeProcess, MemoryGroup]
