@@ -77,6 +77,7 @@ def awaited(node: NodeProcess, model: Path) -> str:
     return httpx.get(f"{node.url}/instance/await", params=parameters, timeout=30).text
 
 
+@pytest.mark.faults
 def test_a_model_that_fits_no_more_after_a_loss_waits_and_comes_back_with_memory(
     demo_model: Path, bereaved: tuple[NodeProcess, NodeProcess, MemoryGroup]
 ) -> None:
@@ -228,6 +229,7 @@ def test_what_a_killed_node_leaves_is_gone_once_it_lives_again(
 # ---- clocks ----
 
 
+@pytest.mark.faults
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A day ahead, a week back, while an answer streams between two nodes: a small board has found the time."""
     wrong = accidents.prepared(tmp_path / "accidents", monkeypatch)

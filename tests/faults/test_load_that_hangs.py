@@ -67,7 +67,10 @@ def hanging(node: NodeProcess) -> psutil.Process:
     return runner
 
 
-@pytest.mark.parametrize("is_stopped", [True, False], ids=["it is stopped", "its disk hangs"])
+@pytest.mark.parametrize(
+    "is_stopped",
+    [pytest.param(True, id="it is stopped"), pytest.param(False, id="its disk hangs", marks=pytest.mark.faults)],
+)
 def test_a_load_that_hangs_gives_its_memory_back(
     tmp_path: Path,
     demo_model: Path,
