@@ -163,6 +163,7 @@ def expect_clean(row: Row) -> None:
 
 
 def repeat(rig: Rig, fault: Fault, questions: Questions, rows: list[Row], count: int) -> None:
+    """One fault in a cluster: what was asked in the round before must not be asked again, or its cache is used."""
     rounds = Rounds(rig, fault, questions)
     rows.append(rounds.row)
     for number in range(count):
