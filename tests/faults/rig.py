@@ -66,13 +66,19 @@ class Rig:
     # ---- nodes ----
 
     def begin(self) -> None:
-        for names in ((self._leader, ASKED), [name for name in NAMES if name not in {self._leader, ASKED}]):
+        others = [name for name in NAMES if name not in {self._leader, ASKED}]
+        for names in ((self._leader,), (ASKED,), others):
             for name in names:
                 self.nodes[name] = self.make(name)
             for name in names:
                 self.nodes[name].wait_listening()
             self.wait_together(names=[*self.nodes])
-            until(lambda: self.leader() == self._leader, TOGETHER_S_MAX, f"{self._leader} leads")
+            until(self._is_led, TOGETHER_S_MAX, f"{self._leader} leads")
+
+    def _is_led(self) -> bool:
+        """By whom it should be, as all say that have been started."""
+        leader = self.nodes[self._leader].node_id
+        return all(node.get("/cluster")["leader"] == leader for node in self.nodes.values())
 
     def make(self, name: str) -> AnyNode:
         return NodeProcess(self.home, name, self.cluster, engine="onnx")
