@@ -79,6 +79,7 @@ def test_a_name_that_is_none(here: TestClient, backend: FakeBackend, body: Any) 
 COMMANDS = [
     ("POST", "/place_instance", {"model_id": "Tiny-Chat"}),
     ("DELETE", "/instance/inst-1", None),
+    ("POST", "/instance/inst-1/rebalance", None),
     ("POST", "/keys", {"name": "laptop"}),
     ("DELETE", "/keys/laptop", None),
 ]

@@ -275,14 +275,14 @@ def test_an_instance_is_placed_as_its_wish_would_be_now_and_only_once() -> None:
     cluster = Cluster(NodeId("a"))
     made = _wide(cluster)
     bea = replace(ADA, node_id=NodeId("bea"), name="bea", machine_id="bea")
-    asked = replace(context(mark="a-1-2"), nodes=(ADA, bea), standing=cluster.instances[made])
+    asked = replace(context(mark="a-1-2"), nodes=(ADA, bea), standing=(cluster.instances[made],))
     decision = cluster.decide(Rebalance(made), asked)
     assert isinstance(decision, Decision)
     cluster.apply(decision.events)
     [moved] = cluster.instances.values()
     assert decision.outcome.effect_id == moved.instance_id != made
     assert len(moved.stages) == 2
-    again = cluster.decide(Rebalance(made), replace(asked, standing=moved))
+    again = cluster.decide(Rebalance(made), replace(asked, standing=(moved,)))
     assert again == Decision((), Accepted(moved.instance_id), (f"instance/{moved.instance_id}",))
 
 
@@ -297,7 +297,7 @@ def _wide(cluster: Cluster) -> InstanceId:
 def test_what_is_placed_well_stays() -> None:
     cluster = Cluster(NodeId("a"))
     made = carry_out(cluster, PlaceModel(card=SMALL))
-    asked = replace(context(mark="a-1-2"), standing=cluster.instances[made])
+    asked = replace(context(mark="a-1-2"), standing=(cluster.instances[made],))
     assert cluster.decide(Rebalance(made), asked) == Decision((), Accepted(made), (f"instance/{made}",))
 
 

@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as some
 from msgspec.structs import replace
 
-from covey.control.placement.again import place_again
+from covey.control.placement.again import place_again, place_anew
 from covey.control.placement.memory import Load, shard_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement
-from covey.schema.cluster import Instance, Stage
+from covey.schema.cluster import Instance, Refused, Stage
 from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import Shard
 from simulation.people import LARGE
@@ -128,3 +128,16 @@ def test_whatever_is_lost_the_survivors_keep_theirs_and_nobody_gets_too_much(
     for part in again.parts:
         count_bytes = rooms.get(part.node_id, spare) * GIGABYTE
         assert part.memory_bytes == shard_bytes(LOAD, part.shard) <= count_bytes * 0.9
+
+
+def test_anew_the_nodes_stay_in_the_order_that_moves_least() -> None:
+    """By itself the placement would begin with the node of most memory."""
+    wide = replace(OPTIONS, node_count_min=3)
+    anew = place_anew(former(8, 24), [node("a", 50), node("b", 60), node("x", 70)], wide)
+    assert isinstance(anew, Placement)
+    assert [part.node_id for part in anew.parts] == ["a", "x", "b"]
+
+
+def test_anew_what_does_not_fit_is_refused() -> None:
+    refused = place_anew(former(8, 24), [node("a", 1)], OPTIONS)
+    assert isinstance(refused, Refused)

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from covey.control import keys
+from covey.control.placement.again import place_anew
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.placement.refusal import CONFLICT
@@ -60,7 +61,7 @@ class Context(Struct, frozen=True, kw_only=True):
     instance_mark: str
     engine: str
     nodes: tuple[Candidate, ...]
-    standing: Instance | None = None  # for `Rebalance`: what is to be moved, if its nodes are here; `nodes` without it
+    standing: tuple[Instance, ...] = ()  # for `Rebalance`: what is to be moved, and what else of its wish could serve
 
 
 class Written(Struct, frozen=True):
@@ -238,20 +239,21 @@ class Cluster:
 
     def _decide_rebalancing(self, command: Rebalance, context: Context) -> Decision | Refused:
         """The same command again finds the instance that is in the place of the one that was named."""
-        wish, instance = self.wishes.get(wish_of(command.instance_id)), context.standing
+        wish = self.wishes.get(wish_of(command.instance_id))
         if wish is None:
             return _no_instance(command.instance_id)
-        if instance is None:
+        if not context.standing:
             return Refused(
                 "a node of it is gone: it is placed anew by itself as soon as there is room for it.", CONFLICT
             )
-        placement = place(wish.card, context.nodes, options_of(wish, context.nodes))
+        instance = context.standing[0]
+        placement = place_anew(instance, context.nodes, options_of(wish, context.nodes))
         if isinstance(placement, Refused):
             return placement
         moved = assignment(wish, placement, context)
         if instance.instance_id != command.instance_id or shards(moved) == shards(instance):
             return Decision((), Accepted(instance.instance_id), (INSTANCE + instance.instance_id,))
-        return Decision(replacement(instance, moved), Accepted(moved.instance_id))
+        return Decision(replacement(context.standing, moved), Accepted(moved.instance_id))
 
     def _decide_addition(self, command: AddKey) -> Decision | Refused:
         """A key that was added before, even if it was revoked since, is not added again."""
@@ -301,9 +303,10 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
     )
 
 
-def replacement(instance: Instance, moved: Instance) -> tuple[Written, ...]:
-    """`moved` in the place of `instance`."""
-    return Written(INSTANCE + moved.instance_id, moved), Written(INSTANCE + instance.instance_id, None)
+def replacement(instances: Sequence[Instance], moved: Instance) -> tuple[Written, ...]:
+    """`moved` in the place of `instances`."""
+    deleted = [Written(INSTANCE + each.instance_id, None) for each in instances]
+    return (Written(INSTANCE + moved.instance_id, moved), *deleted)
 
 
 def shards(instance: Instance) -> list[tuple[NodeId, Shard]]:

@@ -405,8 +405,7 @@ class Machine:
         if isinstance(request.command, PlaceModel | Rebalance) and self.view.is_learning(now_ms):
             return []
         standing = self._standing(now_ms, request.command)
-        leaving = (standing,) if standing else ()
-        context = replace(self._context(now_ms, request.command_id, request.origin, leaving), standing=standing)
+        context = replace(self._context(now_ms, request.command_id, request.origin, standing[:1]), standing=standing)
         decision = self.cluster.decide(request.command, context)
         if isinstance(decision, Refused):
             self.deciding.conclude(request, decision)
@@ -417,13 +416,17 @@ class Machine:
         self._instance_counter += 1  # the mark of the context is in use now
         return self.deciding.promise(request, decision.outcome, self.cluster.stamp(decision.events))
 
-    def _standing(self, now_ms: int, command: Command) -> Instance | None:
-        """What `command` is to move: the instance, or the one that was assigned in its place."""
+    def _standing(self, now_ms: int, command: Command) -> tuple[Instance, ...]:
+        """What `command` is to move: the instance, or the one that was assigned in its place. Then the others of its
+        wish whose nodes are here: none of them is to be kept instead of it.
+        """
         if not isinstance(command, Rebalance):
-            return None
-        gone, wish_id = self.view.gone(now_ms), wish_of(command.instance_id)
-        same = [each for each in self.view.active(now_ms).values() if each.wish_id == wish_id and not lacks(each, gone)]
-        return next((each for each in same if each.instance_id == command.instance_id), next(iter(same), None))
+            return ()
+        gone, wish_id, active = self.view.gone(now_ms), wish_of(command.instance_id), self.view.active(now_ms)
+        whole = [each for each in self.cluster.instances.values() if each.wish_id == wish_id and not lacks(each, gone)]
+        return tuple(
+            sorted(whole, key=lambda each: (each.instance_id not in active, each.instance_id != command.instance_id))
+        )
 
     def _write(self, now_ms: int, events: tuple[Written, ...]) -> list[Effect]:
         """Mending: in force at once, since it could be decided again; the disk follows."""

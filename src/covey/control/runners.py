@@ -31,6 +31,7 @@ from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
 from covey.control.deadlines import due_ms, overdue
+from covey.control.placement.again import overlap
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
@@ -55,7 +56,6 @@ from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, Mac
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
-from covey.schema.model import Shard
 from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 
@@ -216,9 +216,9 @@ class Runners:
             each
             for runner_id, each in self.runners.items()
             if runner_id not in assigned and each.has_process and each.state in STARTED_STATES
-            if each.holds and _overlap(each.holds, stage.shard) and _is_alike(each.instance, instance)
+            if each.holds and overlap(each.holds, stage.shard) and _is_alike(each.instance, instance)
         ]
-        return max(found, key=lambda each: _overlap(each.holds or each.stage.shard, stage.shard), default=None)
+        return max(found, key=lambda each: overlap(each.holds or each.stage.shard, stage.shard), default=None)
 
     def _record(self, instance: Instance, stage: Stage, assigned: Collection[RunnerId]) -> Runner:
         """A fresh one, or one that goes on where it was assigned before: its attempts, its budget, its back-off.
@@ -429,11 +429,6 @@ def _is_given_up(others: dict[int, Neighbour]) -> bool:
 def _has_failed(others: dict[int, Neighbour]) -> bool:
     """Whether another runner will open a new generation, or has given up."""
     return any(other.report.state is RunnerState.FAILED for other in others.values())
-
-
-def _overlap(first: Shard, second: Shard) -> int:
-    """How many layers are in both."""
-    return max(0, min(first.layer_end, second.layer_end) - max(first.layer_start, second.layer_start))
 
 
 def _is_alike(first: Instance, second: Instance) -> bool:

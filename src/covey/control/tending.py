@@ -27,7 +27,7 @@ from covey.control.cluster import (
     wish_of,
 )
 from covey.control.dormancy import lacks
-from covey.control.placement.again import place_again
+from covey.control.placement.again import place_again, place_anew
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
 from covey.control.routing import (
@@ -132,10 +132,12 @@ class Tending:
             return ()
         context = look((instance,))
         options = options_of(wish, context.nodes)
-        placement = place(wish.card, context.nodes, options) if options.node_count_min > len(instance.stages) else None
-        if placement is None or isinstance(placement, Refused):
+        if options.node_count_min <= len(instance.stages):
             return ()
-        return replacement(instance, assignment(wish, placement, context))
+        placement = place_anew(instance, context.nodes, options)
+        if isinstance(placement, Refused):
+            return ()
+        return replacement((instance,), assignment(wish, placement, context))
 
 
 def _hung(instances: Sequence[Instance], reports: Reports) -> set[NodeId]:

@@ -1,4 +1,7 @@
-"""`place_again`: what an instance has lost is given to the nodes that are left, and what is loaded stays where it is.
+"""Placing an instance that is loaded already, so that as little as possible is read again.
+
+`place_again` after a loss: what is lost is given to the nodes that are left, and what is loaded stays where it is.
+`place_anew` where nothing is lost: as a new instance would be placed, with its nodes in the order that moves least.
 
 A layer that moves has to be read again, gigabytes of a large model, while everybody waits. So a survivor keeps all its
 layers, and takes on some of those that were lost beside them. Only where the survivors have no room for a gap between
@@ -6,14 +9,46 @@ them, or more nodes were asked for, another node takes it, whole.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice, permutations
+from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.placement.memory import Load, shard_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
-from covey.control.placement.place import Options, Part, Placement
-from covey.schema.cluster import Instance
+from covey.control.placement.place import Options, Part, Placement, parts_of, place
+from covey.control.placement.split import split
+from covey.schema.cluster import Instance, Refused
 from covey.schema.model import Shard
+
+ORDERS_MAX: Final = 120  # of five nodes all
+
+
+def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
+    """`nodes` as they would be without `former`."""
+    placement = place(former.card, nodes, options)
+    if isinstance(placement, Refused):
+        return placement
+    load = Load(former.card, placement.context_length, placement.slot_count)
+    allowed = among(nodes, options.node_ids)
+    chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
+    best = placement.parts
+    for order in islice(permutations(chosen), ORDERS_MAX):
+        cuts = split(load, budgets_bytes(allowed, order))
+        parts = parts_of(load, order, cuts) if cuts else placement.parts
+        best = max(best, parts, key=lambda each: _kept_layers(former, each))
+    return replace(placement, parts=best)
+
+
+def _kept_layers(former: Instance, parts: Sequence[Part]) -> int:
+    held = {stage.node_id: stage.shard for stage in former.stages}
+    return sum(overlap(held[part.node_id], part.shard) for part in parts if part.node_id in held)
+
+
+def overlap(first: Shard, second: Shard) -> int:
+    """How many layers are in both."""
+    return max(0, min(first.layer_end, second.layer_end) - max(first.layer_start, second.layer_start))
 
 
 class _Keeper(Struct, frozen=True):
