@@ -6,15 +6,19 @@ BIN := $(VENV)/bin
 NODES ?= 2
 SEED ?= 1
 SEEDS ?= 1000
+ROUNDS ?= 20
+STOP_S ?= 60
+MINUTES ?= 60
+OUT ?=
 export PROMPT ?= What is the capital of France?
 
-.PHONY: run test test-net seeds check dist lock clean format
+.PHONY: run test test-net seeds faults churn check dist lock clean format
 
 run: $(VENV)/.runtime
 	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT)) $(if $(JSON),--json)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not net and not seeds"
+	$(BIN)/python -m pytest -m "not net and not seeds and not faults"
 
 # Many worlds of the simulator, from SEED on: 10,000 take 20 minutes of processor time. Then the bugs that are rarely met.
 seeds: $(VENV)/.test
@@ -24,6 +28,16 @@ seeds: $(VENV)/.test
 # Needs root and iproute2: machines are network namespaces.
 test-net: $(VENV)/.test
 	$(BIN)/python -m pytest -v tests/net
+
+# Breaks real clusters, each fault ROUNDS times; what passes by itself lasts STOP_S. Figures go to the file OUT. As root
+# cables and disks are broken, too.
+faults: $(VENV)/.test
+	FAULTS_ROUNDS=$(ROUNDS) FAULTS_STOP_S=$(STOP_S) FAULTS_OUT=$(OUT) \
+	  $(BIN)/python -m pytest -v tests/faults --ignore tests/faults/test_churn.py
+
+# Every 20 s for MINUTES a node is killed or stands still while people ask.
+churn: $(VENV)/.test
+	FAULTS_MINUTES=$(MINUTES) FAULTS_SEED=$(SEED) FAULTS_OUT=$(OUT) $(BIN)/python -m pytest -s tests/faults/test_churn.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -49,8 +49,8 @@ def load(model: Path, threads: int, *, exact: bool = False) -> OnnxStage:
         listen_host="127.0.0.1",
         connect_ms=20_000,
     )
-    stage = OnnxStage(spec)
-    stage.load(lambda _: None)
+    stage = OnnxStage()
+    stage.load(spec, lambda _: None)
     stage.warm_up()
     return stage
 

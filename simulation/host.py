@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from covey.control.machine import Machine
 from covey.schema.cluster import Command, Hardware, Stage
-from covey.schema.ids import ModelId, NodeId
+from covey.schema.ids import InstanceId, ModelId, NodeId
 from covey.schema.machine import (
     AnswerCommand,
     CancelFetch,
@@ -24,6 +24,7 @@ from covey.schema.machine import (
     Left,
     ModelsListed,
     Publish,
+    RegroupRunner,
     RunnerExited,
     SendTo,
     Started,
@@ -32,6 +33,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
+from covey.schema.runner import RunnerSpec
 from simulation.clock import Clock
 from simulation.disk import Disk
 from simulation.processes import Process
@@ -163,12 +165,24 @@ class Host:
         assert self.machine is not None
         records, figures = self.machine.runners.runners, self.machine.memory
         starting = sum(records[each.runner_id].stage.memory_bytes for each in effects if isinstance(each, StartRunner))
-        needed = stage.memory_bytes + starting
+        needed = stage.memory_bytes + starting + sum(self.growth_bytes(each) for each in effects)
         to_take = sum(process.memory_bytes - process.resident_bytes for process in self.processes)
-        held = {(process.spec.runner_id, process.attempt): process.memory_bytes for process in self.processes}
+        held = {process.key: process.memory_bytes for process in self.processes}
         to_take_when_probed = sum(max(0, count - figures.held_at_probe.get(key, 0)) for key, count in held.items())
         probed_bytes = figures.probed.memory_bytes_available if figures.probed else 0
         return needed + to_take <= self.free_bytes() and needed + to_take_when_probed <= probed_bytes
+
+    def growth_bytes(self, effect: Effect) -> int:
+        """What a process will take beyond what it was told to hold before."""
+        if not isinstance(effect, RegroupRunner):
+            return 0
+        process = next((each for each in self.processes if each.key == (effect.runner_id, effect.attempt)), None)
+        return max(0, self.counted_bytes(effect.spec) - process.memory_bytes) if process else 0
+
+    def counted_bytes(self, spec: RunnerSpec) -> int:
+        """What the placement counted for it."""
+        assert self.machine is not None
+        return self.machine.cluster.instances[InstanceId(spec.instance_id)].stages[spec.stage_index].memory_bytes
 
     # ---- its machine ----
 
@@ -236,26 +250,25 @@ class Host:
             self.fetches.pop(effect.model_id, None)
         elif isinstance(effect, StartRunner):
             self.start_process(effect)
-        elif isinstance(effect, TellRunner | StopRunner):
+        elif isinstance(effect, RegroupRunner | TellRunner | StopRunner):
             for process in self.processes:
-                if process.spec.runner_id == effect.runner_id and process.attempt == effect.attempt:
+                if process.key == (effect.runner_id, effect.attempt):
                     self.pass_on(process, effect)
                     return
             if isinstance(effect, StopRunner):  # it ended by itself a moment ago; saying so again must do no harm
                 gone = RunnerExited(effect.runner_id, effect.attempt, "was not running", "")
                 self.world.after(5, self.tell_machine, gone, self.boot)
 
-    @staticmethod
-    def pass_on(process: Process, effect: TellRunner | StopRunner) -> None:
+    def pass_on(self, process: Process, effect: RegroupRunner | TellRunner | StopRunner) -> None:
         if isinstance(effect, TellRunner):
             process.tell(effect.command)
+        elif isinstance(effect, RegroupRunner):
+            process.regroup(effect.spec, self.counted_bytes(effect.spec))
         else:
             process.stop(effect.grace_ms, asks_first=effect.asks_first)
 
     def start_process(self, effect: StartRunner) -> None:
-        assert self.machine is not None
-        stages = self.machine.cluster.instances[effect.spec.instance_id].stages
-        process = Process(self, effect.spec, effect.attempt, stages[effect.spec.stage_index].memory_bytes)
+        process = Process(self, effect.spec, effect.attempt, self.counted_bytes(effect.spec))
         self.processes.append(process)
         process.start()
 

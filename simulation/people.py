@@ -13,6 +13,7 @@ from covey.schema.cluster import (
     CommandOutcome,
     DeleteInstance,
     PlaceModel,
+    Rebalance,
     RevokeKey,
 )
 from covey.schema.ids import InstanceId, ModelId, NodeId
@@ -69,7 +70,7 @@ def lasting(command: Command, outcome: Accepted) -> str:
 
 
 def is_creation(command: Command) -> bool:
-    return isinstance(command, PlaceModel | AddKey)
+    return isinstance(command, PlaceModel | Rebalance | AddKey)
 
 
 class People:
@@ -87,6 +88,9 @@ class People:
     def delete(self, host: Host, instance_id: InstanceId) -> str:
         self.ended[WISH + wish_of(instance_id)] = None
         return self._ask(host, DeleteInstance(instance_id))
+
+    def rebalance(self, host: Host, instance_id: InstanceId) -> str:
+        return self._ask(host, Rebalance(instance_id))
 
     def add_key(self, host: Host, name: str) -> str:
         key_id = f"{len(self.asked):012x}"
@@ -118,8 +122,11 @@ class People:
         random = self.world.random
         assert host.machine is not None
         instances = list(host.machine.cluster.instances)
-        if instances and random.random() < 0.4:
+        wanted = random.random()
+        if instances and wanted < 0.4:
             self.delete(host, random.choice(instances))
+        elif instances and wanted < 0.5:
+            self.rebalance(host, random.choice(instances))
         else:
             model, count = random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3))
             chosen = random.sample(self.world.hosts, random.randint(1, len(self.world.hosts)))

@@ -1,6 +1,7 @@
 """Fake runner processes: they listen, link to one another, load, warm up, and sometimes fail, each at its own pace.
 
-A process accepts one link from the stage before it, once; what comes later, of another generation, is turned away.
+A process accepts one link from the stage before it in a generation, once; what comes later, or of another one, is
+turned away. One that has loaded outlives its generation: it keeps its memory, and grows if it is told to hold more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from covey.schema.runner import (
     Load,
     Loaded,
     LoadProgressed,
+    Parted,
     PhaseFailed,
     Ready,
     RunnerCommand,
@@ -40,12 +42,13 @@ class Process:
 
     def __init__(self, host: Host, spec: RunnerSpec, attempt: int, memory_bytes: int) -> None:
         self.host, self.world, self.boot = host, host.world, host.boot
-        self.spec, self.attempt, self.memory_bytes = spec, attempt, memory_bytes
+        self.spec, self.key, self.memory_bytes = spec, (spec.runner_id, attempt), memory_bytes
         host.processes_begun += 1
         self.process_id = 1000 + host.processes_begun
         self.alive = True
         self.was_asked_to_stop = False
         self.has_failed = False  # before it was asked to stop, or by not getting on
+        self.epoch = 0  # of its deeds
         self.has_stalled = False  # it lives, and does nothing any more
         self.is_known = False  # to its node
         self.steps = 0
@@ -56,6 +59,8 @@ class Process:
         self.linked_to: Process | None = None
         self.linked_from: Process | None = None
         self.is_connected = False
+        self.has_loaded = False
+        self.has_parted = False
 
     # ---- what its node does to it ----
 
@@ -74,6 +79,12 @@ class Process:
         elif isinstance(command, WarmUp):
             self.after(200, self._phase, "warm up", Ready())
 
+    def regroup(self, spec: RunnerSpec, memory_bytes: int) -> None:
+        """What it was about to do in the former generation it leaves."""
+        self._unlink()
+        self.spec, self.memory_bytes, self.has_parted = spec, max(memory_bytes, self.resident_bytes), False
+        self.after(100, self._say_listening)
+
     def stop(self, grace_ms: int, *, asks_first: bool) -> None:
         self.was_asked_to_stop, self.has_failed = True, self.has_failed or not asks_first
         hangs = self.world.faults.hangs
@@ -86,7 +97,7 @@ class Process:
 
     def _started(self) -> None:
         self.is_known = True
-        self.host.tell_machine(RunnerStarted(self.spec.runner_id, self.attempt, self.process_id), self.boot)
+        self.host.tell_machine(RunnerStarted(*self.key, self.process_id), self.boot)
         self.after(300, self._listen)
 
     def _listen(self) -> None:
@@ -100,6 +111,10 @@ class Process:
             return
         self.address = self.world.random.choice(free)
         self.world.listeners[self.address] = self
+        self._say_listening()
+
+    def _say_listening(self) -> None:
+        assert self.address is not None
         self.say(Listening(self.address.port))
 
     def _connect(self) -> None:
@@ -111,14 +126,15 @@ class Process:
             self.check_connected()
             target.check_connected()
         elif self.world.now_ms >= self.connect_until_ms:
-            self.fail("connect", "the next stage was not reached")
+            self.part("connect", "the next stage was not reached")
         else:
             self.after(200, self._connect)
 
     def accept(self, source: Process) -> bool:
         """Takes a link from the stage before this one."""
         is_previous = (source.spec.stage_index + 1) % source.spec.stage_count == self.spec.stage_index
-        if self.linked_from or source.spec.instance_id != self.spec.instance_id or not is_previous:
+        generation, theirs = ((each.instance_id, each.generation) for each in (self.spec, source.spec))
+        if self.linked_from or self.has_parted or theirs != generation or not is_previous:
             return False
         self.linked_from = source
         return True
@@ -130,11 +146,13 @@ class Process:
 
     def _load(self, part: int) -> None:
         layers = self.spec.shard.layer_end - self.spec.shard.layer_start
-        self.resident_bytes = self.memory_bytes * part // (5 if self.world.faults.caches_fill else 4)
+        taken_bytes = self.memory_bytes * part // (5 if self.world.faults.caches_fill else 4)
+        self.resident_bytes = max(taken_bytes, self.resident_bytes)
         if part <= 3:
             self.say(LoadProgressed(layers * part // 4, layers, part, 4))
             self.after(self.world.faults.load_ms_max, self._load, part + 1)
         else:
+            self.has_loaded = True
             self._phase("load", Loaded(self.resident_bytes))
 
     def _phase(self, phase: str, message: RunnerMessage) -> None:
@@ -173,7 +191,26 @@ class Process:
     def lose_link(self) -> None:
         """A neighbour is gone. Some engines notice only when they next send."""
         if not self.world.faults.link_loss_goes_unnoticed:
-            self.after(500, self.fail, "serve", "a neighbour is gone")
+            self.after(500, self.part, "serve", "a neighbour is gone")
+
+    def part(self, phase: str, reason: str) -> None:
+        """It waits for the next generation if it has something to keep."""
+        if not self.has_loaded:
+            self.fail(phase, reason)
+            return
+        self._unlink()
+        self.has_parted = True
+        self.say(Parted(reason))
+
+    def _unlink(self) -> None:
+        """Its neighbours learn of it, and whatever was still to come in this generation does not."""
+        self.epoch += 1
+        neighbours = [each for each in (self.linked_to, self.linked_from) if each]
+        self.linked_to = self.linked_from = self.next_address = None
+        self.is_connected = False
+        for neighbour in neighbours:
+            if neighbour.alive and self in (neighbour.linked_to, neighbour.linked_from):
+                neighbour.lose_link()
 
     def die(self, description: str) -> None:
         """Ends, and its node reaps it."""
@@ -181,7 +218,7 @@ class Process:
             return
         self.vanish()
         self.host.safety.process_ended(self)
-        self.host.answer(RunnerExited(self.spec.runner_id, self.attempt, description, "the last line"), self.boot)
+        self.host.answer(RunnerExited(*self.key, description, "the last line"), self.boot)
         self.world.at(self.world.now_ms + 1, self.host.look, self.boot)
 
     def vanish(self) -> None:
@@ -190,20 +227,20 @@ class Process:
         self.host.processes.remove(self)
         if self.address:
             del self.world.listeners[self.address]
-        for neighbour in (self.linked_to, self.linked_from):
-            if neighbour and neighbour.alive:
-                neighbour.lose_link()
+        self._unlink()
 
     def say(self, message: RunnerMessage) -> None:
         if self.alive:
-            self.host.tell_machine(RunnerSaid(self.spec.runner_id, self.attempt, message), self.boot)
+            self.host.tell_machine(RunnerSaid(*self.key, message), self.boot)
 
     def after(self, delay_ms_max: int, action: object, *arguments: object) -> None:
         """Does something within `delay_ms_max`, if it still lives then."""
-        self.world.after(delay_ms_max, self._if_alive, action, *arguments)
+        self.world.after(delay_ms_max, self._if_alive, self.epoch, action, *arguments)
 
-    def _if_alive(self, action: object, *arguments: object) -> None:
-        """Any of its deeds may be the last, but it can always be ended."""
+    def _if_alive(self, epoch: int, action: object, *arguments: object) -> None:
+        """Any of its deeds may be the last, but it can always be ended. Those of a former generation are left."""
+        if epoch != self.epoch and action not in (self.die, self._started, self._listen):
+            return
         self.has_stalled = self.has_stalled or self.world.happens_rarely(self.world.faults.stall_permille)
         if self.alive and (not self.has_stalled or action == self.die):
             assert callable(action)

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from covey.control.runner_table import UnexpectedInputError
 from covey.schema.cluster import IntentUpdate
-from covey.schema.machine import Effect, Input, Publish, SendTo, StartFetch, StartRunner, StopRunner
+from covey.schema.machine import Effect, Input, Publish, RegroupRunner, SendTo, StartFetch, StartRunner, StopRunner
 from simulation.failure import Failure
 from simulation.faults import Faults, draw
 from simulation.host import Host
@@ -233,4 +233,4 @@ def _stay_quiet(world: World) -> None:
 def _is_work(effect: Effect) -> bool:
     if isinstance(effect, Publish | SendTo):
         return isinstance(effect.message, IntentUpdate)
-    return isinstance(effect, StartRunner | StopRunner | StartFetch)
+    return isinstance(effect, StartRunner | RegroupRunner | StopRunner | StartFetch)

@@ -31,6 +31,7 @@ from covey.schema.machine import (
     Left,
     MessageReceived,
     Publish,
+    RegroupRunner,
     SendTo,
     Started,
     StartFetch,
@@ -63,6 +64,7 @@ class Safety:
         self.reports: dict[NodeId, Moment] = {}
         self.waiting: dict[str, int] = {}  # commands: when they were submitted
         self.attempts: dict[RunnerId, tuple[int, int]] = {}  # (attempt, when it was started)
+        self.generations: dict[RunnerId, int] = {}  # the last that a process of it took part in
         self.ended_ms: dict[RunnerId, int] = {}  # when its last process did
         self.probed_ms = -1  # when its memory was last looked at
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
@@ -172,21 +174,23 @@ class Safety:
         if len(deleted) > machine.settings.tombstones_max:
             self._fail(f"it remembers {len(deleted)} deletions")
 
-    def _check_written(self, machine: Machine, written: Mapping[str, Entry]) -> None:
+    def _check_written(self, machine: Machine, written: Mapping[str, Entry], *, is_command: bool = False) -> None:
         values = {key: value_of(entry) for key, entry in written.items() if not self.world.ledger.knows(key)}
         fresh: dict[str, Value] = {key: value for key, value in values.items() if value}
         for value in fresh.values():
             if isinstance(value, Instance):
-                self._check_single(machine, value)
+                self._check_single(machine, written, value)
                 self._check_memory(machine, fresh, value)
                 self._check_chosen(machine, fresh, value)
                 self._check_there(machine, value)
-                if value.wish_id in machine.cluster.wishes:  # else a command brings both
+                if not is_command:
                     self.pace.mend(machine, value)
 
-    def _check_single(self, machine: Machine, assigned: Instance) -> None:
-        """A leader assigns a wish only while no other assignment of it can be served."""
+    def _check_single(self, machine: Machine, written: Mapping[str, Entry], assigned: Instance) -> None:
+        """A leader assigns a wish only while no other assignment of it can be served, or in the place of that."""
         for other in machine.state(self.host.now_ms).instances:
+            if INSTANCE + other.instance_id in written:
+                continue
             if other.wish_id == assigned.wish_id and other.instance_id != assigned.instance_id:
                 self._fail(f"{assigned.wish_id} was assigned again beside {other.instance_id}")
 
@@ -274,6 +278,8 @@ class Safety:
     def _check_effect(self, machine: Machine, effect: Effect) -> None:
         if isinstance(effect, StartRunner):
             self._check_start(machine, effect)
+        elif isinstance(effect, RegroupRunner):
+            self._check_regroup(machine, effect)
         elif isinstance(effect, StartFetch):
             self._check_fetch(machine, effect)
         elif isinstance(effect, AnswerCommand):
@@ -292,7 +298,7 @@ class Safety:
         entries = {key: entry for key, entry in effect.entries.items() if entry}
         if not effect.entries:
             self._fail("it writes nothing to its disk")
-        self._check_written(machine, entries)
+        self._check_written(machine, entries, is_command=True)
         for key, entry in entries.items():
             self.world.ledger.write(self.host, key, entry)
 
@@ -314,17 +320,30 @@ class Safety:
         if now_ms - started_ms < machine.settings.runner_spacing_ms:
             self._fail(f"{runner_id} is started twice within {now_ms - started_ms} ms")
         self.attempts[runner_id] = (effect.attempt, now_ms)
+        self.generations[runner_id] = max(effect.attempt, self.generations.get(runner_id, 0))
         if self.probed_ms < self.ended_ms.get(runner_id, 0):
             self._fail(f"it starts {runner_id} before it has seen what memory its last process left free")
         self._check_room(effect)
         self._check_back_off(machine, runner_id)
 
-    def _check_room(self, effect: StartRunner) -> None:
+    def _check_regroup(self, machine: Machine, effect: RegroupRunner) -> None:
+        """A process begins anew for a runner that is assigned, in a generation that this one was not in."""
+        runner_id = effect.spec.runner_id
+        if effect.spec.generation <= self.generations.get(runner_id, 0):
+            self._fail(f"{runner_id} begins generation {effect.spec.generation} again")
+        self.generations[runner_id] = effect.spec.generation
+        if not any(process.key == (effect.runner_id, effect.attempt) for process in self.host.processes):
+            return  # it ended by itself a moment ago
+        if machine.runners.runners[runner_id].stage.shard != effect.spec.shard:
+            self._fail(f"{runner_id} is told to hold other layers than are assigned to it")
+        if self.host.growth_bytes(effect):
+            self._check_room(effect)
+
+    def _check_room(self, effect: StartRunner | RegroupRunner) -> None:
         """A node starts only what fits beside its other processes, whatever was assigned to it."""
-        assert self.host.machine is not None
-        stages = self.host.machine.cluster.instances[effect.spec.instance_id].stages
-        others = [each.resident_bytes if each.was_asked_to_stop else each.memory_bytes for each in self.host.processes]
-        taken = stages[effect.spec.stage_index].memory_bytes + sum(others)
+        others = [each for each in self.host.processes if each.key != (effect.runner_id, effect.attempt)]
+        held = [each.resident_bytes if each.was_asked_to_stop else each.memory_bytes for each in others]
+        taken = self.host.counted_bytes(effect.spec) + sum(held)
         if taken > self.host.memory_bytes:
             self._fail(f"it starts {effect.runner_id}, and its runners need {taken} of {self.host.memory_bytes} bytes")
 

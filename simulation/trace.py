@@ -17,6 +17,7 @@ from covey.schema.cluster import (
     MeshMessage,
     NodeReport,
     PlaceModel,
+    Rebalance,
     Refused,
     RevokeKey,
 )
@@ -34,6 +35,7 @@ from covey.schema.machine import (
     KeepEntries,
     MessageReceived,
     Publish,
+    RegroupRunner,
     RunnerExited,
     RunnerSaid,
     SendTo,
@@ -122,6 +124,9 @@ class Trace:
             case StartRunner(runner_id, attempt, spec):
                 layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
                 done = f"start {runner_id} attempt {attempt}, {layers}"
+            case RegroupRunner(runner_id, attempt, spec):
+                layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
+                done = f"regroup {runner_id} attempt {attempt} as {spec.runner_id} in {spec.generation}, {layers}"
             case StopRunner(runner_id, attempt):
                 done = f"stop {runner_id} attempt {attempt}"
             case TellRunner(runner_id, attempt, command):
@@ -153,6 +158,8 @@ def _command(news: CommandSubmitted) -> str:
     match news.command:
         case PlaceModel(card=card, node_count_min=node_count_min):
             return f"place {card.model_id} on at least {node_count_min}"
+        case Rebalance(instance_id):
+            return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):
             return f"delete {instance_id}"
         case AddKey(key):

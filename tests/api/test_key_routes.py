@@ -79,6 +79,7 @@ def test_a_name_that_is_none(here: TestClient, backend: FakeBackend, body: Any) 
 COMMANDS = [
     ("POST", "/place_instance", {"model_id": "Tiny-Chat"}),
     ("DELETE", "/instance/inst-1", None),
+    ("POST", "/instance/inst-1/rebalance", None),
     ("POST", "/keys", {"name": "laptop"}),
     ("DELETE", "/keys/laptop", None),
 ]
@@ -106,6 +107,7 @@ def test_no_other_route_commands_anything(here: TestClient) -> None:
     told = {
         ("POST", "/place_instance"),
         ("DELETE", "/instance/{instance_id}"),
+        ("POST", "/instance/{instance_id}/rebalance"),
         ("POST", "/keys"),
         ("DELETE", "/keys/{key}"),
         ("POST", "/join_code/rotate"),  # in the logs of all nodes: each begins a new life, and a new list of events

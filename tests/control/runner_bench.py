@@ -56,7 +56,13 @@ class Bench:
         self.now_ms = 0
 
     def report(
-        self, state: RunnerState, attempt: int, boot: int = 1, port: int | None = None, waiting: str = ""
+        self,
+        state: RunnerState,
+        attempt: int,
+        boot: int = 1,
+        port: int | None = None,
+        waiting: str = "",
+        retries_left: int = 0,
     ) -> None:
         """What the other node says of its runner."""
         runner = RunnerReport(
@@ -66,6 +72,7 @@ class Bench:
             attempt=attempt,
             data_address=Address("other", port) if port else None,
             waiting=waiting,
+            retries_left=retries_left,
         )
         self.other = NodeReport(
             node_id=OTHER,

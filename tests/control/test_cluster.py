@@ -18,6 +18,7 @@ from covey.schema.cluster import (
     Forgotten,
     Instance,
     PlaceModel,
+    Rebalance,
     Refused,
     Value,
     Version,
@@ -288,3 +289,45 @@ def test_after_many_deletions_new_versions_are_still_higher_than_all_before() ->
             {"forgotten": Entry(encoded(Forgotten(cluster.counter)), Version(cluster.counter + 1, ADA.node_id))}
         )
     assert cluster.stamp((Written("wish/x", None),))["wish/x"].version.counter > 20
+
+
+# ---- moving ----
+
+
+def test_an_instance_is_placed_as_its_wish_would_be_now_and_only_once() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = _wide(cluster)
+    bea = replace(ADA, node_id=NodeId("bea"), name="bea", machine_id="bea")
+    asked = replace(context(mark="a-1-2"), nodes=(ADA, bea), standing=(cluster.instances[made],))
+    decision = cluster.decide(Rebalance(made), asked)
+    assert isinstance(decision, Decision)
+    cluster.apply(decision.events)
+    [moved] = cluster.instances.values()
+    assert decision.outcome.effect_id == moved.instance_id != made
+    assert len(moved.stages) == 2
+    again = cluster.decide(Rebalance(made), replace(asked, standing=(moved,)))
+    assert again == Decision((), Accepted(moved.instance_id), (f"instance/{moved.instance_id}",))
+
+
+def _wide(cluster: Cluster) -> InstanceId:
+    """Two nodes were asked for, and one has it."""
+    made = carry_out(cluster, PlaceModel(card=SMALL))
+    [wish] = cluster.wishes.values()
+    cluster.apply((Written(f"wish/{wish.wish_id}", replace(wish, node_count_min=2)),))
+    return made
+
+
+def test_what_is_placed_well_stays() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL))
+    asked = replace(context(mark="a-1-2"), standing=(cluster.instances[made],))
+    assert cluster.decide(Rebalance(made), asked) == Decision((), Accepted(made), (f"instance/{made}",))
+
+
+def test_what_is_not_there_or_not_whole_is_not_moved() -> None:
+    cluster = Cluster(NodeId("a"))
+    made = carry_out(cluster, PlaceModel(card=SMALL))
+    nothing, broken = (cluster.decide(Rebalance(asked), context()) for asked in (InstanceId("x.1"), made))
+    assert isinstance(nothing, Refused)
+    assert isinstance(broken, Refused)
+    assert (nothing.status, broken.status) == (404, 409)

@@ -239,7 +239,7 @@ def test_a_blip_of_a_node_whose_file_is_still_coming_moves_nothing() -> None:
     world.run_until(5_000)
     ada.processes[0].fail("connect", "the port is taken")
     world.run_until(9_000)
-    assert ada.processes[0].attempt == 2
+    assert ada.processes[0].key[1] == 2
     before, fetching = state(ada).instances, dict(bea.fetches)
     cables = {(ada.node_id, bea.node_id), (bea.node_id, ada.node_id)}
     world.network.cuts |= cables

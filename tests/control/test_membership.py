@@ -183,6 +183,15 @@ def test_company_is_nodes_that_all_see_one_another() -> None:
     assert [peer.node_id for peer in members.company(1)] == [ADA, BEA]
 
 
+def test_a_newcomer_pushes_nobody_out_of_the_company() -> None:
+    """It is heard by all and hears them, but their next heartbeats, which say so, are still to come."""
+    members = Membership(ME, SETTINGS)
+    members.hear_heartbeat(0, beat(BEA, 1, hears=(ME,)))
+    members.hear_heartbeat(5_000, beat(BEA, 11, hears=(ME,)))
+    members.hear_heartbeat(5_001, beat(ADA, 1, hears=(ME, BEA)))
+    assert [peer.node_id for peer in members.company(5_001)] == [BEA]
+
+
 # ---- who leads ----
 
 

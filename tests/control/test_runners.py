@@ -5,20 +5,24 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from runner_bench import MINE, Bench, instance, second
+from runner_bench import ME, MINE, OTHER, Bench, instance, second
 
 from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, UnexpectedInputError, diagram, step
-from covey.schema.ids import ModelId, RunnerId
-from covey.schema.machine import RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.cluster import Instance, Stage
+from covey.schema.ids import InstanceId, ModelId, RunnerId
+from covey.schema.machine import RegroupRunner, RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.model import Shard
 from covey.schema.runner import (
     Activity,
     Address,
+    Beat,
     Connected,
     ConnectTo,
     Listening,
     Load,
     Loaded,
     LoadProgressed,
+    Parted,
     PhaseFailed,
     Ready,
     RunnerState,
@@ -29,8 +33,8 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "runner-states.m
 PAGE_TEXT = """# The states of a runner
 
 Drawn from the table in `src/covey/control/runner_table.py`; `COVEY_UPDATE_GOLDEN=1 make test` draws it again. Inputs
-that change nothing are left out. `Begin`, `Link`, `Proceed`, `Stop`, `Retry` and `Overdue` are what the node itself
-decides, the others are what the process says or does.
+that change nothing are left out. `Begin`, `Regroup`, `Link`, `Proceed`, `Stop`, `Retry` and `Overdue` are what the node
+itself decides, the others are what the process says or does.
 
 ```mermaid
 {diagram}```
@@ -354,7 +358,7 @@ def test_a_link_waits_until_the_next_stage_listens_in_the_same_generation() -> N
     assert bench.advance() == [TellRunner(MINE, 1, ConnectTo((other,), (other,)))]
 
 
-def test_while_another_runner_has_failed_this_one_stops_and_waits() -> None:
+def test_while_another_runner_has_failed_for_good_this_one_stops_and_waits() -> None:
     bench = Bench(2)
     bench.advance()
     bench.report(RunnerState.FAILED, 1)
@@ -405,25 +409,25 @@ def test_a_stopped_runner_follows_into_the_next_generation() -> None:
     assert start.attempt == 5
 
 
-def test_a_running_runner_follows_a_higher_generation() -> None:
+def test_a_process_follows_into_a_higher_generation_as_soon_as_it_listens() -> None:
     bench = Bench(2)
     bench.advance()
     bench.report(RunnerState.IDLE, 2)
-    assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
-    assert bench.exit() == []  # not within a second of the last start
-    [start] = bench.advance(1_000)
-    assert isinstance(start, StartRunner)
-    assert start.attempt == 2
+    assert bench.advance() == []
+    [regroup] = bench.say(Listening(7))
+    assert isinstance(regroup, RegroupRunner)
+    assert (regroup.runner_id, regroup.attempt, regroup.spec.generation) == (MINE, 1, 2)
+    assert (bench.mine.state, bench.mine.attempt, bench.mine.data_address) == (RunnerState.IDLE, 2, None)
 
 
-def test_a_failed_runner_opens_a_generation_above_all_that_were_seen() -> None:
+def test_a_failed_runner_opens_a_generation_above_its_own_or_joins_a_higher_one() -> None:
     bench = Bench(2)
     bench.advance()
     bench.exit()
     bench.report(RunnerState.IDLE, 4)
     [start] = bench.advance(1_000)
     assert isinstance(start, StartRunner)
-    assert start.attempt == 5
+    assert start.attempt == 4
 
 
 @pytest.mark.parametrize(("free_bytes", "attempt"), [(1_000, 1), (10, 2)])
@@ -444,11 +448,117 @@ def test_a_restart_of_the_next_stages_node_opens_a_generation() -> None:
     bench.report(RunnerState.CONNECTING, 1, port=8)
     bench.advance()
     bench.report(RunnerState.CONNECTING, 1, boot=2, port=8)
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    assert regroup.spec.generation == 2
+
+
+# ---- what outlives a generation ----
+
+
+def linked(bench: Bench) -> None:
+    """Both runners are ready."""
+    bench.advance()
+    bench.report(RunnerState.CONNECTING, 1, port=8)
+    bench.until_ready()
+    bench.report(RunnerState.READY, 1, port=8)
+
+
+def test_a_runner_that_loses_its_neighbour_keeps_what_it_has_loaded() -> None:
+    bench = Bench(2)
+    linked(bench)
+    assert bench.say(Parted("The link to stage 1 is lost.")) == []
+    assert bench.mine.state is RunnerState.PARTED
+    bench.report(RunnerState.FAILED, 1, retries_left=3)
+    assert bench.advance(60_000) == []  # that one will open the next generation
+    bench.report(RunnerState.IDLE, 2, retries_left=2)
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    assert (regroup.attempt, regroup.spec.generation) == (1, 2)
+    assert bench.mine.resident_bytes > 0
+
+
+def test_what_was_said_before_a_new_generation_is_no_news() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.report(RunnerState.IDLE, 2)
+    bench.advance()
+    for late in (Activity(1, 0), Beat(7, is_busy=True), Parted("lost")):
+        assert bench.say(late) == []
+    assert (bench.mine.state, bench.mine.requests_running) == (RunnerState.IDLE, 0)
+    bench.say(Listening(7))
+    assert bench.mine.state is RunnerState.CONNECTING
+
+
+def test_where_only_the_link_was_lost_a_parted_runner_opens_the_next_generation_itself() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.say(Parted("The link to stage 1 is lost."))
+    assert bench.advance(999) == []
+    [regroup] = bench.advance(1)
+    assert isinstance(regroup, RegroupRunner)
+    assert regroup.spec.generation == 2
+    assert bench.mine.retries_left == 3  # nothing of it has failed
+
+
+def test_a_link_that_is_lost_again_and_again_is_made_again_at_longer_intervals() -> None:
+    bench = Bench(2)
+    linked(bench)
+    for generation, back_off_ms in enumerate((1_000, 4_000, 16_000, 16_000, 16_000), start=2):
+        bench.say(Parted("The link to stage 1 is lost."))
+        assert bench.advance(back_off_ms - 1) == []
+        [regroup] = bench.advance(1)
+        assert isinstance(regroup, RegroupRunner)
+        bench.report(RunnerState.CONNECTING, generation, port=8)
+        bench.until_ready()
+        bench.report(RunnerState.READY, generation, port=8)
+
+
+def moved(stages: int, layers: tuple[int, int], memory_bytes: int = 100) -> Instance:
+    """The same wish, assigned anew: this node has other layers."""
+    start, end = layers
+    stage = Stage(RunnerId("k.0"), ME, Shard(start, end, 6), memory_bytes)
+    rest = [Stage(RunnerId("k.1"), OTHER, Shard(end, 6, 6), 100)][: stages - 1]
+    return replace(instance(stages), instance_id=InstanceId("k"), stages=(stage, *rest))
+
+
+def test_another_assignment_of_the_same_model_takes_the_process_over() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.instances, bench.other = [moved(1, (0, 6), 150)], None
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    assert (regroup.runner_id, regroup.attempt) == (MINE, 1)  # what the process was started as
+    assert (regroup.spec.runner_id, regroup.spec.shard, regroup.spec.generation) == ("k.0", Shard(0, 6, 6), 1)
+    assert list(bench.runners.runners) == ["k.0"]
+    heir = bench.runners.runners[RunnerId("k.0")]
+    assert (heir.attempt, heir.resident_bytes, heir.retries_left) == (1, 5, 3)
+
+
+def test_a_process_for_whose_new_layers_there_is_no_room_ends_and_waits_for_it() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.instances, bench.other, bench.free_bytes = [moved(1, (0, 6), 150)], None, 144  # it holds 5: 145 are needed
     assert bench.advance() == [StopRunner(MINE, 1, 3_000)]
-    bench.exit()
-    [start] = bench.advance(1_000)
-    assert isinstance(start, StartRunner)
-    assert start.attempt == 2
+    bench.runners.hear(bench.now_ms, RunnerExited(MINE, 1, "exit status 0", ""))
+    bench.runners.measure({})
+    assert bench.advance(1_000) == []
+    assert "too little memory" in bench.runners.runners[RunnerId("k.0")].waiting
+
+
+def test_a_process_of_another_model_or_of_other_layers_is_not_taken_over() -> None:
+    for other in (
+        replace(moved(1, (0, 6)), context_length=256),
+        replace(moved(1, (0, 6)), card=replace(instance(1).card, model_id=ModelId("other"))),
+        moved(1, (3, 6)),
+    ):
+        bench = Bench(2)
+        linked(bench)
+        bench.paths = {**bench.paths, ModelId("other"): "/other.gguf"}
+        bench.instances, bench.other = [other], None
+        effects = bench.advance()
+        assert StopRunner(MINE, 1, 3_000) in effects
+        assert [each.runner_id for each in effects if isinstance(each, StartRunner)] == ["k.0"]
 
 
 # ---- the table ----

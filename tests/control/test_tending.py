@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written
 from covey.control.placement.memory import Load, shard_bytes
 from covey.control.placement.nodes import Candidate
-from covey.control.tending import Tending
+from covey.control.tending import REST_MS, Tending
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage, Wish
 from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import Shard
@@ -53,6 +53,7 @@ class Leader:
         self.cluster.apply((Written(WISH + "w", WISHED),))
         self.tending = Tending(self.cluster, WAIT_MS)
         self.nodes: tuple[Candidate, ...] = ()
+        self.wish = WISHED
         self.reports: dict[NodeId, NodeReport] = {}
 
     def report(self, assigned: Instance, waiting: str) -> None:
@@ -80,7 +81,7 @@ class Leader:
     def mend(self, now_ms: int = 0) -> dict[str, Instance | None]:
         """What is written, as in one round of mending."""
         self.tending.look_around(now_ms, [LOST], self.reports)
-        events = self.tending.mend(WISHED, lambda _: self.context(), self.reports, [LOST])
+        events = self.tending.mend(self.wish, lambda _: self.context(), self.reports, [LOST])
         self.cluster.apply(events)
         return {event.key.removeprefix(INSTANCE): event.value for event in events}  # type: ignore[misc]
 
@@ -105,6 +106,47 @@ def test_what_could_not_be_placed_is_not_remembered_for_longer_than_its_wish() -
     leader.cluster.apply((Written(WISH + "w", None),))
     leader.tending.look_around(1, [], {})
     assert leader.tending.refused_with == {}
+
+
+def serving_on_ada(leader: Leader, requests: int = 0) -> Instance:
+    """A wish for two nodes, of which one was there."""
+    assigned = instance("a-1-1", ADA)
+    leader.cluster.apply((written(assigned),))
+    leader.report(assigned, "")
+    report = leader.reports[ADA]
+    runner = replace(report.runners[0], state=RunnerState.READY, requests_running=requests)
+    leader.reports[ADA] = replace(report, runners=(runner,))
+    return assigned
+
+
+WIDE = replace(WISHED, node_count_min=2)
+
+
+def test_an_instance_that_rests_is_spread_over_as_many_nodes_as_were_asked_for() -> None:
+    leader = Leader()
+    leader.wish = WIDE
+    serving_on_ada(leader)
+    leader.nodes = (node(ADA, 10**10), node(BEA, 10**10))
+    assert leader.mend() == {}
+    assert leader.mend(REST_MS - 1) == {}
+    events = leader.mend(REST_MS)
+    assert events["w.a-1-1"] is None
+    moved = events["w.a-1-99"]
+    assert moved is not None
+    assert sorted(stage.node_id for stage in moved.stages) == [ADA, BEA]
+
+
+def test_an_instance_that_serves_or_whose_nodes_are_not_back_stays() -> None:
+    busy, alone, narrow = Leader(), Leader(), Leader()
+    busy.wish = alone.wish = WIDE
+    serving_on_ada(busy, requests=1)
+    serving_on_ada(alone)
+    serving_on_ada(narrow)
+    busy.nodes = narrow.nodes = (node(ADA, 10**10), node(BEA, 10**10))
+    alone.nodes = (node(ADA, 10**10),)
+    for leader in (busy, alone, narrow):
+        leader.mend()
+        assert leader.mend(REST_MS) == {}
 
 
 def waiting_on_bea() -> Leader:

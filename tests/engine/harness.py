@@ -82,6 +82,12 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
     return msgspec.structs.replace(spec, **changes)
 
 
+def loaded(spec: RunnerSpec) -> FakeStage:
+    stage = FakeStage()
+    stage.load(spec, lambda _: None)
+    return stage
+
+
 class Runner:
     """A runner process with its standard input and output."""
 
@@ -262,7 +268,7 @@ def expected_tokens(admit: Admit) -> list[int]:
     )
     for step in range(admit.prompt_length + admit.token_count_max - len(admit.token_ids)):
         plan = StepPlan(step, (Piece(0, 0, len(tokens), wants_logits=True),), (start,) if step == 0 else ())
-        logits = FakeStage(spec).run(plan.pieces, np.array(tokens, np.int64))
+        logits = loaded(spec).run(plan.pieces, np.array(tokens, np.int64))
         token_id = sampler.sample(plan, logits).token_ids[0]
         assert token_id is not None
         if token_id in admit.stop_token_ids:

@@ -9,11 +9,11 @@ import pytest
 from covey.engine.contract import Activations, EngineError, LoadProgress, Piece
 from covey.engine.engines import create
 from covey.engine.fake import FakeStage
-from tests.engine.harness import make_spec
+from tests.engine.harness import loaded, make_spec
 
 
 def make_stages(count: int) -> list[FakeStage]:
-    return [FakeStage(make_spec(index, count)) for index in range(count)]
+    return [loaded(make_spec(index, count)) for index in range(count)]
 
 
 def run(stages: Sequence[FakeStage], pieces: Sequence[Piece], token_ids: Sequence[int]) -> Activations:
@@ -81,16 +81,16 @@ def test_wrong_steps_are_refused(pieces: list[Piece], token_ids: list[int], mess
 
 
 def test_options_are_checked() -> None:
-    assert FakeStage(make_spec(engine_options={"vocabulary_size": "9"}))._vocabulary_size == 9
+    assert loaded(make_spec(engine_options={"vocabulary_size": "9"}))._vocabulary_size == 9
     with pytest.raises(EngineError, match="no option colour"):
-        FakeStage(make_spec(engine_options={"colour": "red"}))
+        loaded(make_spec(engine_options={"colour": "red"}))
     with pytest.raises(EngineError, match="not a whole number"):
-        FakeStage(make_spec(engine_options={"hidden_size": "wide"}))
+        loaded(make_spec(engine_options={"hidden_size": "wide"}))
 
 
 def test_loading_tells_how_far_it_is() -> None:
     told: list[LoadProgress] = []
-    FakeStage(make_spec(1, 2)).load(told.append)
+    FakeStage().load(make_spec(1, 2), told.append)
     assert [progress.layers_loaded for progress in told] == [1, 2, 3]
     assert all(before.bytes_loaded < after.bytes_loaded <= after.bytes_total for before, after in pairwise(told))
 

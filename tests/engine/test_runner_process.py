@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import psutil
@@ -21,10 +21,13 @@ from covey.schema.runner import (
     Activity,
     Address,
     Beat,
+    Configure,
     Connected,
     ConnectTo,
     Listening,
     Load,
+    LoadProgressed,
+    Parted,
     PhaseFailed,
     Ready,
     WarmUp,
@@ -208,7 +211,7 @@ def test_a_connection_for_another_instance_is_closed(alone: tuple[Runner, int]) 
 
 def test_strangers_cannot_link(alone: tuple[Runner, int]) -> None:
     channel = open_channel(alone[1])
-    channel.send(pack(LinkHello("instance-1", 0, 1)))
+    channel.send(pack(LinkHello("instance-1", 0, 0, 1)))
     answer_ = msgspec.msgpack.decode(receive_first(channel, time.monotonic() + 10), type=LinkWelcome | LinkRefused)
     channel.socket.close()
     assert isinstance(answer_, LinkRefused)
@@ -266,10 +269,80 @@ def test_a_killed_stage_breaks_its_requests_at_once(victim: int) -> None:
             assert isinstance(last, Broken)
             assert last.status == 503
         assert client.next_event() is None
-        failure = wait_failure(runners[0])
-        assert failure.phase == "running"
-        assert "The link to stage" in failure.reason
-        assert [runner.wait_end() for runner in runners if runner is not runners[victim]] == [1, 1]
+        survivors = [runner for runner in runners if runner is not runners[victim]]
+        assert all("The link to stage" in runner.wait(Parted).reason for runner in survivors)
+
+
+def begin_anew(runners: Sequence[Runner], generation: int = 1) -> int:
+    """Brings processes that live together in another generation; returns the head's port."""
+    for index, runner in enumerate(runners):
+        runner.tell(Configure(make_spec(index, len(runners), generation=generation), credentials(index)))
+    return bring_up(runners)[0]
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_survivors_answer_with_one_that_takes_the_place_of_a_killed_one(victim: int) -> None:
+    with pipeline(3, engine_options=SLOW) as (runners, port), Client(port) as client:
+        client.send(make_admit("r", [1, 2], 1000))
+        client.events_until(is_token)
+        runners[victim].process.kill()
+        [runner.wait(Parted) for runner in runners if runner is not runners[victim]]
+        old, runners[victim] = runners[victim], Runner(make_spec(victim, 3, generation=1))
+        old.close()
+        runners[victim].wait(Listening)
+        assert_serves(begin_anew(runners))
+        assert [runner.process.poll() for runner in runners] == [None] * 3
+
+
+def test_a_survivor_takes_on_the_layers_of_the_others() -> None:
+    with pipeline(3, engine_options={"load_delay_ms": "10"}) as (runners, _):
+        for runner in runners[1:]:
+            runner.process.kill()
+        runners[0].wait(Parted)
+        runners[0].seen.clear()
+        assert_serves(begin_anew(runners[:1]))
+        told = [message for message in runners[0].seen if isinstance(message, LoadProgressed)]
+        assert told[-1].layers_loaded == told[-1].layers_total == 6
+
+
+def test_a_new_generation_needs_no_loss_and_breaks_what_is_under_way() -> None:
+    with pipeline(2, engine_options=SLOW) as (runners, port), Client(port) as client:
+        client.send(make_admit("r", [1], 1000))
+        client.events_until(is_token)
+        new_port = begin_anew(runners)
+        last = client.events_until(is_end)[-1]
+        assert isinstance(last, Broken)
+        assert client.next_event() is None
+        assert_serves(new_port)
+
+
+def test_a_stage_that_waits_for_its_neighbour_begins_anew_at_once() -> None:
+    """It may have been told of one that is gone by now."""
+    runners = [Runner(make_spec(0, 2)), Runner(make_spec(1, 2))]
+    try:
+        [runner.wait(Listening) for runner in runners]
+        with socket.create_server((HOST, 0)) as silent:
+            runners[0].tell(ConnectTo((Address(HOST, silent.getsockname()[1]),)))
+            silent.accept()[0].close()
+            started = time.monotonic()
+            assert_serves(begin_anew(runners))
+        assert time.monotonic() - started < 4
+    finally:
+        [runner.close() for runner in runners]
+
+
+def test_generations_leave_nothing_behind() -> None:
+    with pipeline(2) as (runners, _):
+        processes = [psutil.Process(runner.process.pid) for runner in runners]
+        counts = []
+        for generation in range(1, 13):
+            port = begin_anew(runners, generation)
+            counts.append([(each.num_fds(), each.num_threads()) for each in processes])
+        assert_serves(port)
+        deadline = time.monotonic() + 10  # in which threads that offered a link look again
+        while [(each.num_fds(), each.num_threads()) for each in processes] > counts[1] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [(each.num_fds(), each.num_threads()) for each in processes] <= counts[1]
 
 
 def wait_failure(runner: Runner) -> PhaseFailed:

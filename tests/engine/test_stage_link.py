@@ -27,11 +27,11 @@ from covey.engine.link import DTYPES, Link, LinkBrokenError, LinkClosedError, Op
 from covey.engine.link_place import LinkPlace
 from covey.engine.mailbox import Mailbox
 from covey.engine.plan import SamplingStart, StepOutcome, StepPlan
-from covey.engine.port import DataPort
+from covey.engine.port import DataPort, Reception
 from covey.engine.tls import Channel, client_context, server_context
 from covey.schema.generation import Prefilled, Sampling
 from covey.schema.ids import RequestId
-from covey.schema.runner import Address
+from covey.schema.runner import Address, RunnerSpec
 from covey.schema.wire import FrameTooLargeError, pack
 from tests.credentials import credentials, node
 from tests.engine.harness import HOST, channel_pair, make_spec
@@ -277,13 +277,14 @@ def test_a_first_frame_must_be_quick(channels: tuple[Channel, Channel]) -> None:
 @pytest.mark.parametrize(
     ("hello", "peer", "is_taken"),
     [
-        (LinkHello("instance-1", 0, 3), 0, True),
-        (LinkHello("instance-1", 0, 3), 1, False),
-        (LinkHello("instance-1", 0, 3), 99, False),
-        (LinkHello("instance-2", 0, 3), 0, False),
-        (LinkHello("instance-1", 1, 3), 1, False),
-        (LinkHello("instance-1", 2, 3), 2, False),
-        (LinkHello("instance-1", 0, 2), 0, False),
+        (LinkHello("instance-1", 0, 0, 3), 0, True),
+        (LinkHello("instance-1", 0, 0, 3), 1, False),
+        (LinkHello("instance-1", 0, 0, 3), 99, False),
+        (LinkHello("instance-2", 0, 0, 3), 0, False),
+        (LinkHello("instance-1", 0, 1, 3), 1, False),
+        (LinkHello("instance-1", 0, 2, 3), 2, False),
+        (LinkHello("instance-1", 0, 0, 2), 0, False),
+        (LinkHello("instance-1", 1, 0, 3), 0, False),
     ],
 )
 def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: bool) -> None:  # noqa: FBT001
@@ -293,11 +294,11 @@ def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: b
 @pytest.mark.parametrize(
     ("offer", "peer", "is_taken"),
     [
-        (LinkOffer("instance-1", 2, 3), 2, True),
-        (LinkOffer("instance-1", 2, 3), 0, False),
-        (LinkOffer("instance-1", 0, 3), 0, False),
-        (LinkOffer("instance-2", 2, 3), 2, False),
-        (LinkOffer("instance-1", 2, 4), 2, False),
+        (LinkOffer("instance-1", 0, 2, 3), 2, True),
+        (LinkOffer("instance-1", 0, 2, 3), 0, False),
+        (LinkOffer("instance-1", 0, 0, 3), 0, False),
+        (LinkOffer("instance-2", 0, 2, 3), 2, False),
+        (LinkOffer("instance-1", 0, 2, 4), 2, False),
     ],
 )
 def test_only_the_stage_after_may_offer_a_link(offer: LinkOffer, peer: int, is_taken: bool) -> None:  # noqa: FBT001
@@ -305,7 +306,11 @@ def test_only_the_stage_after_may_offer_a_link(offer: LinkOffer, peer: int, is_t
 
 
 def test_the_only_stage_has_no_links() -> None:
-    assert link_refusal(make_spec(0, 1), LinkHello("instance-1", 0, 1), node(0).node_id) is not None
+    assert link_refusal(make_spec(0, 1), LinkHello("instance-1", 0, 0, 1), node(0).node_id) is not None
+
+
+def make_port(spec: RunnerSpec, index: int) -> DataPort:
+    return DataPort(Reception(spec, credentials(index), Mailbox()))
 
 
 class Neighbours:
@@ -313,7 +318,7 @@ class Neighbours:
 
     def __init__(self, count: int) -> None:
         self.specs = [make_spec(index, count) for index in range(count)]
-        self.ports = [DataPort(spec, credentials(index), Mailbox()) for index, spec in enumerate(self.specs)]
+        self.ports = [make_port(spec, index) for index, spec in enumerate(self.specs)]
         self.failures: list[Exception] = []
 
     def way_to(self, index: int, hidden: Sequence[int]) -> tuple[Address, ...]:
@@ -330,24 +335,21 @@ class Neighbours:
 
     def _link(self, index: int, hidden: Sequence[int]) -> None:
         port, dialler = self.ports[index], Dialler(self.specs[index], client_context(credentials(index)))
-        offer = threading.Thread(target=dialler.offer, args=(self.way_to(index - 1, hidden), port.before, 10))
+        offer = threading.Thread(target=dialler.offer, args=(self.way_to(index - 1, hidden), port.reception.before, 10))
         offer.start()
         try:
-            dialler.connect(self.way_to(index + 1, hidden), port.after, 10).send(StepOutcome(index, ()))
+            dialler.connect(self.way_to(index + 1, hidden), port.reception.after, 10).send(StepOutcome(index, ()))
         except (LinkBrokenError, LinkRefusedError) as error:
             self.failures.append(error)
         offer.join()
 
     def heard(self) -> list[int]:
         """Which stage each one's link from the stage before really comes from."""
-        links = [port.before.wait(0) for port in self.ports]
+        links = [port.reception.before.wait(0) for port in self.ports]
         return [link.receive().message.step for link in links if link]
 
     def close(self) -> None:
         for port in self.ports:
-            for place in (port.before, port.after):
-                if link := place.wait(0):
-                    link.close()
             port.close()
 
 
@@ -376,7 +378,7 @@ def test_two_sides_that_dial_at_once_agree(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_link_that_came_too_late_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another try held the place up, and whoever dialled has given up: the place must not hold a dead link."""
     monkeypatch.setattr(port_module, "WELCOME_SECONDS_MAX", 0.2)
-    port = DataPort(make_spec(1, 2), credentials(1), Mailbox())
+    port = make_port(make_spec(1, 2), 1)
     is_over = threading.Event()
 
     def hang() -> Link:
@@ -385,7 +387,7 @@ def test_a_link_that_came_too_late_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
     def hold() -> None:
         with suppress(ConnectionResetError):
-            port.before.fill(hang)
+            port.reception.before.fill(hang)
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -398,9 +400,9 @@ def test_a_link_that_came_too_late_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     is_over.set()
     for thread in (holder, late):
         thread.join()
-    assert (place.wait(0), port.before.wait(0)) == (None, None)
+    assert (place.wait(0), port.reception.before.wait(0)) == (None, None)
     DIALLER.connect(at(port), place, 5).close()
-    assert port.before.wait(5) is not None
+    assert port.reception.before.wait(5) is not None
     port.close()
 
 
@@ -418,7 +420,7 @@ def test_two_that_can_only_dial_out_are_no_pipeline(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_last_stage_links_to_the_head() -> None:
-    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 2, 3), node(2).node_id) is None
+    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 0, 2, 3), node(2).node_id) is None
 
 
 # ---- connections with requests ----

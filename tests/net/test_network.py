@@ -126,7 +126,7 @@ def asking(node: Node, model: str) -> Generator[list[str]]:
     def ask() -> None:
         while not is_over.is_set():
             body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": True}
-            with node.stream(body | {"max_tokens": 200}) as response:
+            with node.posting("/v1/chat/completions", body | {"max_tokens": 200}) as response:
                 answers.append(response.read().decode())
 
     asker = threading.Thread(target=ask)

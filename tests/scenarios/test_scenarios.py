@@ -161,6 +161,28 @@ def a_lost_node_is_replaced(story: Story) -> None:
     story.go_on(42_000)
 
 
+def a_lost_node_comes_back_and_takes_its_part_again(story: Story) -> None:
+    """Its neighbours take its layers on beside theirs, and give them back when somebody asks for that. (Unasked they do
+    when the model rests, which it never does here.)
+    """
+    for host in story.hosts("ada", "bea", "cleo"):
+        host.start()
+    story.go_on(2_000)
+    story.world.people.place(story.leader(), LARGE, 3)
+    story.go_on(8_000)
+    instance = next(iter(story.leader().machine.cluster.instances.values()))  # type: ignore[union-attr]
+    lost = story.world.host(instance.stages[1].node_id)
+    story.say("the node of the second stage is gone: the two others keep what they have, and share its layers")
+    lost.crash()
+    story.go_on(20_000)
+    story.say("it is back, and somebody asks for the model to be placed as it would be now")
+    lost.start()
+    story.go_on(25_000)
+    standing = next(iter(story.leader().machine.state(0).instances))  # type: ignore[union-attr]
+    story.world.people.rebalance(lost, standing.instance_id)
+    story.go_on(32_000)
+
+
 def the_power_is_cut(story: Story) -> None:
     ada, bea = story.hosts("ada", "bea")
     ada.start()
@@ -446,6 +468,7 @@ STORIES: tuple[Callable[[Story], None], ...] = (
     a_command_at_a_node_that_does_not_lead,
     a_placement_is_refused,
     a_lost_node_is_replaced,
+    a_lost_node_comes_back_and_takes_its_part_again,
     nobody_answers,
     the_leader_is_stopped_while_it_holds_a_shard,
     the_leaders_cable_is_cut_while_it_holds_a_shard,

@@ -110,7 +110,7 @@ def render_placed(command_id: str, card: ModelCard, decided: Accepted) -> dict[s
     }
 
 
-def render_deleted(command_id: str, decided: Accepted) -> dict[str, Any]:
+def render_decided(command_id: str, decided: Accepted) -> dict[str, Any]:
     return {
         "message": RECEIVED,
         "command_id": command_id,

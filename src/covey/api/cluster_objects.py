@@ -3,7 +3,7 @@
 Each is rendered in the `Case` that its route speaks; tagged objects are `{"ClassName": {...}}`.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from covey.api.case import Case
 from covey.schema.cluster import ClusterState, DownloadReport, DownloadState, Instance, RunnerReport, Stage
@@ -91,8 +91,11 @@ def host(stage: Stage, runners: dict[RunnerId, RunnerReport]) -> dict[str, Any]:
     return {"ip": report.data_address.host, "port": report.data_address.port}
 
 
+_KNOWN_TO_EXO: Final = {RunnerState.STUCK: RunnerState.SHUTTING_DOWN, RunnerState.PARTED: RunnerState.LOADED}
+
+
 def runner(case: Case, report: RunnerReport) -> dict[str, Any]:
-    state = RunnerState.SHUTTING_DOWN if report.state is RunnerState.STUCK else report.state  # as far as exo knows
+    state = _KNOWN_TO_EXO.get(report.state, report.state)
     match state:
         case RunnerState.LOADING:
             inside = case(layers_loaded=report.layers_loaded, total_layers=report.layers_total)

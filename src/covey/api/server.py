@@ -27,7 +27,7 @@ from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard, account_of
 from covey.api.key_routes import KeyRoutes
-from covey.schema.cluster import DeleteInstance
+from covey.schema.cluster import DeleteInstance, Rebalance
 from covey.schema.generation import (
     GenerationEvent,
     GenerationFailed,
@@ -74,6 +74,7 @@ def create_app(backend: Backend) -> FastAPI:
         ("GET", "/instance/await", instances.wait_ready),
         ("GET", "/instance/{instance_id}", instances.get),
         ("DELETE", "/instance/{instance_id}", instances.delete),
+        ("POST", "/instance/{instance_id}/rebalance", instances.rebalance),
         ("GET", "/keys", keys.list),
         ("POST", "/keys", keys.add),
         ("DELETE", "/keys/{key:path}", keys.revoke),
@@ -205,7 +206,13 @@ class InstanceRoutes:
         """Stops an instance; its runners end."""
         result = await self._backend.submit(DeleteInstance(InstanceId(request.path_params["instance_id"])))
         decided = cluster_commands.accepted(result.outcome)
-        return json_response(cluster_commands.render_deleted(result.command_id, decided))
+        return json_response(cluster_commands.render_decided(result.command_id, decided))
+
+    async def rebalance(self, request: Request) -> Response:
+        """Places an instance as it would be placed now; what it has loaded already stays where it can."""
+        result = await self._backend.submit(Rebalance(InstanceId(request.path_params["instance_id"])))
+        decided = cluster_commands.accepted(result.outcome)
+        return json_response(cluster_commands.render_decided(result.command_id, decided))
 
     async def wait_ready(self, request: Request) -> Response:
         """Streams one event: when an instance of the model can answer, or none ever will, or the time is over."""

@@ -155,6 +155,10 @@ class NodeClient:
         """The answer has `on_one_node_only`."""
         return dict(self._ask("DELETE", f"/instance/{instance_id}", _Placed))
 
+    def rebalance(self, instance_id: str) -> dict[str, Any]:
+        """The answer has the `instance_id` that it has then, and `on_one_node_only`."""
+        return dict(self._ask("POST", f"/instance/{instance_id}/rebalance", _Placed))
+
     def rotate_code(self, proof: str, without: list[NodeId]) -> RotationOutcome:
         """Asks for a new join code, which the nodes tell one another."""
         with self._explained():

@@ -232,6 +232,24 @@ def stop(
 
 @app.command()
 @explained
+def rebalance(
+    instance: Annotated[str, typer.Argument(metavar="NAME", help="Its id, the beginning of it, or its model.")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Place an instance as it would be placed now, for example after a device came back.
+
+    Answers that are under way pause for as long as that takes, and go on.
+    """
+    with NodeClient(url) as node:
+        state = node.cluster()
+        chosen = named_instance(state.instances, local_path(instance))
+        moved = node.rebalance(chosen.instance_id)
+        stays = moved["instance_id"] == chosen.instance_id
+        out.print(f"{chosen.card.model_id} {'stays where it is' if stays else 'is being moved'}.", markup=False)
+
+
+@app.command()
+@explained
 def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
     """List the instances, and what waits for a place."""
     with NodeClient(url) as node:

@@ -24,6 +24,7 @@ from covey.schema.cluster import (
     DownloadState,
     Member,
     PlaceModel,
+    Rebalance,
     Refused,
     RevokeKey,
     RunnerReport,
@@ -259,6 +260,8 @@ def _described(command: Command) -> tuple[str, str]:
             return f"Placing {command.card.model_id}", command.card.model_id
         case DeleteInstance():
             return f"Removing {command.instance_id}", command.instance_id
+        case Rebalance():
+            return f"Rebalancing {command.instance_id}", command.instance_id
         case AddKey():
             return f"Adding the API key '{command.key.name}'", command.key.key_id
         case RevokeKey():

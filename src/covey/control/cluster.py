@@ -7,7 +7,7 @@ reason. Values stay encoded in the map; what a newer version wrote is held and p
 """
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Final
 
@@ -15,8 +15,10 @@ import msgspec
 from msgspec import Struct
 
 from covey.control import keys
+from covey.control.placement.again import place_anew
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
+from covey.control.placement.refusal import CONFLICT
 from covey.control.settings import COUNTER_LEAP_MAX, TOMBSTONES_MAX
 from covey.schema.cluster import (
     Accepted,
@@ -28,6 +30,7 @@ from covey.schema.cluster import (
     Forgotten,
     Instance,
     PlaceModel,
+    Rebalance,
     Refused,
     RevokeKey,
     Stage,
@@ -36,6 +39,7 @@ from covey.schema.cluster import (
     Wish,
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
+from covey.schema.model import Shard
 
 WISH: Final = "wish/"
 INSTANCE: Final = "instance/"
@@ -57,6 +61,7 @@ class Context(Struct, frozen=True, kw_only=True):
     instance_mark: str
     engine: str
     nodes: tuple[Candidate, ...]
+    standing: tuple[Instance, ...] = ()  # for `Rebalance`: what is to be moved, and what else of its wish could serve
 
 
 class Written(Struct, frozen=True):
@@ -98,6 +103,8 @@ class Cluster:
                 return self._decide_placement(command, context)
             case DeleteInstance():
                 return self._decide_deletion(command)
+            case Rebalance():
+                return self._decide_rebalancing(command, context)
             case AddKey():
                 return self._decide_addition(command)
             case RevokeKey():
@@ -226,10 +233,28 @@ class Cluster:
         asked = command.instance_id
         is_wish = WISH + asked in self.entries  # one that waits for a place has no instance to be named by
         if not is_wish and INSTANCE + asked not in self.entries:
-            return Refused(f"there is no instance {asked}: `covey ps` lists those there are.", NOT_FOUND)
+            return _no_instance(asked)
         wish_id = asked if is_wish else wish_of(asked)
         before = tuple(key for key in (WISH + wish_id, INSTANCE + asked) if key in self.entries)
         return Decision(self.without_wish(wish_id), Accepted(asked), before)
+
+    def _decide_rebalancing(self, command: Rebalance, context: Context) -> Decision | Refused:
+        """The same command again finds the instance that is in the place of the one that was named."""
+        wish = self.wishes.get(wish_of(command.instance_id))
+        if wish is None:
+            return _no_instance(command.instance_id)
+        if not context.standing:
+            return Refused(
+                "a node of it is gone: it is placed anew by itself as soon as there is room for it.", CONFLICT
+            )
+        instance = context.standing[0]
+        placement = place_anew(instance, context.nodes, options_of(wish, context.nodes))
+        if isinstance(placement, Refused):
+            return placement
+        moved = assignment(wish, placement, context)
+        if instance.instance_id != command.instance_id or shards(moved) == shards(instance):
+            return Decision((), Accepted(instance.instance_id), (INSTANCE + instance.instance_id,))
+        return Decision(replacement(context.standing, moved), Accepted(moved.instance_id))
 
     def _decide_addition(self, command: AddKey) -> Decision | Refused:
         """A key that was added before, even if it was revoked since, is not added again."""
@@ -278,6 +303,35 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         stages=stages,
         exact=wish.exact,
     )
+
+
+def replacement(instances: Sequence[Instance], moved: Instance) -> tuple[Written, ...]:
+    """`moved` in the place of `instances`."""
+    deleted = [Written(INSTANCE + each.instance_id, None) for each in instances]
+    return (Written(INSTANCE + moved.instance_id, moved), *deleted)
+
+
+def shards(instance: Instance) -> list[tuple[NodeId, Shard]]:
+    """Who holds what."""
+    return [(stage.node_id, stage.shard) for stage in instance.stages]
+
+
+def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
+    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
+
+    Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
+    """
+    here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
+    return Options(
+        node_count_min=min(wish.node_count_min, max(len(here), 1)),
+        context_length=wish.context_length,
+        slot_count=wish.slot_count,
+        node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
+    )
+
+
+def _no_instance(instance_id: InstanceId) -> Refused:
+    return Refused(f"there is no instance {instance_id}: `covey ps` lists those there are.", NOT_FOUND)
 
 
 def wish_of(instance_id: InstanceId) -> str:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from covey.control.cluster import FORGOTTEN, Cluster, Context, Written
+from msgspec.structs import replace
+
+from covey.control.cluster import FORGOTTEN, Cluster, Context, Written, wish_of
 from covey.control.commands import Asking
 from covey.control.deciding import Deciding
+from covey.control.dormancy import lacks
 from covey.control.downloads import Downloads
 from covey.control.keeping import Keeping
 from covey.control.leadership import Leadership
@@ -25,6 +28,7 @@ from covey.control.view import View
 from covey.schema.cluster import (
     ApiKey,
     ClusterState,
+    Command,
     CommandAnswer,
     CommandRequest,
     Forgotten,
@@ -34,6 +38,7 @@ from covey.schema.cluster import (
     IntentUpdate,
     NodeReport,
     PlaceModel,
+    Rebalance,
     Refused,
 )
 from covey.schema.ids import NodeId
@@ -397,9 +402,10 @@ class Machine:
 
     def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:
         """As leader. While nodes are still to tell their memory nothing is placed; the asker repeats."""
-        if isinstance(request.command, PlaceModel) and self.view.is_learning(now_ms):
+        if isinstance(request.command, PlaceModel | Rebalance) and self.view.is_learning(now_ms):
             return []
-        context = self._context(now_ms, request.command_id, request.origin, ())
+        standing = self._standing(now_ms, request.command)
+        context = replace(self._context(now_ms, request.command_id, request.origin, standing[:1]), standing=standing)
         decision = self.cluster.decide(request.command, context)
         if isinstance(decision, Refused):
             self.deciding.conclude(request, decision)
@@ -409,6 +415,18 @@ class Machine:
             return self.deciding.confirm(now_ms, request, decision.outcome, known)
         self._instance_counter += 1  # the mark of the context is in use now
         return self.deciding.promise(request, decision.outcome, self.cluster.stamp(decision.events))
+
+    def _standing(self, now_ms: int, command: Command) -> tuple[Instance, ...]:
+        """What `command` is to move: the instance, or the one that was assigned in its place. Then the others of its
+        wish whose nodes are here: none of them is to be kept instead of it.
+        """
+        if not isinstance(command, Rebalance):
+            return ()
+        gone, wish_id, active = self.view.gone(now_ms), wish_of(command.instance_id), self.view.active(now_ms)
+        whole = [each for each in self.cluster.instances.values() if each.wish_id == wish_id and not lacks(each, gone)]
+        return tuple(
+            sorted(whole, key=lambda each: (each.instance_id not in active, each.instance_id != command.instance_id))
+        )
 
     def _write(self, now_ms: int, events: tuple[Written, ...]) -> list[Effect]:
         """Mending: in force at once, since it could be decided again; the disk follows."""
@@ -464,7 +482,7 @@ class Machine:
                 api_address=self.settings.api_address,
                 hardware=hardware,
                 downloads=self.downloads.reports(),
-                runners=self.memory.steady(self.runners.reports()),
+                runners=self.memory.steady(self.runners.reports(), self.runners.keys()),
                 models_on_disk=self.downloads.models_on_disk(),
                 notices=self.keeping.notices,
             )

@@ -182,9 +182,11 @@ class Membership:
         return [peer for peer in self.peers.values() if self.is_visible(now_ms, peer.node_id)]
 
     def company(self, now_ms: int) -> list[Peer]:
-        """Visible peers that all see one another too, by id: a pipeline may cross any of them."""
+        """Visible peers that all see one another too: a pipeline may cross any of them. Who was heard first comes
+        first: of somebody new the others' heartbeats may not tell yet.
+        """
         company: list[Peer] = []
-        for peer in self.visible(now_ms):
+        for peer in sorted(self.visible(now_ms), key=lambda peer: (peer.first_heard_ms, peer.node_id)):
             if all(peer.node_id in other.hears and other.node_id in peer.hears for other in company):
                 company.append(peer)
         return company

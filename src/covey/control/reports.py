@@ -4,11 +4,12 @@ Free memory moves all the time; a figure counts as changed only if it moved by a
 placement.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from covey.control.runner_table import ProcessKey
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import DownloadReport, Hardware, NodeReport, RunnerReport
 from covey.schema.ids import ModelId, NodeId, RunnerId
@@ -26,7 +27,7 @@ class Content(Struct, frozen=True, kw_only=True):
     notices: tuple[str, ...]
 
 
-Held = dict[tuple[RunnerId, int], int]  # bytes of each process as last probed, by runner and attempt; 0 until loaded
+Held = dict[ProcessKey, int]  # bytes of each process as last probed; 0 until loaded
 
 
 class MemoryFigures:
@@ -63,12 +64,10 @@ class MemoryFigures:
             self.shown, self.held_shown = current, held
         return self.shown
 
-    def steady(self, reports: Sequence[RunnerReport]) -> tuple[RunnerReport, ...]:
-        """With what each runner held when `show` last had something new to show."""
+    def steady(self, reports: Sequence[RunnerReport], keys: Mapping[RunnerId, ProcessKey]) -> tuple[RunnerReport, ...]:
+        """With what each runner's process held when `show` last had something new to show."""
         return tuple(
-            replace(each, resident_bytes=self.held_shown.get((each.runner_id, each.attempt), 0))
-            if each.resident_bytes
-            else each
+            replace(each, resident_bytes=self.held_shown.get(keys[each.runner_id], 0)) if each.resident_bytes else each
             for each in reports
         )
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
+from covey.control.cluster import options_of
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import Options, place
-from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES
+from covey.control.placement.place import place
+from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,
@@ -99,20 +100,6 @@ def wish_status(state: ClusterState, wish: Wish) -> str:
     nodes = nodes_of(state)
     placement = place(wish.card, nodes, options_of(wish, nodes))
     return placement.reason if isinstance(placement, Refused) else "the leader is about to assign it."
-
-
-def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
-    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
-
-    Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
-    """
-    here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
-    return Options(
-        node_count_min=min(wish.node_count_min, max(len(here), 1)),
-        context_length=wish.context_length,
-        slot_count=wish.slot_count,
-        node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
-    )
 
 
 def _failure(instance: Instance, reports: Reports) -> Progress | None:
@@ -222,7 +209,7 @@ def have_parted(stages: Sequence[Stage], gone: RunnerReport | None, reports: Rep
 
 def _has_left(report: RunnerReport, gone: RunnerReport) -> bool:
     begins_anew = report.state in LINKING_STATES and report.attempt > gone.attempt and not report.waiting
-    return report.state is RunnerState.FAILED or begins_anew
+    return report.state in (RunnerState.FAILED, RunnerState.PARTED) or begins_anew
 
 
 def runner_report(stage: Stage, reports: Reports) -> RunnerReport | None:
@@ -268,7 +255,7 @@ def _candidate(
         return runner.runner_id not in ending or runner.state is RunnerState.STUCK
 
     given_back = sum(each.resident_bytes for each in report.runners if not stays(each))
-    held = sum(each.resident_bytes for each in report.runners if stays(each) and each.state in MEASURED_STATES)
+    held = sum(each.resident_bytes for each in report.runners if stays(each) and _is_measured(each))
     return Candidate(
         node_id=report.node_id,
         name=report.name,
@@ -284,8 +271,13 @@ def _promised(stage: Stage, report: NodeReport) -> int:
     """What a stage will still take of the memory that its node says is available."""
     if stage.node_id != report.node_id:
         return 0
-    own = [each for each in report.runners if each.runner_id == stage.runner_id and each.state in MEASURED_STATES]
+    own = [each for each in report.runners if each.runner_id == stage.runner_id and _is_measured(each)]
     return still_to_take_bytes(stage.memory_bytes, own[0].resident_bytes if own else None)
+
+
+def _is_measured(report: RunnerReport) -> bool:
+    """Whether what it holds is known: it has loaded, maybe for a generation before this one."""
+    return report.state in MEASURED_STATES or (report.resident_bytes > 0 and report.state in STARTED_STATES)
 
 
 def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:

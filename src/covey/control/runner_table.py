@@ -1,8 +1,9 @@
 """The life of one runner process, as a table {(state, input type): Transition}.
 
-An instance runs as one generation: all its runners have the same attempt number. A runner that is stopped, for
-whatever reason, is reaped before the next attempt starts. A pair that the table lacks is a bug and raises with its
-story. `docs/runner-states.md` is drawn from this table.
+An instance runs as one generation: all its runners have the same attempt number. A process outlives its generation if
+it can: it is regrouped, keeps its weights, and links anew. One that is stopped, for whatever reason, is reaped before
+the next one starts. A pair that the table lacks is a bug and raises with its story. `docs/runner-states.md` is drawn
+from this table.
 
 A process that takes longer for its phase than `deadlines` allows is `Overdue`: it is not asked any more but ended. One
 that does not end even then is stuck: it keeps its memory, and no other process takes its place before it is reaped.
@@ -14,7 +15,17 @@ from typing import Any, Final
 from msgspec import Struct
 
 from covey.schema.cluster import Instance, RunnerReport, Stage
-from covey.schema.machine import Effect, RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.ids import RunnerId
+from covey.schema.machine import (
+    Effect,
+    RegroupRunner,
+    RunnerExited,
+    RunnerStarted,
+    StartRunner,
+    StopRunner,
+    TellRunner,
+)
+from covey.schema.model import Shard
 from covey.schema.runner import (
     Activity,
     Address,
@@ -25,6 +36,7 @@ from covey.schema.runner import (
     Load,
     Loaded,
     LoadProgressed,
+    Parted,
     PhaseFailed,
     Ready,
     RunnerSpec,
@@ -34,19 +46,22 @@ from covey.schema.runner import (
 
 IDLE, CONNECTING, CONNECTED = RunnerState.IDLE, RunnerState.CONNECTING, RunnerState.CONNECTED
 LOADING, LOADED, WARMING_UP = RunnerState.LOADING, RunnerState.LOADED, RunnerState.WARMING_UP
-READY, RUNNING = RunnerState.READY, RunnerState.RUNNING
+READY, RUNNING, PARTED = RunnerState.READY, RunnerState.RUNNING, RunnerState.PARTED
 SHUTTING_DOWN, STUCK = RunnerState.SHUTTING_DOWN, RunnerState.STUCK
 FAILED, SHUTDOWN = RunnerState.FAILED, RunnerState.SHUTDOWN
 
-STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
+STARTED_STATES: Final = (IDLE, CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING, PARTED)
+REGROUPED_STATES: Final = (CONNECTING, CONNECTED, LOADED, READY, RUNNING, PARTED)  # in the others it can't listen now
 LINKING_STATES: Final = (IDLE, CONNECTING)  # until all runners of its generation are there
 ENDING_STATES: Final = (SHUTTING_DOWN, FAILED)  # its process, if it has one, was told to end
 MOVING_STATES: Final = (LOADING, *ENDING_STATES)  # its process, if it has one, takes or gives back memory
-LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING)
+LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING, PARTED)
 SERVING_STATES: Final = (READY, RUNNING)
 MEASURED_STATES: Final = (*LOADED_STATES, STUCK)  # what it holds is known, and what it will still take is the rest
 HUNG_GRACE_MS: Final = 2_000  # between SIGTERM and SIGKILL for a process that did not get on: long enough for its log
 LOG_TAIL_CHARACTERS_MAX: Final = 2_000
+
+ProcessKey = tuple[RunnerId, int]  # of a process: the runner and the attempt that it was started as
 
 
 class Runner(Struct):
@@ -58,15 +73,19 @@ class Runner(Struct):
     state: RunnerState = IDLE
     attempt: int = 0
     has_process: bool = False
+    process_key: ProcessKey | None = None  # what that was started as: it may have served others before
+    is_inherited: bool = False  # that is another runner's still: it has taken part in no generation of this one
+    holds: Shard | None = None  # what it has loaded, or was told to
     process_id: int = 0  # of that, once it is known
     wanted: bool = True
     is_seen_gone: bool = True  # the memory was looked at since its last process ended
-    last_attempt: int = 0  # that had a process
+    last_attempt: int = 0  # that a process took part in
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
     has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
-    retry_ms: int | None = None  # when FAILED ends; None: not before its process is reaped, or never
+    retry_ms: int | None = None  # when FAILED ends (None: never, or not before it is reaped), or PARTED at last
+    partings: int = 0  # since it was last well for a while
     listen_host: str = ""
     data_address: Address | None = None
     linked_to: int | None = None  # the boot of the next stage's node
@@ -102,6 +121,22 @@ class Runner(Struct):
             waiting=self.waiting,
         )
 
+    @property
+    def key(self) -> ProcessKey:
+        """What its process is known as to the driver."""
+        return self.process_key or (self.stage.runner_id, self.attempt)
+
+
+def inherit(heir: Runner, donor: Runner) -> None:
+    """Gives `heir` the process of `donor`, which has none then."""
+    heir.state = PARTED if donor.state in REGROUPED_STATES else donor.state
+    heir.has_process, heir.process_id, heir.process_key, heir.is_inherited = True, donor.process_id, donor.key, True
+    heir.holds, heir.resident_bytes, heir.listen_host = donor.holds, donor.resident_bytes, donor.listen_host
+    heir.started_ms, heir.heard_ms, heir.phase_since_ms = donor.started_ms, donor.heard_ms, donor.phase_since_ms
+    heir.layers_loaded, heir.bytes_loaded = donor.layers_loaded, donor.bytes_loaded
+    _forget_process(donor)
+    donor.state, donor.retry_ms, donor.is_seen_gone = IDLE, None, True
+
 
 # ---- what the node itself decides ----
 
@@ -112,6 +147,13 @@ class Begin(Struct, frozen=True):
     attempt: int
     spec: RunnerSpec
     now_ms: int
+
+
+class Regroup(Struct, frozen=True):
+    """Its generation is over: its process takes part in the next one, with what it has loaded."""
+
+    attempt: int
+    spec: RunnerSpec
 
 
 class Link(Struct, frozen=True):
@@ -158,8 +200,10 @@ class UnexpectedInputError(AssertionError):
 
 
 def can_step(runner: Runner, news: Any) -> bool:
-    """Whether the table has this pair."""
-    return (runner.state, type(news)) in TABLE
+    """Whether the table has this pair. Late words of a former generation come only from a process that was in one."""
+    is_fresh = runner.process_key == (runner.stage.runner_id, runner.attempt)
+    is_stale = runner.state is IDLE and type(news) in STALE_WORDS
+    return (runner.state, type(news)) in TABLE and not (is_stale and is_fresh)
 
 
 def step(runner: Runner, news: Any) -> list[Effect]:
@@ -183,8 +227,24 @@ def _begin(runner: Runner, news: Begin) -> Outcome:
         raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
     runner.has_process, runner.started_ms, runner.waiting = True, news.now_ms, ""
+    runner.process_key = (runner.stage.runner_id, runner.attempt)
     runner.listen_host = news.spec.listen_host
-    return IDLE, [StartRunner(runner.stage.runner_id, runner.attempt, news.spec)]
+    return IDLE, [StartRunner(*runner.key, news.spec)]
+
+
+def _regroup(runner: Runner, news: Regroup) -> Outcome:
+    if news.attempt <= runner.last_attempt:
+        raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
+    runner.attempt = runner.last_attempt = news.attempt
+    runner.retry_ms, runner.waiting, runner.is_inherited = None, "", False
+    _leave_generation(runner)
+    return IDLE, [RegroupRunner(*runner.key, news.spec)]
+
+
+def _parted(runner: Runner, news: Parted) -> Outcome:
+    runner.reason, runner.partings = news.reason, runner.partings + 1
+    _leave_generation(runner)
+    return PARTED, []
 
 
 def _stay(runner: Runner, _: Any) -> Outcome:
@@ -211,6 +271,7 @@ def _connected(_: Runner, __: Connected) -> Outcome:
 
 
 def _load(runner: Runner, _: Proceed) -> Outcome:
+    runner.holds = runner.stage.shard
     return LOADING, [_tell(runner, Load())]
 
 
@@ -247,7 +308,7 @@ def _beat(runner: Runner, news: Beat) -> Outcome:
 def _overdue(runner: Runner, news: Overdue) -> Outcome:
     runner.has_failed, runner.is_overdue, runner.reason = True, True, news.reason
     grace_ms = min(runner.grace_ms, HUNG_GRACE_MS)
-    return FAILED, [StopRunner(runner.stage.runner_id, runner.attempt, grace_ms, asks_first=False)]
+    return FAILED, [StopRunner(*runner.key, grace_ms, asks_first=False)]
 
 
 def _stuck(runner: Runner, news: Overdue) -> Outcome:
@@ -274,6 +335,7 @@ def _failed_and_gone(runner: Runner, news: RunnerExited) -> Outcome:
 
 
 def _stop(runner: Runner, _: Stop) -> Outcome:
+    runner.retry_ms = None
     if runner.has_process:
         return SHUTTING_DOWN, [_stop_effect(runner)]
     return SHUTDOWN, []
@@ -299,18 +361,25 @@ def _retry(runner: Runner, news: Retry) -> Outcome:
 
 
 def _tell(runner: Runner, command: ConnectTo | Load | WarmUp) -> TellRunner:
-    return TellRunner(runner.stage.runner_id, runner.attempt, command)
+    return TellRunner(*runner.key, command)
 
 
 def _stop_effect(runner: Runner) -> StopRunner:
-    return StopRunner(runner.stage.runner_id, runner.attempt, runner.grace_ms)
+    return StopRunner(*runner.key, runner.grace_ms)
+
+
+def _leave_generation(runner: Runner) -> None:
+    runner.data_address = runner.linked_to = None
+    runner.requests_running = runner.requests_queued = runner.steps = 0
+    runner.is_busy = False
 
 
 def _forget_process(runner: Runner) -> None:
-    runner.has_process, runner.process_id, runner.data_address, runner.linked_to = False, 0, None, None
-    runner.layers_loaded = runner.resident_bytes = runner.requests_running = runner.requests_queued = 0
-    runner.is_seen_gone = False
-    runner.bytes_loaded, runner.steps, runner.is_busy, runner.is_overdue, runner.waiting = 0, 0, False, False, ""
+    _leave_generation(runner)
+    runner.has_process, runner.process_id, runner.process_key, runner.holds = False, 0, None, None
+    runner.is_inherited = False
+    runner.layers_loaded = runner.bytes_loaded = runner.resident_bytes = 0
+    runner.is_seen_gone, runner.is_overdue, runner.waiting = False, False, ""
 
 
 def _close_reason(runner: Runner, news: RunnerExited) -> None:
@@ -334,8 +403,11 @@ PROCESS_WORDS: Final = (
     Ready,
     Activity,
     Beat,
+    Parted,
     PhaseFailed,
 )  # all it can say
+STALE_WORDS: Final = tuple(word for word in PROCESS_WORDS if word not in (Listening, PhaseFailed))
+LINKED_STATES: Final = (CONNECTING, CONNECTED, LOADING, LOADED, WARMING_UP, READY, RUNNING)
 
 TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (IDLE, Begin): Transition(_begin, (IDLE,)),
@@ -349,7 +421,12 @@ TABLE: Final[dict[tuple[RunnerState, type], Transition]] = {
     (WARMING_UP, Ready): Transition(_ready, (READY,)),
     (READY, Activity): Transition(_activity, (READY, RUNNING)),
     (RUNNING, Activity): Transition(_activity, (READY, RUNNING)),
-    **{(state, Beat): Transition(_beat, (state,)) for state in SERVING_STATES},
+    **{(state, Beat): Transition(_beat, (state,)) for state in STARTED_STATES},
+    **{(state, Parted): Transition(_parted, (PARTED,)) for state in LINKED_STATES},
+    **{(state, Regroup): Transition(_regroup, (IDLE,)) for state in REGROUPED_STATES},
+    # What a process said before it heard that it is to begin anew is no news.
+    **{(IDLE, word): Transition(_stay, (IDLE,)) for word in STALE_WORDS},
+    **{(PARTED, word): Transition(_stay, (PARTED,)) for word in STALE_WORDS},
     **{(state, Overdue): Transition(_overdue, (FAILED,)) for state in (IDLE, CONNECTING, LOADING, WARMING_UP)},
     **{(state, Overdue): Transition(_overdue, (FAILED,)) for state in SERVING_STATES},
     **{(state, Overdue): Transition(_stuck, (STUCK,)) for state in ENDING_STATES},

@@ -3,15 +3,18 @@
 An instance runs as one generation, which the runners' attempt numbers count; each node decides for its own runners
 from the others' reports, with these rules:
 
-1. While any runner of an instance is reported as failed, or as waiting for memory, the others stop and wait: they
-   would hold what another instance could run with, and each of the two would wait for the other.
-2. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen. That its
-   instance is dormant for a while neither shortens the wait nor refills the budget.
-3. Everybody else follows the highest attempt seen.
-4. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
+1. A process outlives its generation: it keeps what it has loaded, links anew, and reads only what it lacks. So does one
+   whose node got another part of the same model, under another assignment; where the two overlap nothing is read.
+2. While a runner of an instance waits for memory, or is reported as failed for good, the others end: they would hold
+   what another instance could run with, and each of the two would wait for the other.
+3. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen. That its
+   instance is dormant for a while neither shortens the wait nor refills the budget. One that has merely lost a link
+   does so too, unless a failed one will; it does so for as long as it takes, since cables are plugged in again.
+4. Everybody else follows the highest attempt seen.
+5. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
 
 Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
-first rule the others stay stopped.
+second rule the others end.
 
 A process that takes too long for its phase is ended (`deadlines`). The next one starts once it is reaped and a probe
 has seen what is free without it.
@@ -21,27 +24,32 @@ they use, so it is looked at again with every probe. Nothing is said of memory w
 back some, nor before the first probe after that: the figures would count it twice, or not at all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
 from covey.control.deadlines import due_ms, overdue
+from covey.control.placement.again import overlap
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
     MEASURED_STATES,
     MOVING_STATES,
+    REGROUPED_STATES,
     SERVING_STATES,
     STARTED_STATES,
     Begin,
     Link,
     Proceed,
+    ProcessKey,
+    Regroup,
     Retry,
     Runner,
     Stop,
     can_step,
+    inherit,
     step,
 )
 from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, MachineSettings
@@ -83,14 +91,17 @@ class Runners:
 
     def hear(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
         """What a process did or said; a former attempt's word is dropped."""
-        runner = self.runners.get(news.runner_id)
-        if runner is None or runner.attempt != news.attempt or not runner.has_process:
+        runner = self._with_process((news.runner_id, news.attempt))
+        if runner is None:
             return []
         runner.heard_ms = now_ms
         effects = self._step(runner, self._word(runner, news.message) if isinstance(news, RunnerSaid) else news)
         self._note(now_ms, runner)
         _keep_time(now_ms, runner)
         return effects
+
+    def _with_process(self, key: ProcessKey) -> Runner | None:
+        return next((each for each in self.runners.values() if each.has_process and each.key == key), None)
 
     @staticmethod
     def _word(runner: Runner, message: RunnerMessage) -> RunnerMessage:
@@ -107,7 +118,9 @@ class Runners:
         steps = self.settings.runner_back_off_ms
         since, runner.serving_since_ms = runner.serving_since_ms, None
         if since is not None and now_ms - since >= self.settings.runner_healthy_ms:
-            runner.retries_left = len(steps)
+            runner.retries_left, runner.partings = len(steps), min(runner.partings, 1)
+        if runner.state is RunnerState.PARTED and runner.retry_ms is None:
+            runner.retry_ms = now_ms + steps[min(runner.partings, len(steps)) - 1]
         if runner.has_failed and not runner.has_process and runner.retries_left:
             runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
 
@@ -118,7 +131,8 @@ class Runners:
         """
         for runner in self.runners.values():
             runner.is_seen_gone = not runner.has_process
-            if runner.state in MEASURED_STATES and runner.process_id in resident_bytes:
+            is_known = runner.state in MEASURED_STATES or runner.resident_bytes
+            if is_known and runner.process_id in resident_bytes:
                 runner.resident_bytes = resident_bytes[runner.process_id]
 
     def wake(self, now_ms: int) -> None:
@@ -155,10 +169,13 @@ class Runners:
         """What this node says of its runners, by id."""
         return tuple(self.runners[runner_id].report() for runner_id in sorted(self.runners))
 
-    def held_bytes(self) -> dict[tuple[RunnerId, int], int]:
-        """Memory of each process, by runner and attempt, as of the last probe since it has loaded; 0 before."""
-        running = [runner for runner in self.runners.values() if runner.has_process]
-        return {(runner.stage.runner_id, runner.attempt): runner.resident_bytes for runner in running}
+    def held_bytes(self) -> dict[ProcessKey, int]:
+        """Memory of each process as of the last probe since it has loaded; 0 before."""
+        return {runner.key: runner.resident_bytes for runner in self.runners.values() if runner.has_process}
+
+    def keys(self) -> dict[RunnerId, ProcessKey]:
+        """What the driver knows the runners' processes as."""
+        return {runner_id: runner.key for runner_id, runner in self.runners.items()}
 
     @property
     def are_gone(self) -> bool:
@@ -188,19 +205,38 @@ class Runners:
                     assigned[stage.runner_id] = (instance, stage)
         for runner_id, (instance, stage) in assigned.items():
             if runner_id not in self.runners:
-                self.runners[runner_id] = self._record(instance, stage)
+                self.runners[runner_id] = self._record(instance, stage, assigned)
                 self.revision += 1
         for runner_id, runner in self.runners.items():
             runner.wanted = runner_id in assigned
 
-    def _record(self, instance: Instance, stage: Stage) -> Runner:
-        """A fresh one, or one that goes on where it was assigned before: its attempts, its budget, its back-off."""
+    def _donor(self, instance: Instance, stage: Stage, assigned: Collection[RunnerId]) -> Runner | None:
+        """A runner that is not wanted any more, and whose process holds a part of what this stage is to be."""
+        found = [
+            each
+            for runner_id, each in self.runners.items()
+            if runner_id not in assigned and each.has_process and each.state in STARTED_STATES
+            if each.holds and overlap(each.holds, stage.shard) and _is_alike(each.instance, instance)
+        ]
+        return max(found, key=lambda each: overlap(each.holds or each.stage.shard, stage.shard), default=None)
+
+    def _record(self, instance: Instance, stage: Stage, assigned: Collection[RunnerId]) -> Runner:
+        """A fresh one, or one that goes on where it was assigned before: its attempts, its budget, its back-off.
+
+        If it needs not wait it takes over a process that another one does not need any more.
+        """
         former = self.former.pop(stage.runner_id, None)
         if former is None:
             budget = len(self.settings.runner_back_off_ms)
-            return Runner(instance, stage, self.settings.limits.shut_down_ms // 2, retries_left=budget)
-        state = RunnerState.FAILED if former.has_failed else RunnerState.IDLE
-        return replace(former, instance=instance, stage=stage, state=state, waiting="")
+            runner = Runner(instance, stage, self.settings.limits.shut_down_ms // 2, retries_left=budget)
+        else:
+            state = RunnerState.FAILED if former.has_failed else RunnerState.IDLE
+            runner = replace(former, instance=instance, stage=stage, state=state, waiting="")
+        donor = None if runner.has_failed else self._donor(instance, stage, assigned)
+        if donor:
+            inherit(runner, donor)
+            self._forget(donor)
+        return runner
 
     def _forget(self, runner: Runner) -> None:
         self.revision += 1
@@ -209,32 +245,46 @@ class Runners:
             self.former.pop(next(iter(self.former)))
 
     def _advance_one(self, now_ms: int, runner: Runner, world: World) -> list[Effect]:
-        """At most two steps lie between what a runner is and what it should be: stop, or go on."""
+        """At most two steps lie between what a runner is and what it should be: end, or begin, or go on."""
         late = overdue(now_ms, runner, self.settings.limits)
         if late:
             return self._step(runner, late)
         others = _neighbours(runner, world.reports)
-        generation = max([runner.attempt, *(other.report.attempt for other in others.values())])
-        if self._must_stop(runner, others, generation):
+        if self._must_stop(runner, others):
             return self._step(runner, Stop())
         if runner.state is RunnerState.FAILED and runner.retry_ms is not None and now_ms >= runner.retry_ms:
-            self._step(runner, Retry(generation + 1))
+            self._step(runner, Retry(_open_generation(runner, others)))
         if runner.state is RunnerState.IDLE and not runner.has_process:
             return self._begin(now_ms, runner, others, world)
+        if self._is_over(now_ms, runner, others):
+            return self._regroup(runner, others, world)
+        return self._go_on(runner, others, world)
+
+    def _go_on(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
+        """To the next phase of its generation."""
         if runner.state is RunnerState.CONNECTING and runner.linked_to is None:
             return self._link(runner, others, world.reports)
         if runner.state in (RunnerState.CONNECTED, RunnerState.LOADED):
             return self._step(runner, Proceed())
         return []
 
-    def _must_stop(self, runner: Runner, others: dict[int, Neighbour], generation: int) -> bool:
+    @staticmethod
+    def _must_stop(runner: Runner, others: dict[int, Neighbour]) -> bool:
         if runner.state in (RunnerState.SHUTTING_DOWN, RunnerState.STUCK, RunnerState.SHUTDOWN):
             return False
         if not runner.wanted:
             return True
         if not runner.has_process or runner.state not in STARTED_STATES:
             return False
-        return _is_held_up(others) or generation > runner.attempt or self._lost_neighbour(runner, others)
+        return _is_given_up(others)
+
+    def _is_over(self, now_ms: int, runner: Runner, others: dict[int, Neighbour]) -> bool:
+        """Whether the generation that its process takes part in is, or it takes part in none of this instance's."""
+        if runner.state not in REGROUPED_STATES:
+            return False
+        is_behind = any(other.report.attempt > runner.attempt for other in others.values())
+        is_due = runner.retry_ms is not None and now_ms >= runner.retry_ms and not _has_failed(others)
+        return runner.is_inherited or is_due or is_behind or self._lost_neighbour(runner, others)
 
     @staticmethod
     def _lost_neighbour(runner: Runner, others: dict[int, Neighbour]) -> bool:
@@ -248,9 +298,24 @@ class Runners:
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
         if path is None or too_soon or not runner.is_seen_gone:
             return []
-        if not self._has_room(runner, others, world) or _is_held_up(others):
+        if not self._has_room(runner, others, world) or _is_given_up(others) or _has_failed(others):
             return []
-        return self._step(runner, Begin(_open_generation(runner, others), self._spec(runner, path), now_ms))
+        attempt = _open_generation(runner, others)
+        return self._step(runner, Begin(attempt, self._spec(runner, path, attempt), now_ms))
+
+    def _regroup(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
+        """Its process begins anew with what it holds. If there is no room for what it lacks, it ends instead."""
+        path = world.paths.get(runner.instance.card.model_id)
+        if path is None:
+            return []
+        if runner.holds != runner.stage.shard and world.memory_bytes_free is not None:
+            lack = self._lack(runner, world.memory_bytes_free)
+            if lack and (self.is_memory_moving or not world.is_memory_fresh):
+                return []  # a later probe tells
+            if lack:
+                return self._step(runner, Stop())
+        attempt = _open_generation(runner, others)
+        return self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
 
     def _has_room(self, runner: Runner, others: dict[int, Neighbour], world: World) -> bool:
         """Whether what is free and not promised to others here is enough; if it surely is not, `runner` waits."""
@@ -275,10 +340,11 @@ class Runners:
             for each in self.runners.values()
             if each.has_process
         )
-        if runner.stage.memory_bytes + promised <= free_bytes:
+        own = 0 if runner.has_process else runner.stage.memory_bytes
+        if own + promised <= free_bytes:
             return ""
         taken = f", {amount(promised)} of that promised to others," if promised else ","
-        return f"has too little memory now: {amount(free_bytes)} free{taken} {amount(runner.stage.memory_bytes)} needed"
+        return f"has too little memory now: {amount(free_bytes)} free{taken} {amount(own)} needed"
 
     def _link(self, runner: Runner, others: dict[int, Neighbour], reports: dict[NodeId, NodeReport]) -> list[Effect]:
         """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""
@@ -302,11 +368,12 @@ class Runners:
         self.revision += 1
         return step(runner, news)
 
-    def _spec(self, runner: Runner, path: str) -> RunnerSpec:
+    def _spec(self, runner: Runner, path: str, attempt: int) -> RunnerSpec:
         instance = runner.instance
         return RunnerSpec(
             runner_id=runner.stage.runner_id,
             instance_id=instance.instance_id,
+            generation=attempt,
             engine=instance.engine,
             engine_options=self.settings.engine_options | ({"exact": "1"} if instance.exact else {}),
             model_path=path,
@@ -353,9 +420,21 @@ def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, 
     return found
 
 
-def _is_held_up(others: dict[int, Neighbour]) -> bool:
-    """Whether another runner of the instance can't go on, so that none of them can."""
-    return any(other.report.state is RunnerState.FAILED or other.report.waiting for other in others.values())
+def _is_given_up(others: dict[int, Neighbour]) -> bool:
+    """Whether another runner of the instance can't go on without memory or a person, so that none of them can."""
+    reports = [other.report for other in others.values()]
+    return any(each.waiting or (each.state is RunnerState.FAILED and not each.retries_left) for each in reports)
+
+
+def _has_failed(others: dict[int, Neighbour]) -> bool:
+    """Whether another runner will open a new generation, or has given up."""
+    return any(other.report.state is RunnerState.FAILED for other in others.values())
+
+
+def _is_alike(first: Instance, second: Instance) -> bool:
+    """Whether what is loaded for one serves the other."""
+    kinds = [(each.card, each.engine, each.exact, each.context_length, each.slot_count) for each in (first, second)]
+    return kinds[0] == kinds[1]
 
 
 def _open_generation(runner: Runner, others: dict[int, Neighbour]) -> int:

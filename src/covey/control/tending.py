@@ -1,11 +1,11 @@
 """What the leader mends without being asked: each wish has one instance, on nodes that are there.
 
-Where an instance has a stage on a node that is gone, the wish is placed again on what is left, and the old assignment
-stays dormant (`dormancy`); if the wish does not fit it is tried again whenever the nodes' figures change. A stage whose
-node has had too little memory for a while, or can't end its former process, is mended alike, but until there is another
-place its instance goes on waiting. Of several instances whose nodes are all here (two leaders, apart for a while, each
-assigned the wish) one stays: a ready one if there is one, then one that serves requests, then the one that this leader
-has seen whole for longest.
+Where an instance has a stage on a node that is gone, the wish is placed again on what is left, so that as few layers
+move as possible, and the old assignment stays dormant (`dormancy`); if the wish does not fit it is tried again whenever
+the nodes' figures change. A stage whose node has had too little memory for a while, or can't end its former process, is
+mended alike, but until there is another place its instance goes on waiting. Of several instances whose nodes are all
+here (two leaders, apart for a while, each assigned the wish) one stays: a ready one if there is one, then one that
+serves requests, then the one that this leader has seen whole for longest.
 """
 
 import sys
@@ -14,23 +14,34 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from covey.control.cluster import INSTANCE, WISH, Cluster, Context, Written, assignment, wish_of
+from covey.control.cluster import (
+    INSTANCE,
+    WISH,
+    Cluster,
+    Context,
+    Written,
+    assignment,
+    options_of,
+    replacement,
+    shards,
+    wish_of,
+)
 from covey.control.dormancy import lacks
+from covey.control.placement.again import place_again, place_anew
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, place
 from covey.control.routing import (
     Reports,
     is_ready,
-    options_of,
     request_count,
     runner_report,
     waits_for_memory,
 )
 from covey.schema.cluster import Instance, Refused, Version, Wish
 from covey.schema.ids import InstanceId, NodeId
-from covey.schema.model import Shard
 from covey.schema.runner import RunnerState
 
+REST_MS: Final = 30_000  # a conversation pauses for less; and a node that comes and goes has gone again by then
 DORMANT_MAX: Final = 2  # of one wish: the sides of a cut; of more those go that were assigned first
 
 Look = Callable[[tuple[Instance, ...]], Context]  # at the nodes as they would be without these instances
@@ -42,6 +53,8 @@ class Tending:
     def __init__(self, cluster: Cluster, memory_wait_ms: int) -> None:
         self.cluster = cluster
         self.memory_wait_ms = memory_wait_ms
+        self.idle_since_ms: dict[InstanceId, int] = {}  # ready, and without a request
+        self.rested: frozenset[InstanceId] = frozenset()  # that have been so for long enough
         self.whole_since_ms: dict[InstanceId, int] = {}
         self.waiting_since_ms: dict[InstanceId, int] = {}  # for memory
         self.stuck: frozenset[InstanceId] = frozenset()  # that have waited for it for too long
@@ -57,6 +70,9 @@ class Tending:
         self.stuck = frozenset(
             each for each, since_ms in self.waiting_since_ms.items() if now_ms - since_ms >= self.memory_wait_ms
         )
+        idle = [each.instance_id for each in instances if is_ready(each, reports) and not request_count(each, reports)]
+        self.idle_since_ms = {each: self.idle_since_ms.get(each, now_ms) for each in idle}
+        self.rested = frozenset(each for each, since_ms in self.idle_since_ms.items() if now_ms - since_ms >= REST_MS)
         self.refused_with = {key: nodes for key, nodes in self.refused_with.items() if key in self.cluster.wishes}
 
     def mend(self, wish: Wish, look: Look, reports: Reports, gone: Collection[NodeId]) -> tuple[Written, ...]:
@@ -69,8 +85,8 @@ class Tending:
         dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in [*whole[1:], *dormant[DORMANT_MAX:]])
         if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
-            return dropped
-        replaced = self._replace(wish, look(tuple(mine)), whole[:1], reports)
+            return dropped or self._widen(wish, whole[0], look)
+        replaced = self._replace(wish, look(tuple(mine)), whole[:1], dormant[:1], reports)
         return (*dropped, *replaced, *(Written(INSTANCE + each.instance_id, None) for each in whole[:1] if replaced))
 
     def leftovers(self) -> tuple[Written, ...]:
@@ -92,17 +108,36 @@ class Tending:
         return self.cluster.entries[INSTANCE + instance.instance_id].version
 
     def _replace(
-        self, wish: Wish, context: Context, stuck: Sequence[Instance], reports: Reports
+        self, wish: Wish, context: Context, stuck: Sequence[Instance], lost: Sequence[Instance], reports: Reports
     ) -> tuple[Written, ...]:
-        """Another assignment than those that are stuck, if there is one."""
+        """Another assignment than those that are stuck, if there is one. What is left of a lost one stays in place."""
         if self.refused_with.get(wish.wish_id) == context.nodes:
             return ()
-        placement = place(wish.card, context.nodes, _options_without(_hung(stuck, reports), wish, context.nodes))
+        options = _options_without(_hung(stuck, reports), wish, context.nodes)
+        kept = None if stuck or not lost else place_again(lost[0], context.nodes, options)
+        placement = kept or place(wish.card, context.nodes, options)
         instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
-        if instance is None or any(_shards(each) == _shards(instance) for each in stuck):
+        if instance is None or any(shards(each) == shards(instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
             return ()
         return (Written(INSTANCE + instance.instance_id, instance),)
+
+    def _widen(self, wish: Wish, instance: Instance, look: Look) -> tuple[Written, ...]:
+        """Over as many nodes as were asked for, once enough are here again and it has had nothing to do for a while.
+
+        Anything else that could be better about a placement is not worth that what is loaded is read again elsewhere,
+        unless a person says so.
+        """
+        if len(instance.stages) >= wish.node_count_min or instance.instance_id not in self.rested:
+            return ()
+        context = look((instance,))
+        options = options_of(wish, context.nodes)
+        if options.node_count_min <= len(instance.stages):
+            return ()
+        placement = place_anew(instance, context.nodes, options)
+        if isinstance(placement, Refused):
+            return ()
+        return replacement((instance,), assignment(wish, placement, context))
 
 
 def _hung(instances: Sequence[Instance], reports: Reports) -> set[NodeId]:
@@ -118,7 +153,3 @@ def _options_without(hung: Collection[NodeId], wish: Wish, nodes: Sequence[Candi
     if not hung or not others:
         return options
     return replace(options, node_ids=options.node_ids or tuple(node.node_id for node in others))
-
-
-def _shards(instance: Instance) -> list[tuple[NodeId, Shard]]:
-    return [(stage.node_id, stage.shard) for stage in instance.stages]

@@ -45,6 +45,7 @@ from covey.schema.machine import (
     LeaveRequested,
     Left,
     Publish,
+    RegroupRunner,
     SendTo,
     Started,
     StartFetch,
@@ -76,7 +77,7 @@ class Messages(Protocol):
 
 class Runners(Protocol):
     def start(self, effect: StartRunner) -> None: ...
-    def tell(self, effect: TellRunner) -> None: ...
+    def tell(self, effect: TellRunner | RegroupRunner) -> None: ...
     def stop(self, effect: StopRunner) -> None: ...
 
 
@@ -270,11 +271,11 @@ class Driver:
         return FetchFinished(card.model_id, attempt, str(path), card.file_bytes)
 
 
-def _carry_out_at_runner(effect: StartRunner | TellRunner | StopRunner, runners: Runners) -> None:
+def _carry_out_at_runner(effect: StartRunner | RegroupRunner | TellRunner | StopRunner, runners: Runners) -> None:
     match effect:
         case StartRunner():
             runners.start(effect)
-        case TellRunner():
+        case TellRunner() | RegroupRunner():
             runners.tell(effect)
         case StopRunner():
             runners.stop(effect)

@@ -21,12 +21,21 @@ from covey.control.deadlines import REAP_MS
 from covey.effects.runner_log import RunnerLog
 from covey.schema import wire
 from covey.schema.ids import RunnerId
-from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.machine import (
+    Input,
+    RegroupRunner,
+    RunnerExited,
+    RunnerSaid,
+    RunnerStarted,
+    StartRunner,
+    StopRunner,
+    TellRunner,
+)
 from covey.schema.runner import Configure, RunnerCommand, RunnerMessage, RunnerSpec, ShutDown
 from covey.schema.trust import Credentials
 
 RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
-COMMANDS_MAX: Final = 64  # a whole life takes five; more means that the runner has stopped reading
+COMMANDS_MAX: Final = 64  # a generation takes four; more means that the runner has stopped reading
 PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -63,7 +72,7 @@ class _Pipes:
 
 
 class Processes:
-    """Carries out `StartRunner`, `TellRunner` and `StopRunner`; the answers go to `deliver`."""
+    """Carries out `StartRunner`, `RegroupRunner`, `TellRunner` and `StopRunner`; the answers go to `deliver`."""
 
     def __init__(
         self,
@@ -97,13 +106,15 @@ class Processes:
             self._runners[key] = _Runner(effect)
             self._tasks.start_soon(self._run, self._runners[key], name=f"runner {effect.runner_id}")
 
-    def tell(self, effect: TellRunner) -> None:
+    def tell(self, effect: TellRunner | RegroupRunner) -> None:
         """A runner that is gone is not told: its `RunnerExited` is on the way."""
         runner = self._runners.get((effect.runner_id, effect.attempt))
         if runner is None:
             return
+        regroups = isinstance(effect, RegroupRunner)
+        command = Configure(effect.spec, self._credentials) if regroups else effect.command
         try:
-            runner.commands.send_nowait(effect.command)
+            runner.commands.send_nowait(command)
         except anyio.WouldBlock:
             _give_up(runner, "it did not read its commands")
 

@@ -10,6 +10,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from covey.schema.runner import RunnerSpec
+
 Activations = NDArray[Any]  # [tokens] int64 token ids into the first stage; else [tokens, hidden] of a float type
 Logits = NDArray[np.float32]  # [pieces that want logits, vocabulary]
 
@@ -38,10 +40,14 @@ class EngineError(Exception):
 
 
 class StageEngine(Protocol):
-    """One shard, loaded once, run many times, always from one thread."""
+    """One shard, loaded and run many times, always from one thread."""
 
-    def load(self, progress: Callable[[LoadProgress], None]) -> None:
-        """Reads the shard's tensors and makes it ready to run. Raises `EngineError`, `CheckpointError`, `OSError`."""
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
+        """Makes the shard of `spec` ready to run. What it has loaded before and `spec` wants is kept, only the rest is
+        read; what is not wanted is given up, and all slots are empty.
+
+        Raises `EngineError`, `CheckpointError`, `OSError`; it can't be used after that.
+        """
         ...
 
     def warm_up(self) -> None:

@@ -5,13 +5,13 @@ from covey.schema.runner import RunnerSpec
 
 
 def create(spec: RunnerSpec) -> StageEngine:
-    """The engine for `spec`, not loaded yet. Raises `EngineError` for a name that is not known."""
+    """The engine that `spec` names, not loaded yet. Raises `EngineError` for a name that is not known."""
     if spec.engine == "fake":
         from covey.engine.fake import FakeStage  # noqa: PLC0415
 
-        return FakeStage(spec)
+        return FakeStage()
     if spec.engine == "onnx":
         from covey.engine.onnx.stage import OnnxStage  # noqa: PLC0415
 
-        return OnnxStage(spec)
+        return OnnxStage()
     raise EngineError(f"There is no engine called {spec.engine}; choose onnx or fake.")

@@ -26,24 +26,25 @@ LAYER_BYTES: Final = 4
 
 
 class FakeStage:
-    def __init__(self, spec: RunnerSpec) -> None:
+    def __init__(self) -> None:
+        self._layers: dict[int, _Layer] = {}
+
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
         options = _options(spec.engine_options)
         self._spec = spec
         self._vocabulary_size = options["vocabulary_size"]
         self._hidden_size = max(options["hidden_size"], LANES)
         self._step_seconds = options["step_delay_ms"] / 1000
-        self._load_seconds = options["load_delay_ms"] / 1000
         self._is_first = spec.shard.layer_start == 0
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
-        layers = range(spec.shard.layer_start, spec.shard.layer_end)
-        self._layers = [_Layer(layer, spec.slot_count) for layer in layers]
         self._vocabulary = np.arange(self._vocabulary_size, dtype=np.uint32) * np.uint32(0x9E3779B1)
-
-    def load(self, progress: Callable[[LoadProgress], None]) -> None:
-        total = len(self._layers)
-        for count in range(1, total + 1):
-            time.sleep(self._load_seconds)
-            progress(LoadProgress(count, total, count * LAYER_BYTES, total * LAYER_BYTES))
+        wanted = range(spec.shard.layer_start, spec.shard.layer_end)
+        kept, self._layers = self._layers, {}
+        for count, layer in enumerate(wanted, start=1):
+            if layer not in kept:
+                time.sleep(options["load_delay_ms"] / 1000)
+            self._layers[layer] = _Layer(layer, spec.slot_count)
+            progress(LoadProgress(count, len(wanted), count * LAYER_BYTES, len(wanted) * LAYER_BYTES))
 
     def warm_up(self) -> None:
         """There is nothing to warm."""
@@ -71,7 +72,7 @@ class FakeStage:
             raise EngineError(f"Slot {piece.slot} does not exist.")
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"Slot {piece.slot} is full.")
-        for layer in self._layers:
+        for layer in self._layers.values():
             hashes = layer.run(piece.slot, piece.position, hashes)
         return hashes
 

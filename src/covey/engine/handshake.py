@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from covey.engine.link import Link, LinkBrokenError
+from covey.engine.link import Link, LinkBrokenError, LinkClosedError
 from covey.engine.link_place import LinkPlace
 from covey.engine.tls import Channel, PeerError, explain
 from covey.schema.ids import NodeId
@@ -41,6 +41,7 @@ class LinkHello(Struct, frozen=True, tag=True):
     """Who opens a link: its own stage, and whose it is."""
 
     instance_id: str
+    generation: int
     stage_index: int
     stage_count: int
 
@@ -49,6 +50,7 @@ class LinkOffer(Struct, frozen=True, tag=True):
     """The same of a stage that wants the link from the one before, which may not be able to reach it."""
 
     instance_id: str
+    generation: int
     stage_index: int
     stage_count: int
 
@@ -68,6 +70,8 @@ def link_refusal(spec: RunnerSpec, first: LinkHello | LinkOffer, peer: NodeId) -
     """Why the stage of `spec` does not take a link from, or to, node `peer`, which says `first`."""
     if first.instance_id != spec.instance_id:
         return f"this stage belongs to instance {spec.instance_id}, not {first.instance_id}."
+    if first.generation != spec.generation:
+        return f"this stage is in generation {spec.generation} of its instance, not in {first.generation}."
     if spec.stage_count == 1:
         return "this stage is the only one."
     step, goes = (-1, "follows") if isinstance(first, LinkHello) else (1, "comes before")
@@ -92,7 +96,8 @@ class Dialler(Struct, frozen=True):
         """Opens the link to the stage after, trying again for up to `seconds` while it is not there yet, or takes what
         that one offers, which fills `place`.
 
-        Raises `LinkRefusedError`, also where only strangers answer, and `LinkBrokenError` if there is none by then.
+        Raises `LinkRefusedError`, also where only strangers answer, `LinkBrokenError` if there is none by then, and
+        `LinkClosedError` once `place` is closed.
         """
         neighbour = self._neighbour(1, addresses)
         begun, pause = time.monotonic(), RETRY_SECONDS
@@ -104,6 +109,8 @@ class Dialler(Struct, frozen=True):
             left = deadline - time.monotonic()
             if link := place.wait(min(pause, left)):
                 return link
+            if place.is_closed:
+                raise LinkClosedError(f"No link to {neighbour.name}: this stage begins anew.")
             is_offered_late = time.monotonic() - begun > 2 * OFFER_SECONDS
             if is_offered_late and failures and all(isinstance(error, PeerError | ssl.SSLError) for error in failures):
                 raise LinkRefusedError(f"No link to {neighbour.name}: {reasons}.")
@@ -116,7 +123,7 @@ class Dialler(Struct, frozen=True):
         neighbour = self._neighbour(-1, addresses)
         deadline = time.monotonic() + seconds
         link = place.wait(min(OFFER_SECONDS, seconds))
-        while link is None and time.monotonic() < deadline:
+        while link is None and not place.is_closed and time.monotonic() < deadline:
             for address in addresses:
                 try:
                     channel = self._meet(neighbour, address, deadline)
@@ -131,21 +138,21 @@ class Dialler(Struct, frozen=True):
         index = (self.spec.stage_index + step) % self.spec.stage_count
         places = ", ".join(f"{address.host}:{address.port}" for address in addresses) or "no address"
         kind = LinkHello if step > 0 else LinkOffer
-        first = kind(self.spec.instance_id, self.spec.stage_index, self.spec.stage_count)
+        first = kind(self.spec.instance_id, self.spec.generation, self.spec.stage_index, self.spec.stage_count)
         return _Neighbour(f"stage {index} at {places}", self.spec.stage_node_ids[index], first, tuple(addresses))
 
     def _dial_all(self, neighbour: "_Neighbour", place: LinkPlace, deadline: float) -> list[OSError]:
         """Tries each address until `place` is filled; what failed. Raises `LinkRefusedError`."""
         failures: list[OSError] = []
         for address in neighbour.addresses:
-            if place.wait(0):
+            if place.wait(0) or place.is_closed:
                 break
             try:
                 link = _agree(self._meet(neighbour, address, deadline), neighbour)
             except OSError as error:
                 failures.append(error)
             except LinkRefusedError:
-                if place.wait(0) is None:  # else it refused because it had offered one itself
+                if place.settle() is None:  # else it refused because it had offered one itself
                     raise
             else:
                 if not place.fill(lambda: link):  # noqa: B023 - called at once

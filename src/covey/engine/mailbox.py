@@ -5,7 +5,7 @@ from queue import SimpleQueue
 from msgspec import Struct
 
 from covey.engine.connection import ServeConnection
-from covey.engine.link import Frame
+from covey.engine.link import Frame, Link
 from covey.schema.generation import ServeCommand
 from covey.schema.runner import RunnerCommand
 
@@ -23,10 +23,23 @@ class ServeGone(Struct, frozen=True):
     owner: int
 
 
+class Linked(Struct, frozen=True):
+    """Both neighbours are. Alone, a stage has no link."""
+
+    before: Link | None = None
+    after: Link | None = None
+
+
+class Unlinked(Struct, frozen=True):
+    """They can't be."""
+
+    error: Exception
+
+
 class LinkLost(Struct, frozen=True):
     reason: str
 
 
 ServeMessage = ServeCame | ServeSaid | ServeGone
-Message = RunnerCommand | ServeMessage | Frame | LinkLost
+Message = RunnerCommand | ServeMessage | Frame | Linked | Unlinked | LinkLost
 Mailbox = SimpleQueue[Message]

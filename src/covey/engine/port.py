@@ -44,25 +44,59 @@ First = ServeHello | LinkHello | LinkOffer
 _firsts = msgspec.msgpack.Decoder(First)
 
 
-class DataPort:
+class Reception:
+    """What the port takes connections for: one generation of one stage."""
+
     def __init__(self, spec: RunnerSpec, credentials: Credentials, mailbox: Mailbox) -> None:
-        """Listens on a free port of `spec.listen_host`. Raises `OSError`."""
-        self._spec = spec
-        self._context = server_context(credentials)
-        self._mailbox = mailbox
-        self._listener = _listen(spec.listen_host)
-        self.number: int = self._listener.getsockname()[1]
+        self.spec = spec
+        self.context = server_context(credentials)
+        self.mailbox = mailbox
         self.before, self.after = LinkPlace(), LinkPlace()  # the links from the stage before and to the one after
+        self.takes_requests = False
+        self._coming = threading.Lock()
+        self._guests: set[ServeConnection] = set()
+
+    def open_for_requests(self) -> None:
+        self.takes_requests = self.spec.stage_index == 0
+
+    def welcome(self, guest: ServeConnection) -> bool:
+        """Whether this connection with requests may stay; if not, it is closed."""
+        with self._coming:
+            if self.takes_requests:
+                self._guests.add(guest)
+                self.mailbox.put(ServeCame(guest))
+                return True
+        guest.close()
+        return False
+
+    def part_with(self, guest: ServeConnection) -> None:
+        self.mailbox.put(ServeGone(guest.owner))
+        with self._coming:
+            self._guests.discard(guest)
+
+    def close(self) -> None:
+        """Closes the links and all connections."""
+        with self._coming:
+            self.takes_requests = False
+        self.before.close()
+        self.after.close()
+        for guest in self._guests:
+            guest.close()
+
+
+class DataPort:
+    def __init__(self, reception: Reception) -> None:
+        """Listens on a free port of its `listen_host`. Raises `OSError`."""
+        self.reception = reception  # may be replaced; connections that came before keep theirs
+        self._listener = _listen(reception.spec.listen_host)
+        self.number: int = self._listener.getsockname()[1]
         self._owners = itertools.count(1)
         self._strangers = Strangers()
         self._places = threading.Semaphore(CONNECTIONS_MAX)
-        self._open = False
         threading.Thread(target=self._accept, name="data port", daemon=True).start()
 
-    def open_for_requests(self) -> None:
-        self._open = self._spec.stage_index == 0
-
     def close(self) -> None:
+        self.reception.close()
         self._listener.close()
 
     def _accept(self) -> None:
@@ -79,9 +113,10 @@ class DataPort:
             threading.Thread(target=self._serve, args=(connection,), name=f"from {address}", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        reception = self.reception
         try:
             with self._strangers.hosted(connection):
-                channel, peer, first = self._meet(connection)
+                channel, peer, first = _meet(connection, reception)
         except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
             log.warning("a connection is closed that began with no hello: %s", explain(error))
             connection.close()
@@ -91,51 +126,53 @@ class DataPort:
             connection.close()
             return
         try:
-            self._take(channel, peer, first)
+            self._take(reception, channel, peer, first)
         finally:
             self._places.release()
 
-    def _meet(self, connection: socket.socket) -> tuple[Channel, NodeId, First]:
-        """Who it is and what it wants. Raises `OSError`, `MsgspecError`, `FrameTooLargeError`."""
-        if not is_near(connection):
-            raise PeerError("it came from the internet")
-        deadline = time.monotonic() + HELLO_SECONDS
-        channel = Channel(connection, self._context, is_server=True)
-        peer = channel.shake_hands(deadline)
-        return channel, peer, _firsts.decode(receive_first(channel, deadline))
-
-    def _take(self, channel: Channel, peer: NodeId, first: First) -> None:
+    def _take(self, reception: Reception, channel: Channel, peer: NodeId, first: First) -> None:
         try:
             if isinstance(first, LinkHello | LinkOffer):
-                self._take_link(channel, peer, first)
+                _take_link(reception, channel, peer, first)
             else:
-                self._take_requests(channel, first)
+                self._take_requests(reception, channel, first)
         except OSError as error:
             log.warning("a connection of node %s is closed: %s", peer, explain(error))
             channel.socket.close()
 
-    def _take_link(self, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
-        place = self.before if isinstance(first, LinkHello) else self.after
-        reason = link_refusal(self._spec, first, peer)
-        patience = time.monotonic() + WELCOME_SECONDS_MAX
-        if reason is None and not place.fill(partial(_welcome, channel, first.stage_index, patience)):
-            reason = "this stage has its link already."
-        if reason:
-            log.warning("a link is refused: %s", reason)
-            channel.send(pack(LinkRefused(reason)))
-            channel.socket.close()
-
-    def _take_requests(self, channel: Channel, hello: ServeHello) -> None:
-        if not self._open or hello.instance_id != self._spec.instance_id:
+    def _take_requests(self, reception: Reception, channel: Channel, hello: ServeHello) -> None:
+        if not reception.takes_requests or hello.instance_id != reception.spec.instance_id:
             log.warning("a connection for requests to instance %s is refused", hello.instance_id)
             channel.socket.close()
             return
-        owner = next(self._owners)
-        serve = ServeConnection(channel, owner, can_prove_alive=hello.can_prove_alive)
-        self._mailbox.put(ServeCame(serve))
-        for command in serve.commands():
-            self._mailbox.put(ServeSaid(owner, command))
-        self._mailbox.put(ServeGone(owner))
+        guest = ServeConnection(channel, next(self._owners), can_prove_alive=hello.can_prove_alive)
+        if not reception.welcome(guest):
+            return
+        for command in guest.commands():
+            reception.mailbox.put(ServeSaid(guest.owner, command))
+        reception.part_with(guest)
+
+
+def _meet(connection: socket.socket, reception: Reception) -> tuple[Channel, NodeId, First]:
+    """Who it is and what it wants. Raises `OSError`, `MsgspecError`, `FrameTooLargeError`."""
+    if not is_near(connection):
+        raise PeerError("it came from the internet")
+    deadline = time.monotonic() + HELLO_SECONDS
+    channel = Channel(connection, reception.context, is_server=True)
+    peer = channel.shake_hands(deadline)
+    return channel, peer, _firsts.decode(receive_first(channel, deadline))
+
+
+def _take_link(reception: Reception, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
+    place = reception.before if isinstance(first, LinkHello) else reception.after
+    reason = link_refusal(reception.spec, first, peer)
+    patience = time.monotonic() + WELCOME_SECONDS_MAX
+    if reason is None and not place.fill(partial(_welcome, channel, first.stage_index, patience)):
+        reason = "this stage has its link already."
+    if reason:
+        log.warning("a link is refused: %s", reason)
+        channel.send(pack(LinkRefused(reason)))
+        channel.socket.close()
 
 
 def _welcome(channel: Channel, stage_index: int, deadline: float) -> Link:

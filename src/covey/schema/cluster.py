@@ -223,6 +223,14 @@ class DeleteInstance(Struct, frozen=True, tag=True):
     instance_id: InstanceId
 
 
+class Rebalance(Struct, frozen=True, tag=True):
+    """Place an instance as its wish would be placed now. Accepted with the id that it has then, the same one where
+    nothing is to be moved.
+    """
+
+    instance_id: InstanceId
+
+
 class AddKey(Struct, frozen=True, tag=True):
     """Let whoever holds this key in. Accepted with the key's id."""
 
@@ -235,7 +243,7 @@ class RevokeKey(Struct, frozen=True, tag=True):
     key: str
 
 
-Command = PlaceModel | DeleteInstance | AddKey | RevokeKey
+Command = PlaceModel | DeleteInstance | Rebalance | AddKey | RevokeKey
 
 
 class CommandRequest(Struct, frozen=True, tag=True):

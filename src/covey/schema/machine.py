@@ -187,6 +187,14 @@ class StartRunner(Struct, frozen=True, tag=True):
     spec: RunnerSpec
 
 
+class RegroupRunner(Struct, frozen=True, tag=True):
+    """Send `Configure` to a process that has been started as this attempt of this runner. `RunnerSaid` ... go on."""
+
+    runner_id: RunnerId
+    attempt: int
+    spec: RunnerSpec
+
+
 class TellRunner(Struct, frozen=True, tag=True):
     runner_id: RunnerId
     attempt: int
@@ -223,6 +231,7 @@ Effect = (
     | StartFetch
     | CancelFetch
     | StartRunner
+    | RegroupRunner
     | TellRunner
     | StopRunner
     | StateChanged

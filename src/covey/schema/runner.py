@@ -4,6 +4,10 @@ The node sends `Configure` first; the runner opens its data port and answers `Li
 one phase on: `ConnectTo` (ends in `Connected`), `Load` (`LoadProgressed` ..., `Loaded`), `WarmUp` (`Ready`),
 `ShutDown` (the process ends). While it serves it sends `Beat`, and the head `Activity`. Any phase can end in
 `PhaseFailed`, after which the process ends by itself.
+
+A process that has loaded outlives the loss of a link: it says `Parted`, keeps its weights, and waits. `Configure` may
+come again at any time: the process drops its links and requests, and begins anew with `Listening`; at `Load` it then
+reads only what it lacks.
 The end of standard input means that the node is gone, and ends the runner too.
 """
 
@@ -33,6 +37,7 @@ class RunnerState(StrEnum):
     RUNNING = "Running"
     SHUTTING_DOWN = "ShuttingDown"
     STUCK = "Stuck"  # killed, and yet its process is still there: its memory stays taken (no state of exo's)
+    PARTED = "Parted"  # its weights are here, a link is not: it waits for the next generation (no state of exo's)
     FAILED = "Failed"
     SHUTDOWN = "Shutdown"
 
@@ -45,7 +50,9 @@ class Address(Struct, frozen=True):
 
 
 class RunnerSpec(Struct, frozen=True, kw_only=True):
-    """What one runner process is to be."""
+    """What one runner process is to be. `generation` counts how often its instance has begun anew: only stages of the
+    same one link.
+    """
 
     runner_id: RunnerId
     instance_id: str
@@ -61,6 +68,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     thread_count: int
     listen_host: str  # the data port listens here; `EVERYWHERE`: at all addresses that are not the internet's
     connect_ms: int  # to reach the neighbours, who start at the same time, on machines that may be slow
+    generation: int = 0
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
 
 
@@ -135,6 +143,12 @@ class Beat(Struct, frozen=True, tag=True):
     is_busy: bool  # one is under way; the head: a request is
 
 
+class Parted(Struct, frozen=True, tag=True):
+    """A link was lost or never came to be; what is loaded stays. `reason` is one sentence for a person."""
+
+    reason: str
+
+
 class PhaseFailed(Struct, frozen=True, tag=True):
     """A phase ended badly; `reason` is one sentence for a person."""
 
@@ -142,4 +156,4 @@ class PhaseFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
-RunnerMessage = Listening | Connected | LoadProgressed | Loaded | Ready | Activity | Beat | PhaseFailed
+RunnerMessage = Listening | Connected | LoadProgressed | Loaded | Ready | Activity | Beat | Parted | PhaseFailed

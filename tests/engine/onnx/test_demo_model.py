@@ -32,7 +32,8 @@ MEGABYTE = 1_000_000
 
 
 def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT) -> OnnxStage:
-    stage = OnnxStage(
+    stage = OnnxStage()
+    stage.load(
         RunnerSpec(
             runner_id=RunnerId("runner"),
             instance_id="instance",
@@ -47,9 +48,9 @@ def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT
             thread_count=2,
             listen_host="127.0.0.1",
             connect_ms=20_000,
-        )
+        ),
+        lambda _: None,
     )
-    stage.load(lambda _: None)
     return stage
 
 

@@ -39,8 +39,8 @@ def spec(
 
 
 def loaded(path: Path, **options) -> OnnxStage:
-    stage = OnnxStage(spec(path, **options))
-    stage.load(lambda _: None)
+    stage = OnnxStage()
+    stage.load(spec(path, **options), lambda _: None)
     return stage
 
 
@@ -222,7 +222,7 @@ def belongs(name: str, layers: range) -> bool:
 
 def test_progress_counts_layers_and_bytes(tiny):
     seen: list[LoadProgress] = []
-    OnnxStage(spec(tiny, layers=range(1, 3))).load(seen.append)
+    OnnxStage().load(spec(tiny, layers=range(1, 3)), seen.append)
     assert [(step.layers_loaded, step.layers_total) for step in seen] == [(0, 2), (1, 2), (2, 2)]
     assert seen[-1].bytes_loaded == seen[-1].bytes_total == own_bytes(tiny, range(1, 3))
 
@@ -230,7 +230,7 @@ def test_progress_counts_layers_and_bytes(tiny):
 def test_reading_the_embedding_is_progress(tiny):
     """Of a large vocabulary it takes as long as many layers."""
     seen: list[LoadProgress] = []
-    OnnxStage(spec(tiny, layers=range(2))).load(seen.append)
+    OnnxStage().load(spec(tiny, layers=range(2)), seen.append)
     assert seen[0].layers_loaded == 0
     assert seen[0].bytes_loaded == own_bytes(tiny, range(0))
 
@@ -317,9 +317,9 @@ def test_a_tensor_of_the_wrong_size_is_named(tmp_path, monkeypatch):
 
 
 def test_a_shard_of_another_model_is_refused(tiny):
-    stage = OnnxStage(RunnerSpec(**{**as_dict(spec(tiny)), "shard": Shard(0, 5, 5)}))
+    odd = RunnerSpec(**{**as_dict(spec(tiny)), "shard": Shard(0, 5, 5)})
     with pytest.raises(EngineError, match="has 3 layers, not 5"):
-        stage.load(lambda _: None)
+        OnnxStage().load(odd, lambda _: None)
 
 
 def as_dict(struct: RunnerSpec) -> dict:
@@ -328,4 +328,55 @@ def as_dict(struct: RunnerSpec) -> dict:
 
 def test_running_before_loading_is_refused(tiny):
     with pytest.raises(EngineError, match="before it was loaded"):
-        OnnxStage(spec(tiny, layers=range(1, 3))).run([piece(0, 0, 1)], np.zeros((1, HIDDEN), np.float32))
+        OnnxStage().run([piece(0, 0, 1)], np.zeros((1, HIDDEN), np.float32))
+
+
+# ---- taking on layers, and giving some up ----
+
+
+def grown(path: Path, first: range, then: range) -> tuple[OnnxStage, list[LoadProgress]]:
+    stage = loaded(path, layers=first)
+    stage.warm_up()
+    seen: list[LoadProgress] = []
+    stage.load(spec(path, layers=then), seen.append)
+    return stage, seen
+
+
+@pytest.mark.parametrize(
+    ("first", "missing"), [(range(1), range(1, 3)), (range(1, 2), range(0)), (range(2, 3), range(2))]
+)
+def test_a_stage_that_takes_on_layers_reads_only_those_and_answers_as_if_it_had_all_along(tiny, first, missing):
+    stage, seen = grown(tiny, first, range(LAYERS))
+    whole = loaded(tiny)
+    pieces, tokens = [piece(0, 0, 5)], np.array([1, 5, 9, 2, 7])
+    np.testing.assert_array_equal(stage.run(pieces, tokens), whole.run(pieces, tokens))
+    np.testing.assert_array_equal(stage.run([piece(0, 5)], np.array([3])), whole.run([piece(0, 5)], np.array([3])))
+    assert seen[-1].layers_loaded == seen[-1].layers_total == LAYERS
+    if missing:
+        assert seen[-1].bytes_total == own_bytes(tiny, missing)
+
+
+def test_what_a_stage_took_on_it_gives_up_without_reading_anything(tiny):
+    stage, _ = grown(tiny, range(2), range(LAYERS))
+    seen: list[LoadProgress] = []
+    stage.load(spec(tiny, layers=range(2)), seen.append)
+    assert seen == []
+    pieces, tokens = [piece(0, 0, 5)], np.array([1, 5, 9, 2, 7])
+    np.testing.assert_array_equal(stage.run(pieces, tokens), loaded(tiny, layers=range(2)).run(pieces, tokens))
+
+
+def test_nothing_is_kept_for_another_context_or_another_file(tiny, tmp_path):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(tiny.read_bytes())
+    for other in (spec(tiny, context=32), spec(copy)):
+        seen: list[LoadProgress] = []
+        loaded(tiny).load(other, seen.append)
+        assert seen[-1].bytes_loaded == own_bytes(tiny, range(LAYERS))
+
+
+def test_slots_are_empty_after_loading_again(tiny):
+    stage = loaded(tiny)
+    stage.run([piece(0, 0, 5)], np.array([1, 5, 9, 2, 7]))
+    stage.load(spec(tiny), lambda _: None)
+    with pytest.raises(EngineError, match="leaves a gap"):
+        stage.run([piece(0, 5)], np.array([3]))

@@ -114,7 +114,7 @@ def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tup
         for chosen in islice(_selections(preferred, count, options), SPLITS_TRIED_MAX):
             cuts = split(load, budgets_bytes(nodes, chosen))
             if cuts:
-                return _parts(load, chosen, cuts)
+                return parts_of(load, chosen, cuts)
     return None
 
 
@@ -152,7 +152,8 @@ def _orders(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
             yield [chosen[first], *middle, chosen[last]]
 
 
-def _parts(load: Load, chosen: Sequence[Candidate], cuts: tuple[int, ...]) -> tuple[Part, ...]:
+def parts_of(load: Load, chosen: Sequence[Candidate], cuts: tuple[int, ...]) -> tuple[Part, ...]:
+    """A stage for each node, in this order; each ends before one of the cuts."""
     starts = (0, *cuts)
     shards = [Shard(start, end, load.card.layer_count) for start, end in zip(starts, cuts, strict=False)]
     return tuple(

@@ -2,38 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
-from covey.engine.onnx.graph import LlamaGraph, StageGraph
-from covey.engine.onnx.session import KvCache, StageSession, give_back_memory
-from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
-from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
+from covey.engine.onnx.segment import Footing, Model, Segment, load, open_model
+from covey.engine.onnx.session import give_back_memory
+from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
 
 WARM_UP_TOKENS: Final = 16
-EXACT: Final = "exact"  # the engine option: "1" leaves activations as they are
 
 
 class OnnxStage:
-    """Implements `StageEngine`."""
+    """Implements `StageEngine`. Its layers are in one segment, or in more if it took some on later."""
 
-    def __init__(self, spec: RunnerSpec) -> None:
+    def __init__(self) -> None:
+        self._footing: Footing | None = None
+        self._segments: list[Segment] = []  # in order of layers
+
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
+        self._segments = self._load(spec, progress)
         self._spec = spec
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
-        self._hidden_size = 0
-        self._result_size = 0  # of the vocabulary on the last stage, else the hidden size
-        self._vocabulary_size: int | None = None  # on the first stage
-        self._session: StageSession | None = None
         self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
-
-    def load(self, progress: Callable[[LoadProgress], None]) -> None:
-        self._open(progress)
         give_back_memory()  # what reading and packing used, about as much as the weights
 
     def warm_up(self) -> None:
@@ -53,50 +47,21 @@ class OnnxStage:
             return result
         return result[[index for index, piece in enumerate(pieces) if piece.wants_logits]]
 
-    def _open(self, progress: Callable[[LoadProgress], None]) -> None:
-        header = read_header(self._spec.model_path)
-        settings = read_settings(header)
-        if settings.layer_count != self._spec.shard.layer_count:
-            expected = self._spec.shard.layer_count
-            raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
-        with Path(self._spec.model_path).open("rb", buffering=0) as opened:
-            file = StageFile(opened, header, settings, self._spec.shard)
-            table, head = file.read_ends()
-            built = self._build(file, settings, table, head, progress)
-        self._vocabulary_size = None if table is None else row_count(table)
-        self._hidden_size = settings.hidden_size
-        self._result_size = settings.hidden_size if head is None else head.vocabulary_size
-        cache_shape = (self._spec.slot_count, settings.kv_head_count, self._spec.context_length, settings.head_size)
-        self._session = StageSession(
-            built,
-            KvCache(built.caches, cache_shape),
-            thread_count=self._spec.thread_count,
-            result_size=self._result_size,
+    def _load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> list[Segment]:
+        model = open_model(spec)
+        kept = [segment for segment in self._segments if _lies_within(segment.shard, spec.shard)]
+        if model.footing != self._footing:
+            kept = []
+        self._segments, self._footing = kept, model.footing  # what is given up is gone before more is read
+        return sorted(
+            [*kept, *_load_missing(model, spec.shard, kept, progress)], key=lambda segment: segment.shard.layer_start
         )
-
-    def _build(
-        self,
-        file: StageFile,
-        settings: LlamaSettings,
-        table: Table | None,
-        head: HeadWeights | None,
-        progress: Callable[[LoadProgress], None],
-    ) -> StageGraph:
-        shard = self._spec.shard
-        rotary = rotary_tables(settings, self._spec.context_length, file.read_rope_divisors())
-        llama = LlamaGraph(settings, rotary, table, is_exact=self._spec.engine_options.get(EXACT) == "1")
-        total = shard.layer_end - shard.layer_start
-        progress(LoadProgress(0, total, file.bytes_read, file.bytes_total))  # the ends may be as large as many layers
-        for layer in range(shard.layer_start, shard.layer_end):
-            llama.add_layer(layer, file.read_layer(layer))
-            progress(LoadProgress(layer + 1 - shard.layer_start, total, file.bytes_read, file.bytes_total))
-        return llama.finish(head)
 
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]], values: Activations) -> NDArray[np.float32]:
         """Each group by itself, and the results in the order of `pieces`."""
         token_starts = [0, *accumulate(piece.token_count for piece in pieces)]
         result_starts = range(len(pieces) + 1) if self._is_last else token_starts
-        results = np.empty((result_starts[-1], self._result_size), np.float32)
+        results = np.empty((result_starts[-1], self._segments[-1].result_size), np.float32)
         for group in groups:
             rows = np.concatenate([values[token_starts[index] : token_starts[index + 1]] for index in group])
             done = self._run_group([pieces[index] for index in group], rows)
@@ -110,27 +75,30 @@ class OnnxStage:
 
         The result is good until the next run.
         """
-        if self._session is None:
-            raise EngineError("the stage was asked to run before it was loaded")
-        token_count = pieces[0].token_count
-        wanted = np.arange(token_count - 1, len(values), token_count) if self._is_last else None
-        return self._session.run(pieces[0].slot, [piece.position for piece in pieces], values, wanted)
+        positions = [piece.position for piece in pieces]
+        for segment in self._segments:
+            is_last = self._is_last and segment is self._segments[-1]
+            values = segment.run(pieces[0].slot, positions, values, is_last=is_last)
+        return values
 
     def _blank(self, token_count: int) -> Activations:
-        if self._vocabulary_size is not None:
+        if self._segments[0].vocabulary_size is not None:
             return np.zeros(token_count, np.int64)
-        return np.zeros((token_count, self._hidden_size), np.float32)
+        return np.zeros((token_count, self._segments[0].hidden_size), np.float32)
 
     def _check(self, pieces: Sequence[Piece], values: Activations) -> None:
         """A step that would read what was never written is our mistake somewhere; it must not become an answer."""
+        if not self._segments:
+            raise EngineError("the stage was asked to run before it was loaded")
         if len(values) != sum(piece.token_count for piece in pieces):
             raise EngineError(f"a step of {sum(piece.token_count for piece in pieces)} tokens came with {len(values)}")
         if len({piece.slot for piece in pieces}) < len(pieces):
             raise EngineError("a step names one slot twice")
         for piece in pieces:
             self._check_piece(piece)
-        if self._vocabulary_size is not None and not 0 <= values.min() <= values.max() < self._vocabulary_size:
-            raise EngineError(f"a token id is outside of the vocabulary of {self._vocabulary_size}")
+        vocabulary_size = self._segments[0].vocabulary_size
+        if vocabulary_size is not None and not 0 <= values.min() <= values.max() < vocabulary_size:
+            raise EngineError(f"a token id is outside of the vocabulary of {vocabulary_size}")
 
     def _check_piece(self, piece: Piece) -> None:
         if not 0 <= piece.slot < self._spec.slot_count or piece.token_count < 1:
@@ -141,6 +109,34 @@ class OnnxStage:
             )
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"slot {piece.slot} is full: it holds {self._spec.context_length} tokens")
+
+
+def _load_missing(
+    model: Model, shard: Shard, kept: Sequence[Segment], progress: Callable[[LoadProgress], None]
+) -> list[Segment]:
+    """One segment for each gap that the kept ones leave. Progress counts all layers of the shard as one."""
+    total = shard.layer_end - shard.layer_start
+    done = sum(segment.shard.layer_end - segment.shard.layer_start for segment in kept)
+    added: list[Segment] = []
+    for gap in _gaps(shard, [segment.shard for segment in kept]):
+
+        def told(layers: int, bytes_read: int, bytes_total: int, before: int = done) -> None:
+            progress(LoadProgress(before + layers, total, bytes_read, bytes_total))
+
+        added.append(load(model, gap, told))
+        done += gap.layer_end - gap.layer_start
+    return added
+
+
+def _gaps(shard: Shard, kept: Sequence[Shard]) -> list[Shard]:
+    """What of `shard` none of these ranges within it holds."""
+    ends = [shard.layer_start, *(each.layer_end for each in sorted(kept, key=lambda each: each.layer_start))]
+    starts = [*sorted(each.layer_start for each in kept), shard.layer_end]
+    return [Shard(end, start, shard.layer_count) for end, start in zip(ends, starts, strict=True) if end < start]
+
+
+def _lies_within(inner: Shard, outer: Shard) -> bool:
+    return outer.layer_start <= inner.layer_start and inner.layer_end <= outer.layer_end
 
 
 def neighbours(pieces: Sequence[Piece]) -> list[list[int]]:

@@ -1,4 +1,6 @@
-"""Real nodes as processes of their own, with the fake engine, for tests that look at them from outside."""
+"""Real nodes as processes of their own, for tests that look at them from outside. The engine is the fake one, unless
+another one is named.
+"""
 
 import json
 import os
@@ -7,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,19 @@ from typing import Any
 import httpx
 import psutil
 
+FAKE_OPTIONS = {"vocabulary_size": "259", "step_delay_ms": "5"}
 START_S_MAX = 60.0  # a loaded machine; what is promised is measured from the moment that nodes listen
 SCRIPT = """
 import json
 import sys
 from pathlib import Path
 from covey.node import NodeOptions, run_node
-folder, cluster, port, ends_with_input, engine_options, *peers = sys.argv[1:]
+folder, cluster, port, ends_with_input, engine, engine_options, *peers = sys.argv[1:]
 options = NodeOptions(
     port=int(port), data_dir=Path(folder), name=Path(folder).name, cluster=cluster, peers=tuple(peers),
     until_stdin_closes=bool(ends_with_input),
     interfaces=("127.0.0.1",),  # others who run these tests on this network are not to be heard
-    engine="fake", engine_options=json.loads(engine_options),
+    engine=engine, engine_options=json.loads(engine_options),
 )
 sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
 """
@@ -44,14 +47,18 @@ class NodeProcess:
         peers: tuple[str, ...] = (),
         *,
         ends_with_input: bool = False,
+        engine: str = "fake",
+        within: Sequence[str] = (),
         **engine_options: str,
     ) -> None:
+        """`within`: a command that runs the one which follows it."""
         self.name = name
-        options = json.dumps({"vocabulary_size": "259", "step_delay_ms": "5", **engine_options})
+        options = json.dumps(FAKE_OPTIONS | engine_options if engine == "fake" else engine_options)
         self._log = home / f"{name}.stderr"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *within,
                     sys.executable,
                     "-c",
                     SCRIPT,
@@ -59,6 +66,7 @@ class NodeProcess:
                     cluster,
                     str(port),
                     "x" * ends_with_input,
+                    engine,
                     options,
                     *peers,
                 ],
@@ -87,6 +95,12 @@ class NodeProcess:
         assert response.is_success, response.text
         return response.json()
 
+    @contextmanager
+    def posting(self, path: str, body: Any, timeout_s: float = 60) -> Generator[httpx.Response]:
+        """A streamed answer; `timeout_s` is how long it may be silent."""
+        with httpx.stream("POST", self.url + path, json=body, timeout=timeout_s) as response:
+            yield response
+
     def delete(self, path: str) -> Any:
         return httpx.delete(self.url + path, timeout=30).raise_for_status().json()
 
@@ -112,10 +126,7 @@ class NodeProcess:
         body = {"model": model, "messages": [{"role": "user", "content": "?"}], "stream": True, "seed": 1}
 
         def listen() -> None:
-            with (
-                suppress(httpx.RemoteProtocolError),
-                httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60) as response,
-            ):
+            with suppress(httpx.RemoteProtocolError), self.posting("/v1/chat/completions", body) as response:
                 for _ in response.iter_lines():
                     pass
 

@@ -1,4 +1,4 @@
-"""Nodes on the hosts of a lab: real processes, with the fake engine."""
+"""Nodes on the hosts of a lab: real processes, with the fake engine unless another one is named."""
 
 import json
 import os
@@ -13,18 +13,19 @@ from typing import Any
 
 import httpx
 from lab import Host, inside
+from nodes import FAKE_OPTIONS
 
 START_S_MAX = 60.0
 SCRIPT = """
+import json
 import sys
 from pathlib import Path
 from covey.cli import joining
 from covey.node import NodeOptions, run_node
 joining.take_code(None)
-folder, name, *peers = sys.argv[1:]
+folder, name, engine, engine_options, *peers = sys.argv[1:]
 options = NodeOptions(
-    data_dir=Path(folder), name=name, peers=tuple(peers), engine="fake",
-    engine_options={"vocabulary_size": "259", "step_delay_ms": "5"},
+    data_dir=Path(folder), name=name, peers=tuple(peers), engine=engine, engine_options=json.loads(engine_options),
 )
 sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=True)))
 """
@@ -33,13 +34,23 @@ sys.exit(run_node(options, lambda ready: print(ready.url, ready.node_id, flush=T
 class Node:
     """One node on one host."""
 
-    def __init__(self, home: Path, host: Host, code: str, peers: tuple[str, ...] = (), name: str = "") -> None:
+    def __init__(
+        self,
+        home: Path,
+        host: Host,
+        code: str,
+        peers: tuple[str, ...] = (),
+        name: str = "",
+        *,
+        engine: str = "fake",
+    ) -> None:
         self.host, self.name, self.home = host, name or host.name, home
         self._log = home / f"{self.name}.stderr"
+        options = json.dumps(FAKE_OPTIONS if engine == "fake" else {})
         environment = {**os.environ, "COVEY_HOME": str(home / self.name), "COVEY_JOIN": code}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                host.run(sys.executable, "-c", SCRIPT, str(home / self.name), self.name, *peers),
+                host.run(sys.executable, "-c", SCRIPT, str(home / self.name), self.name, engine, options, *peers),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -71,13 +82,17 @@ class Node:
         assert response.is_success, response.text
         return response.json()
 
+    def delete(self, path: str) -> Any:
+        with inside(self.host.namespace):
+            return httpx.delete(self.url + path, timeout=30).raise_for_status().json()
+
     @contextmanager
-    def stream(self, body: Any) -> Generator[httpx.Response]:
+    def posting(self, path: str, body: Any, timeout_s: float = 60) -> Generator[httpx.Response]:
+        """A streamed answer; `timeout_s` is how long it may be silent."""
         with ExitStack() as held:
             with inside(self.host.namespace):
-                client = held.enter_context(httpx.Client(timeout=60))
-                made = client.stream("POST", self.url + "/v1/chat/completions", json=body)
-                response = held.enter_context(made)
+                client = held.enter_context(httpx.Client(timeout=timeout_s))
+                response = held.enter_context(client.stream("POST", self.url + path, json=body))
             yield response
 
     def visible(self) -> set[str]:

@@ -1,0 +1,134 @@
+"""Placing an instance that is loaded already, so that as little as possible is read again.
+
+`place_again` after a loss: what is lost is given to the nodes that are left, and what is loaded stays where it is.
+`place_anew` where nothing is lost: as a new instance would be placed, with its nodes in the order that moves least.
+
+A layer that moves has to be read again, gigabytes of a large model, while everybody waits. So a survivor keeps all its
+layers, and takes on some of those that were lost beside them. Only where the survivors have no room for a gap between
+them, or more nodes were asked for, another node takes it, whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice, permutations
+from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from covey.control.placement.memory import Load, shard_bytes
+from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
+from covey.control.placement.place import Options, Part, Placement, parts_of, place
+from covey.control.placement.split import split
+from covey.schema.cluster import Instance, Refused
+from covey.schema.model import Shard
+
+ORDERS_MAX: Final = 120  # of five nodes all
+
+
+def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
+    """`nodes` as they would be without `former`."""
+    placement = place(former.card, nodes, options)
+    if isinstance(placement, Refused):
+        return placement
+    load = Load(former.card, placement.context_length, placement.slot_count)
+    allowed = among(nodes, options.node_ids)
+    chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
+    best = placement.parts
+    for order in islice(permutations(chosen), ORDERS_MAX):
+        cuts = split(load, budgets_bytes(allowed, order))
+        parts = parts_of(load, order, cuts) if cuts else placement.parts
+        best = max(best, parts, key=lambda each: _kept_layers(former, each))
+    return replace(placement, parts=best)
+
+
+def _kept_layers(former: Instance, parts: Sequence[Part]) -> int:
+    held = {stage.node_id: stage.shard for stage in former.stages}
+    return sum(overlap(held[part.node_id], part.shard) for part in parts if part.node_id in held)
+
+
+def overlap(first: Shard, second: Shard) -> int:
+    """How many layers are in both."""
+    return max(0, min(first.layer_end, second.layer_end) - max(first.layer_start, second.layer_start))
+
+
+class _Keeper(Struct, frozen=True):
+    """A node and the layers that it is to have, at least."""
+
+    node: Candidate
+    start: int
+    end: int
+
+
+def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) -> Placement | None:
+    """A placement in which every node of `former` that is among `nodes` keeps its layers; None where none fits.
+
+    `nodes` as they would be without `former`; `options.context_length` and `slot_count` are those of `former`.
+    """
+    allowed = {node.node_id: node for node in among(nodes, options.node_ids)}
+    kept = [
+        _Keeper(allowed[stage.node_id], stage.shard.layer_start, stage.shard.layer_end)
+        for stage in former.stages
+        if stage.node_id in allowed
+    ]
+    load = Load(former.card, former.context_length, former.slot_count)
+    spare = [node for node in ranked(list(allowed.values()), options.asked_at) if node not in [k.node for k in kept]]
+    if not kept:
+        return None
+    for newcomers in _newcomers(kept, spare, load.card.layer_count, options):
+        parts = _fill(load, sorted([*kept, *newcomers], key=lambda each: each.start), list(allowed.values()))
+        if parts:
+            return Placement(parts, former.context_length, former.slot_count)
+    return None
+
+
+def _newcomers(
+    kept: Sequence[_Keeper], spare: Sequence[Candidate], layer_count: int, options: Options
+) -> Iterator[list[_Keeper]]:
+    """None, unless more nodes were asked for; then each spare node for each gap; then one for every gap."""
+    gaps = _gaps(kept, layer_count)
+    if len(kept) >= options.node_count_min:
+        yield []
+    if len(kept) + 1 >= options.node_count_min:
+        yield from ([_Keeper(node, *gap)] for gap in gaps for node in spare)
+    if len(gaps) > 1 and len(spare) >= len(gaps):
+        yield [_Keeper(node, *gap) for node, gap in zip(spare, gaps, strict=False)]
+
+
+def _gaps(kept: Sequence[_Keeper], layer_count: int) -> list[tuple[int, int]]:
+    """The ranges of layers that nobody has, longest first."""
+    ends = [0, *(each.end for each in kept)]
+    starts = [*(each.start for each in kept), layer_count]
+    gaps = [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+    return sorted(gaps, key=lambda gap: gap[0] - gap[1])
+
+
+def _fill(load: Load, keepers: Sequence[_Keeper], nodes: Sequence[Candidate]) -> tuple[Part, ...] | None:
+    """Divides what is still missing between the neighbours of each gap, by the room that they have for it."""
+    budgets = budgets_bytes(nodes, [each.node for each in keepers])
+    starts, ends = [each.start for each in keepers], [each.end for each in keepers]
+    count = load.card.layer_count
+
+    def fits(index: int, start: int, end: int) -> bool:
+        return shard_bytes(load, Shard(start, end, count)) <= budgets[index]
+
+    for index in range(len(keepers) + 1):
+        before, after = index - 1, index
+        gap_start = ends[before] if before >= 0 else 0
+        gap_end = starts[after] if after < len(keepers) else count
+        cuts = [
+            cut
+            for cut in range(gap_start, gap_end + 1)
+            if (fits(before, starts[before], cut) if before >= 0 else cut == gap_start)
+            and (fits(after, cut, ends[after]) if after < len(keepers) else cut == gap_end)
+        ]
+        if not cuts:
+            return None
+        cut = cuts[len(cuts) // 2]
+        if before >= 0:
+            ends[before] = cut
+        if after < len(keepers):
+            starts[after] = cut
+    shards = [Shard(start, end, count) for start, end in zip(starts, ends, strict=True)]
+    return tuple(
+        Part(each.node.node_id, shard, shard_bytes(load, shard)) for each, shard in zip(keepers, shards, strict=True)
+    )

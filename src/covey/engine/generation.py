@@ -1,0 +1,185 @@
+"""One generation of a runner: links to its neighbours, loads what it lacks, and serves until something ends it.
+
+The main thread waits on the mailbox alone, but while it computes. So the node's next word always finds it, whoever
+does not answer on a link.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import psutil
+
+from covey.engine.contract import LoadProgress, StageEngine
+from covey.engine.handshake import Dialler
+from covey.engine.link import Frame, Link, LinkBrokenError, LinkClosedError
+from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
+from covey.engine.mailbox import Linked, LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid, Unlinked
+from covey.engine.pipe import NodePipe
+from covey.engine.port import DataPort
+from covey.engine.tls import client_context
+from covey.schema.runner import (
+    Configure,
+    Connected,
+    ConnectTo,
+    Listening,
+    Load,
+    Loaded,
+    LoadProgressed,
+    Ready,
+    RunnerCommand,
+    RunnerSpec,
+    WarmUp,
+)
+
+log = logging.getLogger(__name__)
+Awaited = TypeVar("Awaited", bound=RunnerCommand | Linked)
+
+
+class BegunAnewError(Exception):
+    """The node wants another generation."""
+
+    def __init__(self, configure: Configure) -> None:
+        super().__init__("the node begins a new generation")
+        self.configure = configure
+
+
+class Generation:
+    """`port` receives for this generation, which its `mailbox` is for alone."""
+
+    def __init__(
+        self,
+        pipe: NodePipe,
+        configure: Configure,
+        mailbox: Mailbox,
+        port: DataPort,
+        find_engine: Callable[[RunnerSpec], StageEngine],
+    ) -> None:
+        self.spec = configure.spec
+        self.loop: Loop | None = None
+        self.phase = "configuring"
+        self.has_loaded = False
+        self._pipe = pipe
+        self._credentials = configure.credentials
+        self._mailbox = mailbox
+        self._port_number, self._reception = port.number, port.reception
+        self._find_engine = find_engine
+        self._early: list[Message] = []  # came before this stage was ready for it
+
+    def live(self) -> NoReturn:
+        """Goes through all phases and serves. Raises whatever ends it."""
+        self._pipe.tell(Listening(self._port_number))
+        neighbours = self._wait(ConnectTo)
+        self.phase = "connecting"
+        linked = self._connect(neighbours)
+        self._wait(Load)
+        self.phase = "loading"
+        engine = self._find_engine(self.spec)
+        engine.load(self.spec, self._tell_progress)
+        self.has_loaded = True
+        self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
+        self._wait(WarmUp)
+        self.phase = "warming up"
+        engine.warm_up()
+        self.phase = "running"
+        self._serve(Stage(engine, linked.after, is_last=self.spec.stage_index == self.spec.stage_count - 1))
+
+    def close(self, message: str) -> None:
+        """Tells the clients `message` and the neighbours by closing."""
+        loop, self.loop = self.loop, None
+        if loop:
+            loop.close(message)
+        self._reception.close()
+
+    # ---- before it serves ----
+
+    def _wait(self, kind: type[Awaited]) -> Awaited:
+        while True:
+            message = self._mailbox.get()
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, Unlinked):
+                raise message.error
+            if isinstance(message, Frame | ServeCame | ServeSaid | ServeGone):
+                self._early.append(message)
+            else:
+                self._refuse(message, kind.__name__)
+
+    def _connect(self, neighbours: ConnectTo) -> Linked:
+        """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
+        linked = Linked()
+        if self.spec.stage_count > 1:
+            self._start("linking", self._link, neighbours)
+            linked = self._wait(Linked)
+        if linked.before and linked.after:
+            self._start("link after", self._report_end, linked.after)
+            self._start("link before", self._pass_on_frames, linked.before)
+        self._pipe.tell(Connected())
+        return linked
+
+    def _link(self, neighbours: ConnectTo) -> None:
+        """In a thread of its own."""
+        seconds, reception = self.spec.connect_ms / 1000, self._reception
+        deadline = time.monotonic() + seconds
+        dialler = Dialler(self.spec, client_context(self._credentials))
+        self._start("offer", dialler.offer, neighbours.stage_before, reception.before, seconds)
+        try:
+            after = dialler.connect(neighbours.next_stage, reception.after, seconds)
+            before = reception.before.wait(deadline - time.monotonic())
+        except Exception as error:  # noqa: BLE001 - whatever it was, the main thread is to fail by it
+            self._mailbox.put(Unlinked(error))
+            return
+        late = LinkBrokenError(f"The stage before opened no link within {seconds:.0f} s.")
+        self._mailbox.put(Linked(before, after) if before else Unlinked(late))
+
+    def _tell_progress(self, progress: LoadProgress) -> None:
+        self._pipe.tell(
+            LoadProgressed(progress.layers_loaded, progress.layers_total, progress.bytes_loaded, progress.bytes_total)
+        )
+
+    # ---- while it serves ----
+
+    def _serve(self, stage: Stage) -> NoReturn:
+        loop = self.loop = Head(self.spec, stage, self._pipe.tell) if self.spec.stage_index == 0 else Follower(stage)
+        self._reception.open_for_requests()
+        self._pipe.tell(Ready())
+        for message in self._early:
+            self._handle(loop, message)
+        while True:
+            self._handle(loop, self._mailbox.get())
+            while loop.step():
+                while not self._mailbox.empty():
+                    self._handle(loop, self._mailbox.get())
+
+    def _handle(self, loop: Loop, message: Message) -> None:
+        if isinstance(message, Frame | ServeCame | ServeSaid | ServeGone):
+            loop.handle(message)
+        else:
+            self._refuse(message, "nothing")
+
+    def _refuse(self, message: Message, due: str) -> NoReturn:
+        match message:
+            case Configure():
+                raise BegunAnewError(message)
+            case LinkLost():
+                raise LinkBrokenError(message.reason)
+            case _:
+                raise ProtocolError(f"The node sent {type(message).__name__} where {due} was due.")
+
+    # ---- other threads ----
+
+    @staticmethod
+    def _start(name: str, run: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(target=run, args=arguments, name=name, daemon=True).start()
+
+    def _pass_on_frames(self, link: Link) -> None:
+        try:
+            while True:
+                self._mailbox.put(link.receive())
+        except (LinkClosedError, LinkBrokenError) as error:
+            self._mailbox.put(LinkLost(str(error)))
+
+    def _report_end(self, link: Link) -> None:
+        self._mailbox.put(LinkLost(str(link.wait_end())))

@@ -1,0 +1,114 @@
+"""Consecutive layers of a Llama model as one ONNX graph with its KV cache: what a stage is made of.
+
+A stage that takes on layers of a lost neighbour gets them as another segment, and its weights stay where they are.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from msgspec import Struct
+
+from covey.checkpoints.gguf_file import GgufHeader, read_header
+from covey.engine.contract import Activations, EngineError
+from covey.engine.onnx.graph import LlamaGraph
+from covey.engine.onnx.session import KvCache, StageSession
+from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
+from covey.engine.onnx.weights import StageFile, row_count
+from covey.schema.model import Shard
+from covey.schema.runner import RunnerSpec
+
+EXACT: Final = ("exact", "1")  # the engine option that leaves activations as they are
+
+Told = Callable[[int, int, int], None]  # layers read of this segment, and bytes read of how many
+
+
+class Footing(Struct, frozen=True):
+    """What the segments of one stage have in common. Where it changes, none can be kept."""
+
+    model_path: str
+    file_mark: tuple[int, ...]  # which file that was
+    context_length: int
+    slot_count: int
+    thread_count: int
+    options: tuple[tuple[str, str], ...]
+
+
+class Model(Struct, frozen=True):
+    """A model file that can be read from."""
+
+    footing: Footing
+    header: GgufHeader
+    settings: LlamaSettings
+
+
+class Segment:
+    """A loaded range of layers; with the first layer comes the embedding, with the last one the output."""
+
+    def __init__(
+        self, shard: Shard, session: StageSession, *, hidden_size: int, vocabulary_size: int | None, result_size: int
+    ) -> None:
+        self.shard = shard
+        self.hidden_size = hidden_size
+        self.vocabulary_size = vocabulary_size  # of the embedding; None where there is none
+        self.result_size = result_size  # of the vocabulary with the output, else the hidden size
+        self._session = session
+
+    def run(self, slot: int, positions: list[int], values: Activations, *, is_last: bool) -> Activations:
+        """Sequences of equal length in neighbouring slots; their activations, or each last token's logits.
+
+        The result is good until the next run.
+        """
+        token_count = len(values) // len(positions)
+        wanted = np.arange(token_count - 1, len(values), token_count) if is_last else None
+        return self._session.run(slot, positions, values, wanted)
+
+
+def open_model(spec: RunnerSpec) -> Model:
+    """Raises `EngineError`, `CheckpointError`, `OSError`."""
+    header = read_header(spec.model_path)
+    settings = read_settings(header)
+    if settings.layer_count != spec.shard.layer_count:
+        expected = spec.shard.layer_count
+        raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
+    return Model(_footing(spec), header, settings)
+
+
+def load(model: Model, shard: Shard, told: Told) -> Segment:
+    """Raises `EngineError`, `CheckpointError`, `OSError`."""
+    footing, settings = model.footing, model.settings
+    with Path(footing.model_path).open("rb", buffering=0) as opened:
+        file = StageFile(opened, model.header, settings, shard)
+        table, head = file.read_ends()
+        rotary = rotary_tables(settings, footing.context_length, file.read_rope_divisors())
+        graph = LlamaGraph(settings, rotary, table, is_exact=EXACT in footing.options)
+        told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
+        for layer in range(shard.layer_start, shard.layer_end):
+            graph.add_layer(layer, file.read_layer(layer))
+            told(layer + 1 - shard.layer_start, file.bytes_read, file.bytes_total)
+    built = graph.finish(head)
+    cache = KvCache(
+        built.caches, (footing.slot_count, settings.kv_head_count, footing.context_length, settings.head_size)
+    )
+    result_size = settings.hidden_size if head is None else head.vocabulary_size
+    session = StageSession(built, cache, thread_count=footing.thread_count, result_size=result_size)
+    return Segment(
+        shard,
+        session,
+        hidden_size=settings.hidden_size,
+        vocabulary_size=None if table is None else row_count(table),
+        result_size=result_size,
+    )
+
+
+def _footing(spec: RunnerSpec) -> Footing:
+    found = Path(spec.model_path).stat()
+    return Footing(
+        model_path=spec.model_path,
+        file_mark=(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns),
+        context_length=spec.context_length,
+        slot_count=spec.slot_count,
+        thread_count=spec.thread_count,
+        options=tuple(sorted(spec.engine_options.items())),
+    )

@@ -1,0 +1,111 @@
+"""A load that hangs, with the real engine: the process is gone in time, its memory is back, and the model serves.
+
+`tests/node/test_hangs.py` has the same with the fake engine, which takes no memory.
+"""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import accidents
+import census
+import psutil
+import pytest
+from nodes import NodeProcess, cluster_name
+from rig import until
+
+LIMIT_S = 3.0
+GONE_S_MAX = 5.0  # beside the limit
+BACK_BYTES = 20 * census.MIB
+READY_S_MAX = 90.0
+
+
+def reports(node: NodeProcess) -> list[dict[str, Any]]:
+    [member] = node.get("/cluster")["members"]
+    return member["report"]["runners"] if member["report"] else []
+
+
+def is_at(node: NodeProcess, *states: str) -> bool:
+    return [each["state"] for each in reports(node)] in [[state] for state in states]
+
+
+def place(node: NodeProcess, model: Path) -> None:
+    node.post("/place_instance", {"model_id": str(model), "min_nodes": 1, "context_length": 1024})
+
+
+def take_away(node: NodeProcess) -> None:
+    for instance in node.get("/cluster")["instances"]:
+        node.delete(f"/instance/{instance['instance_id']}")
+    until(lambda: not reports(node), READY_S_MAX, "nothing runs")
+
+
+def runner_of(node: NodeProcess) -> psutil.Process | None:
+    found = [each for each in census.family(node.process.pid) if "covey.engine" in each.cmdline()]
+    return found[0] if found else None
+
+
+def stopped(node: NodeProcess) -> psutil.Process:
+    """As soon as it has begun to load."""
+    until(lambda: is_at(node, "Loading"), READY_S_MAX, "it loads")
+    runner = runner_of(node)
+    assert runner is not None
+    runner.send_signal(signal.SIGSTOP)
+    return runner
+
+
+def hanging(node: NodeProcess) -> psutil.Process:
+    """Once it waits for its disk."""
+
+    def holds_much() -> bool:
+        runner = runner_of(node)
+        return runner is not None and is_at(node, "Loading") and census.resident_bytes([runner]) > 200 * census.MIB
+
+    until(holds_much, READY_S_MAX, "it hangs")
+    runner = runner_of(node)
+    assert runner is not None
+    return runner
+
+
+@pytest.mark.parametrize(
+    "is_stopped",
+    [pytest.param(True, id="it is stopped"), pytest.param(False, id="its disk hangs", marks=pytest.mark.faults)],
+)
+def test_a_load_that_hangs_gives_its_memory_back(
+    tmp_path: Path,
+    demo_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_stopped: bool,  # noqa: FBT001
+) -> None:
+    monkeypatch.setenv("COVEY_LOAD_TIMEOUT_S", str(LIMIT_S))
+    wrong = accidents.prepared(tmp_path / "accidents", monkeypatch)
+    node = NodeProcess(tmp_path, "a", cluster_name(), engine="onnx")
+    try:
+        node.wait_listening()
+        place(node, demo_model)
+        until(lambda: is_at(node, "Ready"), READY_S_MAX, "it serves")
+        take_away(node)
+        before_bytes = census.resident_bytes(census.family(node.process.pid))
+
+        if not is_stopped:
+            wrong.begin("disk-hangs")
+        place(node, demo_model)
+        runner = stopped(node) if is_stopped else hanging(node)
+        hung_s = time.monotonic()
+        if not is_stopped:
+            wrong.end("disk-hangs")
+        until(lambda: not runner.is_running(), READY_S_MAX, "it is gone")
+        took_s = time.monotonic() - hung_s
+        held_bytes = census.resident_bytes(census.family(node.process.pid)) - before_bytes
+        print(f"gone after {took_s:.1f} s of {LIMIT_S:g} s, {held_bytes / census.MIB:+.1f} MiB")
+        assert took_s < LIMIT_S + GONE_S_MAX
+        assert held_bytes < BACK_BYTES
+        until(lambda: "COVEY_LOAD_TIMEOUT_S" in reports(node)[0]["reason"], 10, "it says why", lambda: reports(node))
+        until(lambda: is_at(node, "Ready"), READY_S_MAX, "the next try serves", lambda: reports(node))
+        print(f"ready again after {time.monotonic() - hung_s:.1f} s")
+        take_away(node)
+        place(node, demo_model)
+        until(lambda: is_at(node, "Ready"), READY_S_MAX, "another instance serves", lambda: reports(node))
+        assert node.ask(str(demo_model), "Hello", max_tokens=4)
+    finally:
+        node.end()
