@@ -31,7 +31,7 @@ from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
 from covey.control.settings import MachineSettings, PhaseLimits
-from covey.effects import addresses, clock, identity, mesh, paths, processes, store
+from covey.effects import addresses, clock, identity, leftovers, mesh, paths, processes, store
 from covey.effects.code_file import CodeFileError
 from covey.effects.driver import Driver
 from covey.effects.endpoints import API_PORT_DEFAULT, mesh_port
@@ -128,6 +128,7 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None], tell: 
         with ExitStack() as held:
             folder = paths.node_folder(options.data_dir)
             mine = held.enter_context(identity.claimed(folder))
+            leftovers.end_leftovers(folder)
             listener = held.enter_context(listen(options.host, options.port))
             _warn_of_strangers(options)
             if options.logs_requests:
@@ -317,7 +318,7 @@ class Node:
         return None if self._begins_anew else reason
 
     def _open_runners(self, tasks: TaskGroup) -> processes.Processes:
-        runners = processes.Processes(tasks, self._mailbox.put, self._folder / "logs", self._credentials)
+        runners = processes.Processes(tasks, self._mailbox.put, self._folder, self._credentials)
         tasks.start_soon(watch_hardware, self._probe, self._mailbox, runners)
         return runners
 

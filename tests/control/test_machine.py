@@ -168,7 +168,10 @@ def test_an_instance_that_fits_nowhere_else_waits_for_its_node() -> None:
     world.run_until(60_000)
     seen = state(hosts[0])
     assert seen.instances == (placed,)
-    assert instance_status(seen, placed).text == "waiting for node1"
+    lacking = instance_status(seen, placed)
+    assert lacking.phase is InstancePhase.LACKING
+    assert lacking.text.startswith("waiting for node1, without which it finds no room: large needs 3.2 GB on 1 node")
+    assert lacking.text.endswith("Free memory, add a node, or choose a smaller model")
     hosts[1].start()
     world.run_until(80_000)
     seen = state(hosts[0])

@@ -84,9 +84,7 @@ class Stage:
 @asynccontextmanager
 async def running(stage: Stage, folder: Path, code: str) -> AsyncGenerator[Processes]:
     async with anyio.create_task_group() as tasks:
-        processes = Processes(
-            tasks, stage.deliver, folder / "logs", credentials(), [sys.executable, "-c", PROLOGUE + code]
-        )
+        processes = Processes(tasks, stage.deliver, folder, credentials(), [sys.executable, "-c", PROLOGUE + code])
         processes.start(StartRunner(RunnerId("r1"), 1, spec()))
         yield processes
         tasks.cancel_scope.cancel()

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.checkpoints.gguf_file import GgufHeader
-from covey.schema.cluster import ClusterState, Instance, Member, Visibility
+from covey.schema.cluster import ClusterState, Instance, Member, Visibility, Wish
 from covey.schema.generation import (
     Admit,
     Broken,
@@ -80,9 +80,10 @@ class Node:
         self.loads = 0
 
     async def wait_changed(self, revision: int, timeout_s: float) -> None:
-        async with asyncio.timeout(min(timeout_s, WAIT_S)):
-            while self.state.revision == revision:  # noqa: ASYNC110 - tests replace the snapshot freely
-                await asyncio.sleep(0.01)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.state.revision == revision:  # noqa: ASYNC110 - tests replace the snapshot freely
+                    await asyncio.sleep(0.01)
 
     async def file_of(self, card: ModelCard) -> Path:
         return Path(card.model_id)
@@ -113,6 +114,13 @@ def away(state: ClusterState) -> ClusterState:
     first, *others = state.members
     unseen = msgspec.structs.replace(first, visibility=Visibility.AWAY)
     return msgspec.structs.replace(state, members=(unseen, *others), revision=state.revision + 1)
+
+
+def lacking(state: ClusterState) -> ClusterState:
+    """The same where its wish finds no other place."""
+    [one] = state.instances
+    wish = Wish(wish_id=one.wish_id, card=one.card, node_count_min=1, context_length=1024, slot_count=10**6)
+    return msgspec.structs.replace(state, wishes=(wish,), revision=state.revision + 1)
 
 
 def says(text: str) -> Callable[[Admit], list[HeadEvent]]:
@@ -835,6 +843,32 @@ def test_a_model_that_loads_for_too_long_says_how_far_it_is(monkeypatch: pytest.
             assert (failed.status, "loading" in failed.message) == (503, True)
 
     told(run)
+
+
+def test_a_model_that_has_no_room_without_a_lost_node_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new request soon, one whose answer has begun when nobody expects the node back."""
+    monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(serving_module, "LOST_S", 0.1)
+    monkeypatch.setattr(choosing_module, "RETURN_S", 0.1)
+    monkeypatch.setattr(choosing_module, "RETURN_S_BEGUN", 0.6)
+    monkeypatch.setattr(choosing_module, "LOOK_S", 0.1)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request()))
+        await until(lambda: head.admits)
+        node.state = lacking(away(node.state))
+        begun_s = time.monotonic()
+        (failed,) = await all_of(serving, request())
+        assert isinstance(failed, GenerationFailed)
+        assert failed.status == 503
+        assert "waiting for anna, without which it finds no room" in failed.message
+        assert not task.done()
+        last = (await task)[-1]
+        assert isinstance(last, GenerationFailed)
+        assert "finds no room" in last.message
+        assert 0.6 < time.monotonic() - begun_s < 3
+
+    with_head(FakeHead(lambda _: []), story)
 
 
 def test_a_model_that_failed_is_told_at_once() -> None:

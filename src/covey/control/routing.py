@@ -85,12 +85,22 @@ def _progress(state: ClusterState, instance: Instance) -> Progress:
     reports = visible_reports(state)
     lost = [stage for stage in instance.stages if stage.node_id not in reports]
     if lost:
-        names = ", ".join(_name(state, stage) for stage in lost)
-        return InstancePhase.WAITING, f"waiting for {names}"
+        return _lost(state, instance, ", ".join(_name(state, stage) for stage in lost))
     if is_ready(instance, reports):
         return InstancePhase.READY, "ready"
     failure, download = _failure(instance, reports), _download(instance, reports)
     return failure or download or _retry(instance, reports) or _lack(instance, reports) or _loading(instance, reports)
+
+
+def _lost(state: ClusterState, instance: Instance, names: str) -> Progress:
+    """Whether the nodes that are left could do without those of these names."""
+    wish = next((each for each in state.wishes if each.wish_id == instance.wish_id), None)
+    nodes = nodes_of(state, (instance,))
+    placement = place(wish.card, nodes, options_of(wish, nodes)) if wish else None
+    if isinstance(placement, Refused):
+        reason = placement.reason.rstrip(".")
+        return InstancePhase.LACKING, f"waiting for {names}, without which it finds no room: {reason}"
+    return InstancePhase.WAITING, f"waiting for {names}"
 
 
 def wish_status(state: ClusterState, wish: Wish) -> str:

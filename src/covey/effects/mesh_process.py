@@ -22,6 +22,7 @@ import zenoh
 
 from covey.effects.beacon import Beacons
 from covey.effects.endpoints import endpoint
+from covey.engine.parent import end_with_parent
 from covey.schema.mesh import (
     FromMesh,
     Got,
@@ -232,6 +233,7 @@ def _fresh_id() -> str:
 
 
 def main() -> NoReturn:
+    end_with_parent()
     pipe = Pipe()
     status = 1
     try:

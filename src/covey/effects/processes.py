@@ -18,6 +18,7 @@ import msgspec
 from anyio.abc import ByteReceiveStream, ByteSendStream, Process, TaskGroup
 
 from covey.control.deadlines import REAP_MS
+from covey.effects import leftovers
 from covey.effects.runner_log import RunnerLog
 from covey.schema import wire
 from covey.schema.ids import RunnerId
@@ -35,6 +36,7 @@ from covey.schema.runner import Configure, RunnerCommand, RunnerMessage, RunnerS
 from covey.schema.trust import Credentials
 
 RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the folder we stand in hides no module
+LOGS: Final = "logs"  # in the node's folder
 COMMANDS_MAX: Final = 64  # a generation takes four; more means that the runner has stopped reading
 PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -78,13 +80,13 @@ class Processes:
         self,
         tasks: TaskGroup,
         deliver: Deliver,
-        log_folder: Path,
+        folder: Path,
         credentials: Credentials,
         command: Sequence[str] = RUNNER_COMMAND,
     ) -> None:
         self._tasks = tasks
         self._deliver = deliver
-        self._log_folder = log_folder
+        self._folder = folder
         self._credentials = credentials
         self._command = command
         self._decoder = msgspec.msgpack.Decoder(RunnerMessage)
@@ -125,7 +127,7 @@ class Processes:
             runner.stop_wanted.set()
 
     async def _run(self, runner: _Runner) -> None:
-        log = RunnerLog(self._log_folder, runner.runner_id)
+        log = RunnerLog(self._folder / LOGS, runner.runner_id)
         try:
             description = await self._run_process(runner, log)
         finally:
@@ -142,6 +144,7 @@ class Processes:
         except OSError as error:
             return f"could not be started: {error.strerror or error}"
         try:
+            leftovers.note(self._folder, process.pid)
             await self._deliver(RunnerStarted(runner.runner_id, runner.attempt, process.pid))
             runner.process_id = process.pid
             await self._converse(runner, process, log)
@@ -153,6 +156,8 @@ class Processes:
                     "process %d of a runner does not end, although it was killed: it is left behind", process.pid
                 )
             runner.process_id = 0
+            if process.returncode is not None:
+                leftovers.forget(self._folder, process.pid)
         ended = describe_exit(await process.wait())
         return f"{runner.fault} ({ended})" if runner.fault else ended
 

@@ -19,6 +19,7 @@ from covey.engine.generation import BegunAnewError, Generation
 from covey.engine.handshake import LinkRefusedError
 from covey.engine.link import LinkBrokenError, LinkClosedError
 from covey.engine.mailbox import Mailbox
+from covey.engine.parent import end_with_parent
 from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort, Reception
 from covey.schema.runner import BEAT_MS, Beat, Configure, Parted, PhaseFailed, RunnerSpec
@@ -106,6 +107,7 @@ class Runner:
 
 def main() -> int:
     """Runs until it is ended; returns the exit status."""
+    end_with_parent()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="runner: %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the node decides what it means
     signal.signal(signal.SIGTERM, _end)

@@ -328,6 +328,7 @@ class Member(Struct, frozen=True, kw_only=True):
 
 class InstancePhase(StrEnum):
     WAITING = "waiting"
+    LACKING = "lacking"  # a node of it is gone, and those that are left can't hold it
     DOWNLOADING = "downloading"
     LOADING = "loading"
     READY = "ready"

@@ -16,6 +16,9 @@ from covey.schema.runner import RunnerState
 from covey.serving.refusal import RefusedError
 
 READY_S_MAX: Final = 600.0  # how long a request waits for a model that is placed and still loading
+RETURN_S: Final = 5.0  # ... for a node without which there is no room for it, and which may be unheard by chance
+RETURN_S_BEGUN: Final = 30.0  # the same where an answer has begun: one that restarts is back by then
+LOOK_S: Final = 1.0  # that these are over is no change of the state
 HAS_FILE: Final = (RunnerState.LOADING, *LOADED_STATES)  # of a runner: its model's file lies on this node
 
 
@@ -56,6 +59,7 @@ class Choosing:
     async def ready(self, model_id: ModelId, needs: Needs | None = None) -> Instance:
         """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
         deadline = time.monotonic() + READY_S_MAX
+        return_deadline = time.monotonic() + (RETURN_S_BEGUN if needs else RETURN_S)
         while True:
             whole = self.state()
             state = _with_those_that_fit(whole, needs) if needs else whole
@@ -63,9 +67,11 @@ class Choosing:
             if isinstance(picked, Instance):
                 return picked
             left = deadline - time.monotonic()
+            if is_lacking(state, model_id):
+                left = min(left, return_deadline - time.monotonic())
             if left <= 0 or not is_coming(state, model_id):
                 raise _other_file(model_id) if is_coming(whole, model_id) and left > 0 else refusal(picked)
-            await self.wait_changed(whole.revision, left)
+            await self.wait_changed(whole.revision, min(left, LOOK_S))
 
     def roomier(self, instance: Instance, room: int) -> Instance:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""
@@ -109,6 +115,12 @@ def is_coming(state: ClusterState, model_id: ModelId) -> bool:
     placed = [instance for instance in state.instances if instance.card.model_id == model_id]
     failed = InstancePhase.FAILED
     return any(routing.instance_status(state, instance).phase is not failed for instance in placed)
+
+
+def is_lacking(state: ClusterState, model_id: ModelId) -> bool:
+    """Whether all instances of the model wait for nodes without which there is no room for it."""
+    placed = [instance for instance in state.instances if instance.card.model_id == model_id]
+    return all(routing.instance_status(state, each).phase is InstancePhase.LACKING for each in placed)
 
 
 def refusal(refused: Refused) -> RefusedError:
