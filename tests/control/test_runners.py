@@ -51,7 +51,7 @@ progress begins the time anew, and so does a sleep of the machine.
 | Loading | the next layer; after the last one, to have packed them all | 300 s | `COVEY_LOAD_TIMEOUT_S` |
 | WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
 | Ready, Running | the end of a step, while it is busy with one | 300 s | `COVEY_STEP_TIMEOUT_S` |
-| Ready, Running | a beat every 2 s | 30 s, or less if a step has less | |
+| Ready, Running | a beat every 2 s | 10 s, or less if a step has less | |
 | ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
 | ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
 

@@ -294,6 +294,18 @@ def test_survivors_answer_with_one_that_takes_the_place_of_a_killed_one(victim: 
         assert [runner.process.poll() for runner in runners] == [None] * 3
 
 
+def test_the_stage_before_one_that_stands_still_parts_with_it_within_seconds() -> None:
+    with pipeline(3, engine_options=SLOW) as (runners, port), Client(port) as client:
+        client.send(make_admit("r", [1, 2], 1000))
+        client.events_until(is_token)
+        started = time.monotonic()
+        runners[1].process.send_signal(signal.SIGSTOP)
+        assert "gave no sign of life for 5 s" in runners[0].wait(Parted).reason
+        assert isinstance(client.events_until(is_end)[-1], Broken)
+        assert time.monotonic() - started < 8
+        assert_serves(begin_anew([runners[0]]))
+
+
 def test_a_survivor_takes_on_the_layers_of_the_others() -> None:
     with pipeline(3, engine_options={"load_delay_ms": "10"}) as (runners, _):
         for runner in runners[1:]:

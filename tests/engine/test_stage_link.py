@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from covey.engine import handshake
+from covey.engine import link as link_module
 from covey.engine import port as port_module
 from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
 from covey.engine.contract import Piece
@@ -138,6 +139,21 @@ def test_the_end_of_a_link_that_only_sends_is_noticed(links: tuple[Link, Link]) 
     started = time.monotonic()
     assert isinstance(sender.wait_end(), LinkBrokenError)
     assert time.monotonic() - started < 2
+
+
+def test_a_pulse_keeps_a_link_whose_steps_take_long(links: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PULSE_SILENCE_SECONDS", 0.5)
+    sender, receiver = links
+    ends: list[Exception] = []
+    waits = threading.Thread(target=lambda: ends.append(sender.wait_end()))
+    waits.start()
+    for _ in range(8):
+        receiver.pulse()
+        time.sleep(0.1)
+    assert ends == []
+    waits.join(2)
+    assert "gave no sign of life" in str(ends[0])
+    assert isinstance(ends[0], LinkBrokenError)
 
 
 def junk_length() -> bytes:

@@ -15,7 +15,7 @@ from covey.control.settings import PhaseLimits
 from covey.schema.runner import BEAT_MS, RunnerState
 
 BEATS_MISSED_MAX: Final = 3
-SILENCE_MS: Final = 30_000  # a machine that swaps can hold up any thread for many seconds
+SILENCE_MS: Final = 10_000  # a machine that swaps can hold up any thread for seconds; as long as a node may be silent
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
 
 

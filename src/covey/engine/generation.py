@@ -14,7 +14,7 @@ import psutil
 
 from covey.engine.contract import LoadProgress, StageEngine
 from covey.engine.handshake import Dialler
-from covey.engine.link import Frame, Link, LinkBrokenError, LinkClosedError
+from covey.engine.link import PULSE_SECONDS, Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
 from covey.engine.mailbox import Linked, LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid, Unlinked
 from covey.engine.pipe import NodePipe
@@ -125,6 +125,7 @@ class Generation:
         deadline = time.monotonic() + seconds
         dialler = Dialler(self.spec, client_context(self._credentials))
         self._start("offer", dialler.offer, neighbours.stage_before, reception.before, seconds)
+        self._start("pulse", self._pulse, seconds)
         try:
             after = dialler.connect(neighbours.next_stage, reception.after, seconds)
             before = reception.before.wait(deadline - time.monotonic())
@@ -173,6 +174,16 @@ class Generation:
     @staticmethod
     def _start(name: str, run: Callable[..., None], *arguments: object) -> None:
         threading.Thread(target=run, args=arguments, name=name, daemon=True).start()
+
+    def _pulse(self, seconds: float) -> None:
+        """From the moment that there is a link: the stage before may have its own already. Computing does not hold it up."""
+        link = self._reception.before.wait(seconds)
+        while link:
+            try:
+                link.pulse()
+            except (LinkClosedError, LinkBrokenError):
+                return  # the thread that reads tells why
+            time.sleep(PULSE_SECONDS)
 
     def _pass_on_frames(self, link: Link) -> None:
         try:

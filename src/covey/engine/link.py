@@ -21,6 +21,9 @@ from covey.schema.wire import LENGTH_BYTES, FrameTooLargeError, body_length, pac
 VALUES_BYTES_MAX: Final = 256 * 1024 * 1024  # a chunk of 256 tokens of 16384 float32 is 16 MiB
 JOINED_BYTES_MAX: Final = 64 * 1024  # up to here one copy is cheaper than a second packet
 SILENCE_SECONDS: Final = 10  # a machine that lost its power says no goodbye
+PULSE: Final = b"\0"  # against the direction of the steps: whoever receives is alive
+PULSE_SECONDS: Final = 1.0
+PULSE_SILENCE_SECONDS: Final = 5  # a device that roams from one access point to another is back by then
 
 # NumPy has no bfloat16: such numbers travel as the uint16 that hold them.
 DTYPES: Final = {
@@ -95,12 +98,23 @@ class Link:
         except (OSError, ValueError, msgspec.MsgspecError, FrameTooLargeError) as error:
             raise self._lost(explain(error)) from error
 
-    def wait_end(self) -> Exception:
-        """For a link that only sends: returns why it ended, as soon as it has."""
+    def pulse(self) -> None:
+        """For a link that only receives: says that this side is alive. Raises `LinkClosedError`, `LinkBrokenError`."""
         try:
-            self._read(1)
+            self._channel.send(PULSE)
+        except OSError as error:
+            raise self._lost(explain(error)) from error
+
+    def wait_end(self) -> Exception:
+        """For a link that only sends: returns why it ended, as soon as it has, or the other side's pulse stopped."""
+        self._channel.silence_ms_max = PULSE_SILENCE_SECONDS * 1000
+        try:
+            while self._read(1) == PULSE:
+                pass
         except (LinkClosedError, LinkBrokenError) as error:
             return error
+        except TimeoutError:
+            return self._lost(f"it gave no sign of life for {PULSE_SILENCE_SECONDS} s")
         except (OSError, ValueError) as error:
             return self._lost(explain(error))
         return self._lost("it sent what nobody asked for")
