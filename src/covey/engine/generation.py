@@ -176,7 +176,7 @@ class Generation:
         threading.Thread(target=run, args=arguments, name=name, daemon=True).start()
 
     def _pulse(self, seconds: float) -> None:
-        """From the moment that there is a link: the stage before may have its own already. Computing does not hold it up."""
+        """From the moment that there is a link: the stage before may have both of its own by then."""
         link = self._reception.before.wait(seconds)
         while link:
             try:
