@@ -42,6 +42,7 @@ class Faults(Struct, frozen=True, kw_only=True):
     scarce_memory: bool = False
     greedy_programs: bool = False  # others than ours take memory for a while
     shared_machines: bool = False
+    models_rest: bool = False  # for so long that they are spread over more nodes
 
 
 NONE = Faults()
@@ -89,4 +90,5 @@ def draw(random: Random) -> Faults:
         caches_fill=exists(),
         stall_permille=amount(5, 60),
         late_percent=amount(1, 10),
+        models_rest=exists(),
     )

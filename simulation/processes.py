@@ -179,7 +179,8 @@ class Process:
         self.resident_bytes = self.memory_bytes
         if self.spec.stage_index == 0:
             self.say(Activity(running, 0))
-        self.after(15_000, self._serve, 1 - running)
+        rests = self.world.faults.models_rest and not running
+        self.after(90_000 if rests else 15_000, self._serve, 1 - running)
 
     def fail(self, phase: str, reason: str) -> None:
         """Says why, then ends by itself, or hangs until it is stopped."""

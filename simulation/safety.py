@@ -85,9 +85,14 @@ class Safety:
         self.waiting[command_id] = self.host.now_ms
 
     def process_ended(self, process: Process) -> None:
-        self.ended_ms[process.spec.runner_id] = self.world.now_ms
+        """It may have another runner by now than the one that it was last told to be."""
+        assert self.host.machine is not None
+        records = self.host.machine.runners.runners
+        owners = [runner_id for runner_id, each in records.items() if each.has_process and each.key == process.key]
+        runner_id = owners[0] if owners else process.spec.runner_id
+        self.ended_ms[runner_id] = self.world.now_ms
         if process.has_failed or not process.was_asked_to_stop:
-            self.failures.setdefault(process.spec.runner_id, []).append(self.host.now_ms)
+            self.failures.setdefault(runner_id, []).append(self.host.now_ms)
 
     def fetch_failed(self, model_id: ModelId) -> None:
         assert self.host.machine is not None
@@ -180,7 +185,7 @@ class Safety:
         for value in fresh.values():
             if isinstance(value, Instance):
                 self._check_single(machine, written, value)
-                self._check_memory(machine, fresh, value)
+                self._check_memory(machine, written, fresh, value)
                 self._check_chosen(machine, fresh, value)
                 self._check_there(machine, value)
                 if not is_command:
@@ -200,12 +205,15 @@ class Safety:
         if wish_id in machine.cluster.wishes and wish_id not in remaining:
             self._fail(f"it dropped the last assignment of {wish_id}, which nobody deleted")
 
-    def _check_memory(self, machine: Machine, fresh: Mapping[str, Value], instance: Instance) -> None:
+    def _check_memory(
+        self, machine: Machine, written: Mapping[str, Entry], fresh: Mapping[str, Value], instance: Instance
+    ) -> None:
         """What a leader assigned, with all that it knew to be assigned, is no more than the machines have.
 
         It does not know on which machine a node is that it has not heard, or that has left.
         """
-        known = {each.instance_id: each for each in machine.state(self.host.now_ms).instances}
+        standing = machine.state(self.host.now_ms).instances
+        known = {each.instance_id: each for each in standing if INSTANCE + each.instance_id not in written}
         known.update((value.instance_id, value) for value in fresh.values() if isinstance(value, Instance))
         for stage in instance.stages:
             host = self.world.host(stage.node_id)

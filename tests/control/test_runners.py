@@ -514,6 +514,31 @@ def test_a_link_that_is_lost_again_and_again_is_made_again_at_longer_intervals()
         bench.report(RunnerState.READY, generation, port=8)
 
 
+def test_a_parted_process_that_dies_without_a_budget_stays_failed() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.mine.retries_left = 0
+    bench.say(Parted("The link to stage 1 is lost."))
+    bench.exit()
+    assert bench.advance(60_000) == []
+    assert (bench.mine.state, bench.mine.retries_left) == (RunnerState.FAILED, 0)
+
+
+def test_a_regrouped_process_may_end_its_step_first_while_it_beats() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.report(RunnerState.IDLE, 2)
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    for _ in range(60):
+        assert bench.advance(2_000) == []
+        assert bench.say(Beat(7, is_busy=True)) == []
+    assert bench.advance(9_999) == []
+    [stop] = bench.advance(1)
+    assert isinstance(stop, StopRunner)
+    assert bench.mine.reason == "it gave no sign of life for 10 s while Idle"
+
+
 def moved(stages: int, layers: tuple[int, int], memory_bytes: int = 100) -> Instance:
     """The same wish, assigned anew: this node has other layers."""
     start, end = layers

@@ -54,6 +54,7 @@ class Leader:
         self.tending = Tending(self.cluster, WAIT_MS)
         self.nodes: tuple[Candidate, ...] = ()
         self.wish = WISHED
+        self.mark = "a-1-99"
         self.reports: dict[NodeId, NodeReport] = {}
 
     def report(self, assigned: Instance, waiting: str) -> None:
@@ -86,7 +87,7 @@ class Leader:
         return {event.key.removeprefix(INSTANCE): event.value for event in events}  # type: ignore[misc]
 
     def context(self) -> Context:
-        return Context(command_id="w", asked_at=None, instance_mark="a-1-99", engine="fake", nodes=self.nodes)
+        return Context(command_id="w", asked_at=None, instance_mark=self.mark, engine="fake", nodes=self.nodes)
 
 
 def test_of_the_dormant_the_latest_assigned_are_kept_whatever_their_ids_and_whoever_assigned_them() -> None:
@@ -122,10 +123,17 @@ def serving_on_ada(leader: Leader, requests: int = 0) -> Instance:
 WIDE = replace(WISHED, node_count_min=2)
 
 
+def has_file(leader: Leader, node_id: NodeId) -> None:
+    """It is there, serves nothing, and has the model on its disk."""
+    report = replace(leader.reports[ADA], node_id=node_id, runners=(), models_on_disk=(SMALL.model_id,))
+    leader.reports[node_id] = report
+
+
 def test_an_instance_that_rests_is_spread_over_as_many_nodes_as_were_asked_for() -> None:
     leader = Leader()
     leader.wish = WIDE
     serving_on_ada(leader)
+    has_file(leader, BEA)
     leader.nodes = (node(ADA, 10**10), node(BEA, 10**10))
     assert leader.mend() == {}
     assert leader.mend(REST_MS - 1) == {}
@@ -136,15 +144,40 @@ def test_an_instance_that_rests_is_spread_over_as_many_nodes_as_were_asked_for()
     assert sorted(stage.node_id for stage in moved.stages) == [ADA, BEA]
 
 
+def test_where_spreading_it_went_wrong_what_served_before_serves_again_and_it_is_not_tried_twice() -> None:
+    leader = Leader()
+    leader.wish = WIDE
+    before = serving_on_ada(leader)
+    has_file(leader, BEA)
+    leader.nodes = (node(ADA, 10**10), node(BEA, 10**10))
+    leader.mend()
+    [moved] = [each for each in leader.mend(REST_MS).values() if each]
+    failed = [
+        RunnerReport(runner_id=stage.runner_id, instance_id=moved.instance_id, state=RunnerState.FAILED, attempt=4)
+        for stage in moved.stages
+        if stage.node_id == BEA
+    ]
+    leader.reports[BEA] = replace(leader.reports[BEA], runners=tuple(failed))
+    leader.mark = "a-1-100"
+    events = leader.mend(REST_MS + 1)
+    [back] = [each for each in events.values() if each]
+    assert [(stage.node_id, stage.shard) for stage in back.stages] == [(ADA, before.stages[0].shard)]
+    assert events[moved.instance_id] is None
+    for now_ms in (REST_MS + 2, 3 * REST_MS, 5 * REST_MS):
+        assert leader.mend(now_ms) == {}
+
+
 def test_an_instance_that_serves_or_whose_nodes_are_not_back_stays() -> None:
-    busy, alone, narrow = Leader(), Leader(), Leader()
-    busy.wish = alone.wish = WIDE
+    busy, alone, narrow, bare = Leader(), Leader(), Leader(), Leader()
+    busy.wish = alone.wish = bare.wish = WIDE
     serving_on_ada(busy, requests=1)
-    serving_on_ada(alone)
-    serving_on_ada(narrow)
-    busy.nodes = narrow.nodes = (node(ADA, 10**10), node(BEA, 10**10))
-    alone.nodes = (node(ADA, 10**10),)
+    for leader in (alone, narrow, bare):
+        serving_on_ada(leader)
     for leader in (busy, alone, narrow):
+        has_file(leader, BEA)
+    busy.nodes = narrow.nodes = bare.nodes = (node(ADA, 10**10), node(BEA, 10**10))
+    alone.nodes = (node(ADA, 10**10),)
+    for leader in (busy, alone, narrow, bare):
         leader.mend()
         assert leader.mend(REST_MS) == {}
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from covey.engine.plan import StepOutcome
 from covey.engine.request import Request
@@ -266,3 +267,13 @@ def test_a_refusal_says_when_to_come_back() -> None:
     (refused,) = shop.refused()
     assert (refused.status, refused.retry_after_s) == (429, QUEUE_MAX // 4)
     assert f"again in about {QUEUE_MAX // 4} s" in refused.message
+
+
+def test_an_answer_that_has_begun_is_the_first_of_its_account_and_stays_whatever_waits() -> None:
+    waiting = waiting_of(*["flood"] * QUEUE_MAX)
+    begun = replace(admit_of("flood", 1000), prompt_length=1, attempt=2)
+    assert waiting.enter(Request(1, begun, 0.0)) is None
+    assert next(iter(waiting.in_order({}))).admit == begun
+    for number in range(2 * QUEUE_MAX):
+        waiting.enter(request_of(f"other {number}", number))
+    assert begun in [each.admit for each in waiting]

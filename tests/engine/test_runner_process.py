@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import msgspec
 import psutil
@@ -273,10 +274,10 @@ def test_a_killed_stage_breaks_its_requests_at_once(victim: int) -> None:
         assert all("The link to stage" in runner.wait(Parted).reason for runner in survivors)
 
 
-def begin_anew(runners: Sequence[Runner], generation: int = 1) -> int:
+def begin_anew(runners: Sequence[Runner], generation: int = 1, **changes: object) -> int:
     """Brings processes that live together in another generation; returns the head's port."""
     for index, runner in enumerate(runners):
-        runner.tell(Configure(make_spec(index, len(runners), generation=generation), credentials(index)))
+        runner.tell(Configure(make_spec(index, len(runners), generation=generation, **changes), credentials(index)))
     return bring_up(runners)[0]
 
 
@@ -344,13 +345,17 @@ def test_a_stage_that_waits_for_its_neighbour_begins_anew_at_once() -> None:
 
 
 def test_generations_leave_nothing_behind() -> None:
-    with pipeline(2) as (runners, _):
+    """Also where they end while requests are under way."""
+    with pipeline(2, engine_options=SLOW) as (runners, _), ExitStack() as guests:
         processes = [psutil.Process(runner.process.pid) for runner in runners]
         counts = []
         for generation in range(1, 13):
-            port = begin_anew(runners, generation)
+            port = begin_anew(runners, generation, engine_options=SLOW)
+            for number in range(3):
+                guests.enter_context(Client(port)).send(make_admit(f"r{number}", [1], 1000))
             counts.append([(each.num_fds(), each.num_threads()) for each in processes])
         assert_serves(port)
+        guests.close()
         deadline = time.monotonic() + 10  # in which threads that offered a link look again
         while [(each.num_fds(), each.num_threads()) for each in processes] > counts[1] and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -500,3 +505,32 @@ def test_what_breaks_while_the_node_ends_it_is_no_failure(monkeypatch: pytest.Mo
     Pipe.is_ending = True
     assert runner_module.main() == 0
     assert len(told) == 1
+
+
+def test_a_stage_without_weights_that_is_late_tries_again_and_does_not_fail() -> None:
+    """Its neighbour is in the next generation already; its own node will tell it so in a moment."""
+    runners = [Runner(make_spec(0, 2)), Runner(make_spec(1, 2, generation=1))]
+    try:
+        ports = [runner.wait(Listening).port for runner in runners]
+        runners[0].tell(ConnectTo((Address(HOST, ports[1]),)))
+        time.sleep(0.5)
+        assert runners[0].process.poll() is None
+        assert_serves(begin_anew(runners, 2))
+    finally:
+        [runner.close() for runner in runners]
+
+
+def test_a_stage_lives_for_the_one_before_it_from_its_first_link_on() -> None:
+    """Its own node may hear seconds later that all stages listen."""
+    runners = [Runner(make_spec(index, 2)) for index in range(2)]
+    try:
+        ports = [runner.wait(Listening).port for runner in runners]
+        runners[0].tell(ConnectTo((Address(HOST, ports[1]),)))
+        time.sleep(7)
+        runners[1].tell(ConnectTo((Address(HOST, ports[0]),)))
+        for runner in runners:
+            runner.wait(Connected)
+        time.sleep(1)
+        assert [runner.process.poll() for runner in runners] == [None, None]
+    finally:
+        [runner.close() for runner in runners]

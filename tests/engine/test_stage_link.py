@@ -300,7 +300,6 @@ def test_a_first_frame_must_be_quick(channels: tuple[Channel, Channel]) -> None:
         (LinkHello("instance-1", 0, 1, 3), 1, False),
         (LinkHello("instance-1", 0, 2, 3), 2, False),
         (LinkHello("instance-1", 0, 0, 2), 0, False),
-        (LinkHello("instance-1", 1, 0, 3), 0, False),
     ],
 )
 def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: bool) -> None:  # noqa: FBT001

@@ -34,8 +34,8 @@ class Reference:
             engine="onnx", model_path=str(model), shard=Shard(0, layers, layers), context_length=CONTEXT, thread_count=2
         )
         self.text: ModelText = load_model_text(header)
-        self._stage = OnnxStage(spec)
-        self._stage.load(lambda _: None)
+        self._stage = OnnxStage()
+        self._stage.load(spec, lambda _: None)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self.text.prompt_ids([ChatMessage("user", prompt)])

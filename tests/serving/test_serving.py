@@ -595,7 +595,7 @@ def test_an_instance_with_too_little_room_is_no_reason_to_leave_one_that_is_unhe
 def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
     (rounding,) = cluster(READY, READY).instances
     exact = msgspec.structs.replace(rounding, exact=True)
-    progress = serving_module.begin(request(), Letters(), [72, 105], exact)
+    progress = serving_module.begin(request(), Letters(), [72, 105], exact, NodeId("asked"))
     assert serving_module.needs_of(progress, exact).are_met_by(exact)
     assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
     assert serving_module.needs_of(progress, rounding).are_met_by(exact)

@@ -36,13 +36,20 @@ def offer_install(up: Callable[..., None]) -> None:
     @explained
     @wraps(up)
     def install(**given: Any) -> None:  # pyright: ignore[reportUnusedFunction] - it is registered
-        _install(written(inspect.signature(up), _taken(given)))
+        found = _manager()  # before anything is kept
+        _install(found, written(inspect.signature(up), _taken(given)))
 
 
-def _install(arguments: Sequence[str]) -> None:
+def _manager() -> Manager:
+    try:
+        return manager()
+    except ServiceError as error:
+        raise CliError(str(error)) from None
+
+
+def _install(found: Manager, arguments: Sequence[str]) -> None:
     service = node_service(arguments, paths.home(), os.environ)
     try:
-        found = manager()
         is_new = found.install(service)
         status = _settled(found)
     except ServiceError as error:

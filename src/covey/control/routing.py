@@ -3,6 +3,7 @@ everywhere.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -95,21 +96,24 @@ def _progress(state: ClusterState, instance: Instance) -> Progress:
 def _lost(state: ClusterState, instance: Instance, names: str) -> Progress:
     """Whether the nodes that are left could do without those of these names."""
     wish = next((each for each in state.wishes if each.wish_id == instance.wish_id), None)
-    nodes = nodes_of(state, (instance,))
-    placement = place(wish.card, nodes, options_of(wish, nodes)) if wish else None
-    if isinstance(placement, Refused):
-        reason = placement.reason.rstrip(".")
-        return InstancePhase.LACKING, f"waiting for {names}, without which it finds no room: {reason}"
+    reason = _refusal_of(wish, nodes_of(state, (instance,))) if wish else ""
+    if reason:
+        return InstancePhase.LACKING, f"waiting for {names}, without which it finds no room: {reason.rstrip('.')}"
     return InstancePhase.WAITING, f"waiting for {names}"
+
+
+@lru_cache(maxsize=16)  # every request that waits asks this of every snapshot; with tight memory many splits are tried
+def _refusal_of(wish: Wish, nodes: tuple[Candidate, ...]) -> str:
+    """Why the wish can't be placed on these nodes; empty where it can."""
+    placement = place(wish.card, nodes, options_of(wish, nodes))
+    return placement.reason if isinstance(placement, Refused) else ""
 
 
 def wish_status(state: ClusterState, wish: Wish) -> str:
     """Why a wish has no instance: what placing it on the nodes that are here now says."""
     if any(each.wish_id == wish.wish_id for each in state.instances):
         return "assigned."
-    nodes = nodes_of(state)
-    placement = place(wish.card, nodes, options_of(wish, nodes))
-    return placement.reason if isinstance(placement, Refused) else "the leader is about to assign it."
+    return _refusal_of(wish, nodes_of(state)) or "the leader is about to assign it."
 
 
 def _failure(instance: Instance, reports: Reports) -> Progress | None:
@@ -160,8 +164,12 @@ def _lack(instance: Instance, reports: Reports) -> Progress | None:
 
 def _loading(instance: Instance, reports: Reports) -> Progress:
     runners = [runner_report(stage, reports) for stage in instance.stages]
-    loaded, total = sum(each.layers_loaded for each in runners if each), instance.card.layer_count
     states = {each.state if each else RunnerState.IDLE for each in runners}
+    parted = next((each for each in runners if each and each.state is RunnerState.PARTED), None)
+    if parted:
+        return InstancePhase.LOADING, f"linking its runners again ({parted.reason.partition(chr(10))[0].rstrip('.')})"
+    loaded = sum(each.layers_loaded for each in runners if each and each.state not in LINKING_STATES)
+    total = instance.card.layer_count
     if loaded >= total and RunnerState.LOADING not in states:
         return InstancePhase.LOADING, "warming up"
     if loaded or RunnerState.LOADING in states:
@@ -199,6 +207,12 @@ def seen_ones_serve(instance: Instance, reports: Reports) -> bool:
     found = [runner_report(stage, reports) for stage in instance.stages if stage.node_id in reports]
     serving = [each.attempt for each in found if each and each.state in SERVING_STATES]
     return len(serving) == len(found) and len(set(serving)) <= 1
+
+
+def has_failed(instance: Instance, reports: Reports) -> bool:
+    """Whether a runner of it has failed for good."""
+    found = [runner_report(stage, reports) for stage in instance.stages]
+    return any(each.state is RunnerState.FAILED and not each.retries_left for each in found if each)
 
 
 def waits_for_memory(instance: Instance, reports: Reports) -> bool:

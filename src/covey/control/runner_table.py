@@ -122,6 +122,11 @@ class Runner(Struct):
         )
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether its process is in its first generation."""
+        return self.process_key == (self.stage.runner_id, self.attempt)
+
+    @property
     def key(self) -> ProcessKey:
         """What its process is known as to the driver."""
         return self.process_key or (self.stage.runner_id, self.attempt)
@@ -201,9 +206,8 @@ class UnexpectedInputError(AssertionError):
 
 def can_step(runner: Runner, news: Any) -> bool:
     """Whether the table has this pair. Late words of a former generation come only from a process that was in one."""
-    is_fresh = runner.process_key == (runner.stage.runner_id, runner.attempt)
     is_stale = runner.state is IDLE and type(news) in STALE_WORDS
-    return (runner.state, type(news)) in TABLE and not (is_stale and is_fresh)
+    return (runner.state, type(news)) in TABLE and not (is_stale and runner.is_fresh)
 
 
 def step(runner: Runner, news: Any) -> list[Effect]:
@@ -306,6 +310,7 @@ def _beat(runner: Runner, news: Beat) -> Outcome:
 
 
 def _overdue(runner: Runner, news: Overdue) -> Outcome:
+    runner.retry_ms = None
     runner.has_failed, runner.is_overdue, runner.reason = True, True, news.reason
     grace_ms = min(runner.grace_ms, HUNG_GRACE_MS)
     return FAILED, [StopRunner(*runner.key, grace_ms, asks_first=False)]
@@ -318,11 +323,13 @@ def _stuck(runner: Runner, news: Overdue) -> Outcome:
 
 
 def _phase_failed(runner: Runner, news: PhaseFailed) -> Outcome:
+    runner.retry_ms = None
     runner.has_failed, runner.reason = True, f"{news.phase}: {news.reason}"
     return FAILED, [_stop_effect(runner)]
 
 
 def _crashed(runner: Runner, news: RunnerExited) -> Outcome:
+    runner.retry_ms = None
     _forget_process(runner)
     runner.has_failed, runner.reason = True, _with_log(f"the runner ended: {news.description}", news.log_tail)
     return FAILED, []

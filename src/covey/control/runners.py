@@ -4,7 +4,8 @@ An instance runs as one generation, which the runners' attempt numbers count; ea
 from the others' reports, with these rules:
 
 1. A process outlives its generation: it keeps what it has loaded, links anew, and reads only what it lacks. So does one
-   whose node got another part of the same model, under another assignment; where the two overlap nothing is read.
+   whose node got another part of the same model, under another assignment: what it holds is kept as far as the engine
+   can (`engine/contract`).
 2. While a runner of an instance waits for memory, or is reported as failed for good, the others end: they would hold
    what another instance could run with, and each of the two would wait for the other.
 3. A failed runner waits for its back-off, then opens a new generation: one more than the highest attempt seen. That its
@@ -257,7 +258,7 @@ class Runners:
         if runner.state is RunnerState.IDLE and not runner.has_process:
             return self._begin(now_ms, runner, others, world)
         if self._is_over(now_ms, runner, others):
-            return self._regroup(runner, others, world)
+            return self._regroup(now_ms, runner, others, world)
         return self._go_on(runner, others, world)
 
     def _go_on(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
@@ -303,7 +304,7 @@ class Runners:
         attempt = _open_generation(runner, others)
         return self._step(runner, Begin(attempt, self._spec(runner, path, attempt), now_ms))
 
-    def _regroup(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
+    def _regroup(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         """Its process begins anew with what it holds. If there is no room for what it lacks, it ends instead."""
         path = world.paths.get(runner.instance.card.model_id)
         if path is None:
@@ -314,6 +315,8 @@ class Runners:
                 return []  # a later probe tells
             if lack:
                 return self._step(runner, Stop())
+        if runner.state not in SERVING_STATES:
+            runner.heard_ms = now_ms  # only what serves has been beating
         attempt = _open_generation(runner, others)
         return self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
 

@@ -29,9 +29,10 @@ from covey.control.cluster import (
 from covey.control.dormancy import lacks
 from covey.control.placement.again import place_again, place_anew
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import Options, place
+from covey.control.placement.place import Options, Part, Placement, place
 from covey.control.routing import (
     Reports,
+    has_failed,
     is_ready,
     request_count,
     runner_report,
@@ -54,6 +55,8 @@ class Tending:
         self.cluster = cluster
         self.memory_wait_ms = memory_wait_ms
         self.idle_since_ms: dict[InstanceId, int] = {}  # ready, and without a request
+        self.narrow: set[str] = set()  # wishes for which that went wrong
+        self.widened_from: dict[InstanceId, Instance] = {}  # by us, and what served before
         self.rested: frozenset[InstanceId] = frozenset()  # that have been so for long enough
         self.whole_since_ms: dict[InstanceId, int] = {}
         self.waiting_since_ms: dict[InstanceId, int] = {}  # for memory
@@ -73,6 +76,8 @@ class Tending:
         idle = [each.instance_id for each in instances if is_ready(each, reports) and not request_count(each, reports)]
         self.idle_since_ms = {each: self.idle_since_ms.get(each, now_ms) for each in idle}
         self.rested = frozenset(each for each, since_ms in self.idle_since_ms.items() if now_ms - since_ms >= REST_MS)
+        known = self.cluster.instances
+        self.widened_from = {each: before for each, before in self.widened_from.items() if each in known}
         self.refused_with = {key: nodes for key, nodes in self.refused_with.items() if key in self.cluster.wishes}
 
     def mend(self, wish: Wish, look: Look, reports: Reports, gone: Collection[NodeId]) -> tuple[Written, ...]:
@@ -85,7 +90,7 @@ class Tending:
         dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in [*whole[1:], *dormant[DORMANT_MAX:]])
         if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
-            return dropped or self._widen(wish, whole[0], look)
+            return dropped or self._narrow(wish, whole[0], look, reports) or self._widen(wish, whole[0], look, reports)
         replaced = self._replace(wish, look(tuple(mine)), whole[:1], dormant[:1], reports)
         return (*dropped, *replaced, *(Written(INSTANCE + each.instance_id, None) for each in whole[:1] if replaced))
 
@@ -122,22 +127,46 @@ class Tending:
             return ()
         return (Written(INSTANCE + instance.instance_id, instance),)
 
-    def _widen(self, wish: Wish, instance: Instance, look: Look) -> tuple[Written, ...]:
-        """Over as many nodes as were asked for, once enough are here again and it has had nothing to do for a while.
+    def _widen(self, wish: Wish, instance: Instance, look: Look, reports: Reports) -> tuple[Written, ...]:
+        """Over as many nodes as were asked for, once enough that have the file are here again and it has had nothing to
+        do for a while.
 
         Anything else that could be better about a placement is not worth that what is loaded is read again elsewhere,
         unless a person says so.
         """
-        if len(instance.stages) >= wish.node_count_min or instance.instance_id not in self.rested:
+        is_wide = len(instance.stages) >= wish.node_count_min
+        if is_wide or instance.instance_id not in self.rested or wish.wish_id in self.narrow:
             return ()
         context = look((instance,))
-        options = options_of(wish, context.nodes)
+        having = {stage.node_id for stage in instance.stages} | _having_file(wish, reports)
+        nodes = tuple(each for each in context.nodes if each.node_id in having)
+        options = options_of(wish, nodes)
         if options.node_count_min <= len(instance.stages):
             return ()
-        placement = place_anew(instance, context.nodes, options)
+        placement = place_anew(instance, nodes, options)
         if isinstance(placement, Refused):
             return ()
+        moved = assignment(wish, placement, context)
+        self.widened_from[moved.instance_id] = instance
+        return replacement((instance,), moved)
+
+    def _narrow(self, wish: Wish, instance: Instance, look: Look, reports: Reports) -> tuple[Written, ...]:
+        """Back to what served before, where it was this leader that widened it, and that has failed for good."""
+        before = self.widened_from.get(instance.instance_id)
+        if before is None or not has_failed(instance, reports):
+            return ()
+        self.narrow.add(wish.wish_id)
+        context = look((instance,))
+        parts = tuple(Part(stage.node_id, stage.shard, stage.memory_bytes) for stage in before.stages)
+        placement = Placement(parts, before.context_length, before.slot_count)
+        if not {part.node_id for part in parts} <= {node.node_id for node in context.nodes}:
+            return ()
         return replacement((instance,), assignment(wish, placement, context))
+
+
+def _having_file(wish: Wish, reports: Reports) -> set[NodeId]:
+    """The nodes that need not fetch anything before they can load."""
+    return {node_id for node_id, report in reports.items() if wish.card.model_id in report.models_on_disk}
 
 
 def _hung(instances: Sequence[Instance], reports: Reports) -> set[NodeId]:

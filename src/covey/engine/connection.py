@@ -62,10 +62,12 @@ class ServeConnection:
                 for message in map(_messages.decode, frames.feed(bytes(data[:count]))):
                     if not isinstance(message, Alive):
                         self._credits.acquire()
+                        if self._closed:
+                            return
                         yield message
         except TimeoutError as silence:
             log.warning("a connection for requests is closed: %s", silence)
-        except (OSError, msgspec.MsgspecError, FrameTooLargeError) as error:
+        except (OSError, ValueError, msgspec.MsgspecError, FrameTooLargeError) as error:
             log.warning("a connection for requests is closed: %s", explain(error))
 
     def handled(self) -> None:
@@ -120,6 +122,7 @@ class ServeConnection:
         """Ends both directions, which wakes the threads that wait on them."""
         with self._changed, contextlib.suppress(OSError):  # the other side may be gone already
             self._closed = True
+            self._credits.release()  # to the thread that reads, so that it sees
             self._backlog.clear()
             self._changed.notify_all()
             self._connection.shutdown(socket.SHUT_RDWR)

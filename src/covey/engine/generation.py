@@ -70,6 +70,7 @@ class Generation:
 
     def live(self) -> NoReturn:
         """Goes through all phases and serves. Raises whatever ends it."""
+        self._start("pulse", self._pulse)
         self._pipe.tell(Listening(self._port_number))
         neighbours = self._wait(ConnectTo)
         self.phase = "connecting"
@@ -125,7 +126,6 @@ class Generation:
         deadline = time.monotonic() + seconds
         dialler = Dialler(self.spec, client_context(self._credentials))
         self._start("offer", dialler.offer, neighbours.stage_before, reception.before, seconds)
-        self._start("pulse", self._pulse, seconds)
         try:
             after = dialler.connect(neighbours.next_stage, reception.after, seconds)
             before = reception.before.wait(deadline - time.monotonic())
@@ -175,9 +175,11 @@ class Generation:
     def _start(name: str, run: Callable[..., None], *arguments: object) -> None:
         threading.Thread(target=run, args=arguments, name=name, daemon=True).start()
 
-    def _pulse(self, seconds: float) -> None:
-        """From the moment that there is a link: the stage before may have both of its own by then."""
-        link = self._reception.before.wait(seconds)
+    def _pulse(self) -> None:
+        """From the moment that there is a link: the stage before may have both of its own by then, while this one has
+        not even been told of its neighbours.
+        """
+        link = self._reception.before.wait(None)
         while link:
             try:
                 link.pulse()

@@ -70,8 +70,6 @@ def link_refusal(spec: RunnerSpec, first: LinkHello | LinkOffer, peer: NodeId) -
     """Why the stage of `spec` does not take a link from, or to, node `peer`, which says `first`."""
     if first.instance_id != spec.instance_id:
         return f"this stage belongs to instance {spec.instance_id}, not {first.instance_id}."
-    if first.generation != spec.generation:
-        return f"this stage is in generation {spec.generation} of its instance, not in {first.generation}."
     if spec.stage_count == 1:
         return "this stage is the only one."
     step, goes = (-1, "follows") if isinstance(first, LinkHello) else (1, "comes before")

@@ -71,6 +71,7 @@ class Link:
         self._channel = channel
         self._peer = peer
         self._closed = False
+        self._given_up: LinkBrokenError | None = None
 
     def send(self, message: StepPlan | StepOutcome, values: Values | None = None) -> None:
         """Raises `LinkClosedError`, `LinkBrokenError`."""
@@ -114,7 +115,7 @@ class Link:
         except (LinkClosedError, LinkBrokenError) as error:
             return error
         except TimeoutError:
-            return self._lost(f"it gave no sign of life for {PULSE_SILENCE_SECONDS} s")
+            return self._give_up(f"it gave no sign of life for {PULSE_SILENCE_SECONDS} s")
         except (OSError, ValueError) as error:
             return self._lost(explain(error))
         return self._lost("it sent what nobody asked for")
@@ -143,7 +144,16 @@ class Link:
             raise self._lost("it closed the link")
         return bytes(data)
 
+    def _give_up(self, reason: str) -> LinkBrokenError:
+        """Wakes the thread that sends, which may wait for the other side to read."""
+        self._given_up = LinkBrokenError(f"The link to {self._peer} is lost: {reason}.")
+        with contextlib.suppress(OSError):  # it may be gone already
+            self._channel.socket.shutdown(socket.SHUT_RDWR)
+        return self._given_up
+
     def _lost(self, reason: str) -> LinkClosedError | LinkBrokenError:
+        if self._given_up:
+            return self._given_up
         if self._closed:
             return LinkClosedError(f"The link to {self._peer} was closed here.")
         return LinkBrokenError(f"The link to {self._peer} is lost: {reason}.")

@@ -38,10 +38,11 @@ class LinkPlace:
             self._changed.notify_all()
             return True
 
-    def wait(self, seconds: float) -> Link | None:
-        """The link, or None if there is none by then, or it is closed."""
+    def wait(self, seconds: float | None) -> Link | None:
+        """The link, or None if there is none by then, or the place is closed. None: for as long as that takes."""
+        limit = None if seconds is None else max(seconds, 0.0)
         with self._changed:
-            self._changed.wait_for(lambda: self.is_closed or self._link is not None, max(seconds, 0.0))
+            self._changed.wait_for(lambda: self.is_closed or self._link is not None, limit)
             return self._link
 
     def settle(self) -> Link | None:

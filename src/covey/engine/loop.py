@@ -140,8 +140,9 @@ class Head:
     def close(self, message: str) -> None:
         """Tells everyone why nothing more will come."""
         self._send(self._scheduler.break_all(message, 503))
+        deadline = time.monotonic() + FAREWELL_SECONDS
         for connection in self._connections.values():
-            connection.close(FAREWELL_SECONDS)
+            connection.close(max(deadline - time.monotonic(), 0.0))
 
     def _carry_out(self, said: ServeSaid) -> None:
         now = time.monotonic()

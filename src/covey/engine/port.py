@@ -78,9 +78,10 @@ class Reception:
         """Closes the links and all connections."""
         with self._coming:
             self.takes_requests = False
+            guests = tuple(self._guests)
         self.before.close()
         self.after.close()
-        for guest in self._guests:
+        for guest in guests:
             guest.close()
 
 
@@ -165,6 +166,9 @@ def _meet(connection: socket.socket, reception: Reception) -> tuple[Channel, Nod
 
 def _take_link(reception: Reception, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
     place = reception.before if isinstance(first, LinkHello) else reception.after
+    if place.is_closed or first.generation != reception.spec.generation:
+        channel.socket.close()  # one of the two is late, and will be told; till then it may try again
+        return
     reason = link_refusal(reception.spec, first, peer)
     patience = time.monotonic() + WELCOME_SECONDS_MAX
     if reason is None and not place.fill(partial(_welcome, channel, first.stage_index, patience)):

@@ -32,6 +32,11 @@ class Request:
         return self.owner, self.admit.request_id, self.admit.attempt
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an earlier attempt brought a part of its answer."""
+        return len(self.admit.token_ids) > self.admit.prompt_length
+
+    @property
     def completion_tokens(self) -> int:
         """Generated tokens, those of earlier attempts included."""
         return len(self.tokens) - self.admit.prompt_length

@@ -45,14 +45,20 @@ class Waiting:
         still waits with fewer. So nobody is kept out by what one other sent, each displacement makes the shares more
         even (two accounts can't displace one another in turn), and whoever waits with its fair share or less is never
         displaced, so it comes to its turn.
+
+        An answer that has begun, and comes from a head that was lost, is the first of its account, and stays whatever
+        else waits: its client has read a part of it.
         """
         account = request.admit.account
+        if request.has_begun:
+            self._lines[account] = {request.key: request, **self._lines.get(account, {})}
+            return None
         displaced = None
         if len(self) >= QUEUE_MAX:
             largest = max(self._lines.values(), key=len)
-            if len(self._lines.get(account, ())) + 1 >= len(largest):
+            displaced = next((each for each in reversed(largest.values()) if not each.has_begun), None)
+            if displaced is None or len(self._lines.get(account, ())) + 1 >= len(largest):
                 return request
-            displaced = next(reversed(largest.values()))
             self.leave(displaced)
         self._lines.setdefault(account, {})[request.key] = request
         return displaced

@@ -26,7 +26,7 @@ from covey.control import routing
 from covey.control.settings import MachineSettings
 from covey.schema.cluster import ClusterState, Instance
 from covey.schema.generation import Admit, Broken, GenerationEvent, GenerationFailed, GenerationRequest, HeadEvent
-from covey.schema.ids import InstanceId, RequestId
+from covey.schema.ids import InstanceId, NodeId, RequestId
 from covey.schema.model import ModelCard
 from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText
@@ -119,7 +119,7 @@ class Serving:
             text = await self._texts.of(instance.card)
             token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
             instance = self._choosing.roomier(instance, len(token_ids) + 1)
-            progress = begin(request, text, token_ids, instance)
+            progress = begin(request, text, token_ids, instance, self._choosing.state().node_id)
             while not progress.done:
                 try:
                     async with aclosing(self._attempt(instance, progress)) as events:
@@ -204,7 +204,9 @@ class Serving:
         return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
 
 
-def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance) -> Progress:
+def begin(
+    request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance, asked_at: NodeId
+) -> Progress:
     """A request that can be sent to the head of `instance`. Raises `RefusedError`."""
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     admit = Admit(
@@ -215,7 +217,7 @@ def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], ins
         sampling=msgspec.structs.replace(request.sampling, seed=seed),
         token_count_max=token_count_max(request, len(token_ids), instance),
         stop_token_ids=tuple(sorted(text.stop_token_ids)),
-        account=request.account,
+        account=request.account or f"node {asked_at}",  # without a key: whoever sits at this node
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
     return Progress(admit, answer, time.monotonic)

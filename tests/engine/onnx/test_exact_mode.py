@@ -63,7 +63,8 @@ class Runner:
 
 
 def loaded(path: Path, layers: range, *, exact: bool) -> OnnxStage:
-    stage = OnnxStage(
+    stage = OnnxStage()
+    stage.load(
         RunnerSpec(
             runner_id=RunnerId("runner"),
             instance_id="instance",
@@ -79,9 +80,9 @@ def loaded(path: Path, layers: range, *, exact: bool) -> OnnxStage:
             thread_count=2,
             listen_host="127.0.0.1",
             connect_ms=20_000,
-        )
+        ),
+        lambda _: None,
     )
-    stage.load(lambda _: None)
     return stage
 
 
