@@ -122,6 +122,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         yield server
 
 
+def complaints(node: NodeProcess) -> list[str]:
+    """But for the one that another program has taken the port which its mesh had before."""
+    return [line for line in node.errors().splitlines() if not line.startswith("the mesh can't use port")]
+
+
 def test_a_vanished_device_costs_nothing(tmp_path: Path, hub: Hub) -> None:
     models, cluster = tmp_path / "models", cluster_name()
     litter(models)
@@ -158,4 +163,4 @@ def test_a_vanished_device_costs_nothing(tmp_path: Path, hub: Hub) -> None:
         assert len(hub.requests) == asked_count
         assert tree(models) == held_then
         for node, lives in ((ada, 3), (bea, 2)):
-            assert len(node.errors().splitlines()) == DAMAGED * lives, node.errors()  # each told once
+            assert len(complaints(node)) == DAMAGED * lives, node.errors()  # each told once
