@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from covey.effects.neighbours import OTHERS_MAX, Neighbours, cluster_name
-from covey.schema.mesh import Beacon, BeaconHeard
+from covey.schema.mesh import MESH_PROTOCOL, Beacon, BeaconHeard
 
 OURS, OTHER = "0123456789abcdef", "fedcba9876543210"
-BEACON = Beacon(protocol=1, cluster=OURS, sender="aa", port=53415, node_count=2, link=0)
+BEACON = Beacon(protocol=MESH_PROTOCOL, cluster=OURS, sender="aa", port=53415, node_count=2, link=0)
 
 
 def heard(address: str = "10.0.0.2", *, linked: bool = False, dial: bool = True, **fields: object) -> BeaconHeard:
@@ -31,11 +31,11 @@ def test_many_others_are_few_sentences() -> None:
     neighbours = Neighbours(OURS)
     for number in range(100):
         neighbours.hear(0, heard(cluster=f"{number:016x}"))
-        neighbours.hear(0, heard(f"10.0.0.{number}", protocol=2 + number))
+        neighbours.hear(0, heard(f"10.0.0.{number}", protocol=MESH_PROTOCOL + 1 + number))
     assert len(neighbours.notices(0)) == 2 * OTHERS_MAX
 
 
-@pytest.mark.parametrize(("protocol", "word"), [(2, "newer")])
+@pytest.mark.parametrize(("protocol", "word"), [(MESH_PROTOCOL + 1, "newer"), (MESH_PROTOCOL - 1, "older")])
 def test_another_version(protocol: int, word: str) -> None:
     neighbours = Neighbours(OURS)
     neighbours.hear(0, heard(protocol=protocol))

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from covey.effects import leftovers
+
 MIB = 1024 * 1024
 FILES_PASSING = (".stderr", "-wal", "-shm", "-journal", ".log")  # the test's own, SQLite's, and bounded ones
 
@@ -56,8 +58,13 @@ def files(folders: Collection[Path]) -> set[Path]:
         path
         for folder in folders
         for path in folder.rglob("*")
-        if not path.is_dir() and not path.name.endswith(FILES_PASSING)
+        if not path.is_dir() and not path.name.endswith(FILES_PASSING) and not is_note_of_living(path)
     }
+
+
+def is_note_of_living(path: Path) -> bool:
+    """Whether it notes a process that a node has started and that lives."""
+    return path.parent.name == leftovers.FOLDER and path.name.isdigit() and psutil.pid_exists(int(path.name))
 
 
 @dataclass
