@@ -35,12 +35,12 @@ def test_many_others_are_few_sentences() -> None:
     assert len(neighbours.notices(0)) == 2 * OTHERS_MAX
 
 
-@pytest.mark.parametrize(("protocol", "word"), [(MESH_PROTOCOL + 1, "newer"), (MESH_PROTOCOL - 1, "older")])
+@pytest.mark.parametrize(("protocol", "word"), [(MESH_PROTOCOL + 1, "a newer"), (MESH_PROTOCOL - 1, "an older")])
 def test_another_version(protocol: int, word: str) -> None:
     neighbours = Neighbours(OURS)
     neighbours.hear(0, heard(protocol=protocol))
     assert neighbours.notices(0) == [
-        f"Covey at 10.0.0.2 is a {word} version, and the two can't work together; update the older one"
+        f"Covey at 10.0.0.2 is {word} version, and the two can't work together; update the older one"
     ]
 
 
