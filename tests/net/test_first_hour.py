@@ -25,7 +25,7 @@ from covey.checkpoints import catalogue
 README = (Path(__file__).parents[2] / "README.md").read_text()
 MODEL = "SmolLM2-135M-Instruct"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
-COMMAND_S_MAX = 120.0
+COMMAND_S_MAX = 400.0  # an answer without a limit may ramble through all of its context
 START_S_MAX = 60.0
 SEEN_S_MAX = 15.0
 
