@@ -65,8 +65,12 @@ def test_notes_of_nobody_and_nonsense_are_removed(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_process_that_is_gone_or_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+def test_a_process_that_is_gone_or_a_folder_that_cannot_be_written_is_told_and_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     note(tmp_path, 4194305)
     (tmp_path / "file").write_text("")
     with sleeping() as process:
         note(tmp_path / "file", process.pid)
+        assert [record.args[0] for record in caplog.records if record.args] == [4194305, process.pid]
+    assert not (tmp_path / FOLDER).exists()

@@ -71,8 +71,7 @@ def due_ms(runner: Runner, limits: PhaseLimits) -> int | None:
     if phase is None or not runner.has_process:
         return None
     limit_ms = runner.phase_since_ms + phase.limit_ms(limits)
-    if runner.state is RunnerState.IDLE and not runner.is_fresh:
-        # It listens again once the step that it is at has ended, and beats till then.
+    if _ends_its_step(runner):
         return min(max(limit_ms, runner.phase_since_ms + limits.step_ms), _silent_ms(runner, limits))
     if runner.state in SERVING_STATES:
         return min(limit_ms, _silent_ms(runner, limits)) if runner.is_busy else _silent_ms(runner, limits)
@@ -86,10 +85,15 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
     if due is None or now_ms < due:
         return None
     phase = PHASES[runner.state]
-    beats = runner.state in SERVING_STATES or (runner.state is RunnerState.IDLE and not runner.is_fresh)
+    beats = runner.state in SERVING_STATES or _ends_its_step(runner)
     if beats and now_ms >= _silent_ms(runner, limits):
         return Overdue(f"it gave no sign of life for {_silence_ms(limits) // 1000} s while {runner.state}")
     return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
+
+
+def _ends_its_step(runner: Runner) -> bool:
+    """Whether it was told to begin anew: it listens again once its step has ended, and beats till then."""
+    return runner.state is RunnerState.IDLE and not runner.is_fresh
 
 
 def _silent_ms(runner: Runner, limits: PhaseLimits) -> int:

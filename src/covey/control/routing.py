@@ -12,7 +12,7 @@ from covey.control.cluster import options_of
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import place
-from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES
+from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES, has_given_up
 from covey.schema.cluster import (
     ClusterState,
     DownloadReport,
@@ -120,7 +120,7 @@ def _failure(instance: Instance, reports: Reports) -> Progress | None:
     """What nobody tries again, and a download that no other try cures: what it lacks is a person's to give."""
     for stage in instance.stages:
         report = runner_report(stage, reports)
-        if report and report.state is RunnerState.FAILED and not report.retries_left:
+        if report and has_given_up(report):
             return InstancePhase.FAILED, f"failed: {report.reason}"
         download = _download_report(instance, reports[stage.node_id])
         if download and download.state is DownloadState.FAILED:
@@ -212,7 +212,7 @@ def seen_ones_serve(instance: Instance, reports: Reports) -> bool:
 def has_failed(instance: Instance, reports: Reports) -> bool:
     """Whether a runner of it has failed for good."""
     found = [runner_report(stage, reports) for stage in instance.stages]
-    return any(each.state is RunnerState.FAILED and not each.retries_left for each in found if each)
+    return any(has_given_up(each) for each in found if each)
 
 
 def waits_for_memory(instance: Instance, reports: Reports) -> bool:

@@ -204,6 +204,11 @@ class UnexpectedInputError(AssertionError):
     """The table has no such pair."""
 
 
+def has_given_up(report: RunnerReport) -> bool:
+    """Whether it has failed and is not started again before a person does something about it."""
+    return report.state is FAILED and not report.retries_left
+
+
 def can_step(runner: Runner, news: Any) -> bool:
     """Whether the table has this pair. Late words of a former generation come only from a process that was in one."""
     is_stale = runner.state is IDLE and type(news) in STALE_WORDS

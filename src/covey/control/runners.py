@@ -50,6 +50,7 @@ from covey.control.runner_table import (
     Runner,
     Stop,
     can_step,
+    has_given_up,
     inherit,
     step,
 )
@@ -426,7 +427,7 @@ def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, 
 def _is_given_up(others: dict[int, Neighbour]) -> bool:
     """Whether another runner of the instance can't go on without memory or a person, so that none of them can."""
     reports = [other.report for other in others.values()]
-    return any(each.waiting or (each.state is RunnerState.FAILED and not each.retries_left) for each in reports)
+    return any(each.waiting or has_given_up(each) for each in reports)
 
 
 def _has_failed(others: dict[int, Neighbour]) -> bool:

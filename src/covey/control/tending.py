@@ -55,9 +55,9 @@ class Tending:
         self.cluster = cluster
         self.memory_wait_ms = memory_wait_ms
         self.idle_since_ms: dict[InstanceId, int] = {}  # ready, and without a request
-        self.narrow: set[str] = set()  # wishes for which that went wrong
-        self.widened_from: dict[InstanceId, Instance] = {}  # by us, and what served before
         self.rested: frozenset[InstanceId] = frozenset()  # that have been so for long enough
+        self.widened_from: dict[InstanceId, Instance] = {}  # by this leader: what served before
+        self.narrow: set[str] = set()  # wishes for which widening went wrong
         self.whole_since_ms: dict[InstanceId, int] = {}
         self.waiting_since_ms: dict[InstanceId, int] = {}  # for memory
         self.stuck: frozenset[InstanceId] = frozenset()  # that have waited for it for too long
@@ -77,6 +77,7 @@ class Tending:
         self.idle_since_ms = {each: self.idle_since_ms.get(each, now_ms) for each in idle}
         self.rested = frozenset(each for each, since_ms in self.idle_since_ms.items() if now_ms - since_ms >= REST_MS)
         known = self.cluster.instances
+        self.narrow &= self.cluster.wishes.keys()
         self.widened_from = {each: before for each, before in self.widened_from.items() if each in known}
         self.refused_with = {key: nodes for key, nodes in self.refused_with.items() if key in self.cluster.wishes}
 

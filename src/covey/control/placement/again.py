@@ -103,7 +103,7 @@ def _gaps(kept: Sequence[_Keeper], layer_count: int) -> list[tuple[int, int]]:
 
 
 def _fill(load: Load, keepers: Sequence[_Keeper], nodes: Sequence[Candidate]) -> tuple[Part, ...] | None:
-    """Divides what is still missing between the neighbours of each gap, by the room that they have for it."""
+    """Cuts each gap in the middle of where its neighbours' room allows a cut; None where it allows none."""
     budgets = budgets_bytes(nodes, [each.node for each in keepers])
     starts, ends = [each.start for each in keepers], [each.end for each in keepers]
     count = load.card.layer_count
