@@ -20,9 +20,8 @@ from llama_twin import LlamaTwin, divergences
 from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import Piece
 from covey.engine.onnx.stage import OnnxStage
-from covey.schema.ids import RunnerId
 from covey.schema.model import Shard
-from covey.schema.runner import RunnerSpec
+from tests.engine.harness import make_spec
 
 PROMPTS = [prompt["token_ids"] for prompt in json.loads((Path(__file__).parent / "prompts.json").read_text())]
 STEPS = 32
@@ -33,24 +32,11 @@ MEGABYTE = 1_000_000
 
 def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT) -> OnnxStage:
     stage = OnnxStage()
-    stage.load(
-        RunnerSpec(
-            runner_id=RunnerId("runner"),
-            instance_id="instance",
-            engine="onnx",
-            model_path=str(path),
-            shard=Shard(start, end, LAYERS),
-            stage_index=0,
-            stage_count=1,
-            stage_node_ids=(),
-            context_length=context,
-            slot_count=2,
-            thread_count=2,
-            listen_host="127.0.0.1",
-            connect_ms=20_000,
-        ),
-        lambda _: None,
+    shard = Shard(start, end, LAYERS)
+    spec = make_spec(
+        engine="onnx", model_path=str(path), shard=shard, context_length=context, slot_count=2, thread_count=2
     )
+    stage.load(spec, lambda _: None)
     return stage
 
 

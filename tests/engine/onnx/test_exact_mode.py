@@ -17,9 +17,8 @@ from covey.engine.onnx.stage import OnnxStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
 from covey.schema.generation import Sampling
-from covey.schema.ids import RunnerId
 from covey.schema.model import Shard
-from covey.schema.runner import RunnerSpec
+from tests.engine.harness import make_spec
 
 PROMPTS = [prompt["token_ids"] for prompt in json.loads((Path(__file__).parent / "prompts.json").read_text())]
 LAYERS = 30
@@ -64,25 +63,16 @@ class Runner:
 
 def loaded(path: Path, layers: range, *, exact: bool) -> OnnxStage:
     stage = OnnxStage()
-    stage.load(
-        RunnerSpec(
-            runner_id=RunnerId("runner"),
-            instance_id="instance",
-            engine="onnx",
-            engine_options={"exact": "1"} if exact else {},
-            model_path=str(path),
-            shard=Shard(layers.start, layers.stop, LAYERS),
-            stage_index=0,
-            stage_count=1,
-            stage_node_ids=(),
-            context_length=256,
-            slot_count=1,
-            thread_count=2,
-            listen_host="127.0.0.1",
-            connect_ms=20_000,
-        ),
-        lambda _: None,
+    spec = make_spec(
+        engine="onnx",
+        engine_options={"exact": "1"} if exact else {},
+        model_path=str(path),
+        shard=Shard(layers.start, layers.stop, LAYERS),
+        context_length=256,
+        slot_count=1,
+        thread_count=2,
     )
+    stage.load(spec, lambda _: None)
     return stage
 
 

@@ -10,9 +10,9 @@ from tiny_llama import HEAD, HIDDEN, LAYERS, VOCABULARY, shapes, write_tiny_llam
 from covey.checkpoints.gguf_file import CheckpointError, read_header
 from covey.engine.contract import EngineError, LoadProgress, Piece
 from covey.engine.onnx.stage import OnnxStage, neighbours
-from covey.schema.ids import RunnerId
 from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
+from tests.engine.harness import make_spec
 
 TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 40).astype(np.int64)
 
@@ -20,21 +20,14 @@ TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 40).astype(np.int64)
 def spec(
     path: Path, *, layers: range = range(LAYERS), slots: int = 2, context: int = 64, exact: bool = False
 ) -> RunnerSpec:
-    return RunnerSpec(
-        runner_id=RunnerId("runner"),
-        instance_id="instance",
+    return make_spec(
         engine="onnx",
         engine_options={"exact": "1"} if exact else {},
         model_path=str(path),
         shard=Shard(layers.start, layers.stop, LAYERS),
-        stage_index=0,
-        stage_count=1,
-        stage_node_ids=(),
         context_length=context,
         slot_count=slots,
         thread_count=2,
-        listen_host="127.0.0.1",
-        connect_ms=20_000,
     )
 
 
