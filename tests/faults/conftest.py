@@ -1,6 +1,7 @@
 """What all tests of faults share: what the model says undisturbed, and the table of what was measured."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,17 @@ def questions(demo_model: Path) -> Questions:
 
 
 @pytest.fixture
-def rows(pytestconfig: pytest.Config) -> list[Row]:
-    """What is added here is printed at the end, and written to `$FAULTS_OUT`."""
-    return pytestconfig.stash.setdefault(ROWS, [])
+def rows(pytestconfig: pytest.Config) -> Iterator[list[Row]]:
+    """What is added here is printed at the end, and after each test written to `$FAULTS_OUT`."""
+    found = pytestconfig.stash.setdefault(ROWS, [])
+    yield found
+    out = os.environ.get("FAULTS_OUT")
+    if out:
+        Path(out).write_text(written(found))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     found = config.stash.get(ROWS, [])
-    if not found:
-        return
-    terminalreporter.section("faults")
-    terminalreporter.write_line(table(found))
-    out = os.environ.get("FAULTS_OUT")
-    if out:
-        Path(out).write_text(written(found))
+    if found:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(table(found))

@@ -52,7 +52,6 @@ class Rounds:
         self.rig, self.fault, self.questions = rig, fault, questions
         self.row = Row(fault.name)
         self.before: census.Census | None = None
-        self.resident_bytes = 0  # after the first round
 
     def run(self, number: int) -> None:
         holders = arrange(self.rig, self.fault)
@@ -152,8 +151,7 @@ class Rounds:
         row.orphans += len(orphans)
         row.leaked += len(leaks)
         row.told += [*leaks, *(f"orphan {each.pid}: {each.cmdline()}" for each in orphans)]
-        self.resident_bytes = self.resident_bytes or after.resident_bytes
-        row.grown_mib = (after.resident_bytes - self.resident_bytes) / census.MIB
+        row.held_mib.append(after.resident_bytes / census.MIB)
 
 
 def expect_clean(row: Row) -> None:

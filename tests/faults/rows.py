@@ -8,8 +8,8 @@ from typing import Any
 
 @dataclass
 class Row:
-    """All rounds of one fault. `told`: what went wrong, a line each; `grown_mib`: what all our processes hold
-    together after the last round, less what they held after the first.
+    """All rounds of one fault. `told`: what went wrong, a line each; `held_mib`: by all our processes together after
+    each round.
     """
 
     fault: str
@@ -23,8 +23,13 @@ class Row:
     leaked: int = 0  # slots, files, processes, file descriptors
     near: int = 0  # tokens that are best only nearly, where we can't know how the cache was filled
     gaps_s: list[float] = field(default_factory=list)  # each stream's longest wait for a token after the fault
-    grown_mib: float = 0.0
+    held_mib: list[float] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+
+    @property
+    def grown_mib(self) -> float:
+        """From the first round to the last."""
+        return self.held_mib[-1] - self.held_mib[0] if self.held_mib else 0.0
 
     def cells(self) -> list[str]:
         gaps = self.gaps_s or [0.0]
@@ -34,7 +39,8 @@ class Row:
 
     def summary(self) -> dict[str, Any]:
         gaps = self.gaps_s or [0.0]
-        return asdict(self) | {"gap_median_s": median(gaps), "gap_worst_s": max(gaps)}
+        figures = {"gap_median_s": median(gaps), "gap_worst_s": max(gaps), "grown_mib": self.grown_mib}
+        return asdict(self) | figures
 
 
 HEADER = (
