@@ -533,10 +533,10 @@ def test_a_regrouped_process_may_end_its_step_first_while_it_beats() -> None:
     for _ in range(60):
         assert bench.advance(2_000) == []
         assert bench.say(Beat(7, is_busy=True)) == []
-    assert bench.advance(9_999) == []
+    assert bench.advance(4_999) == []
     [stop] = bench.advance(1)
     assert isinstance(stop, StopRunner)
-    assert bench.mine.reason == "it gave no sign of life for 10 s while Idle"
+    assert bench.mine.reason == "it gave no sign of life for 5 s while Idle"
 
 
 def moved(stages: int, layers: tuple[int, int], memory_bytes: int = 100) -> Instance:

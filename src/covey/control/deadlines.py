@@ -16,6 +16,7 @@ from covey.schema.runner import BEAT_MS, RunnerState
 
 BEATS_MISSED_MAX: Final = 3
 SILENCE_MS: Final = 10_000  # a machine that swaps can hold up any thread for seconds; as long as a node may be silent
+PARTED_SILENCE_MS: Final = 5_000  # its neighbours have left it, for missing its pulse or for something else: nothing runs
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
 
 
@@ -87,7 +88,8 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
     phase = PHASES[runner.state]
     beats = runner.state in SERVING_STATES or _ends_its_step(runner)
     if beats and now_ms >= _silent_ms(runner, limits):
-        return Overdue(f"it gave no sign of life for {_silence_ms(limits) // 1000} s while {runner.state}")
+        told = f"it gave no sign of life for {_silence_ms(runner, limits) // 1000} s while {runner.state}"
+        return Overdue(told, is_silent=True)
     return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
 
 
@@ -97,10 +99,12 @@ def _ends_its_step(runner: Runner) -> bool:
 
 
 def _silent_ms(runner: Runner, limits: PhaseLimits) -> int:
-    return runner.heard_ms + _silence_ms(limits)
+    return runner.heard_ms + _silence_ms(runner, limits)
 
 
-def _silence_ms(limits: PhaseLimits) -> int:
+def _silence_ms(runner: Runner, limits: PhaseLimits) -> int:
+    if _ends_its_step(runner):
+        return PARTED_SILENCE_MS
     return min(SILENCE_MS, max(limits.step_ms, BEATS_MISSED_MAX * BEAT_MS))
 
 

@@ -59,6 +59,7 @@ LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING, PARTED)
 SERVING_STATES: Final = (READY, RUNNING)
 MEASURED_STATES: Final = (*LOADED_STATES, STUCK)  # what it holds is known, and what it will still take is the rest
 HUNG_GRACE_MS: Final = 2_000  # between SIGTERM and SIGKILL for a process that did not get on: long enough for its log
+SILENT_GRACE_MS: Final = 200  # for one none of whose threads runs: it has no more to say
 LOG_TAIL_CHARACTERS_MAX: Final = 2_000
 
 ProcessKey = tuple[RunnerId, int]  # of a process: the runner and the attempt that it was started as
@@ -184,9 +185,10 @@ class Retry(Struct, frozen=True):
 
 
 class Overdue(Struct, frozen=True):
-    """Its process has taken too long for what it is to do now."""
+    """Its process has taken too long for what it is to do now; `is_silent`: it does not even beat."""
 
     reason: str
+    is_silent: bool = False
 
 
 Outcome = tuple[RunnerState, list[Effect]]
@@ -317,7 +319,7 @@ def _beat(runner: Runner, news: Beat) -> Outcome:
 def _overdue(runner: Runner, news: Overdue) -> Outcome:
     runner.retry_ms = None
     runner.has_failed, runner.is_overdue, runner.reason = True, True, news.reason
-    grace_ms = min(runner.grace_ms, HUNG_GRACE_MS)
+    grace_ms = min(runner.grace_ms, SILENT_GRACE_MS if news.is_silent else HUNG_GRACE_MS)
     return FAILED, [StopRunner(*runner.key, grace_ms, asks_first=False)]
 
 
