@@ -16,7 +16,7 @@ from covey.schema.runner import BEAT_MS, RunnerState
 
 BEATS_MISSED_MAX: Final = 3
 SILENCE_MS: Final = 10_000  # a machine that swaps can hold up any thread for seconds; as long as a node may be silent
-PARTED_SILENCE_MS: Final = 5_000  # its neighbours have left it, for missing its pulse or for something else: nothing runs
+PARTED_SILENCE_MS: Final = 5_000  # its neighbours have left it, for its pulse or for something else
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
 
 
