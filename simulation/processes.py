@@ -52,6 +52,7 @@ class Process:
         self.has_stalled = False  # it lives, and does nothing any more
         self.is_known = False  # to its node
         self.steps = 0
+        self.is_busy = False
         self.resident_bytes = 0
         self.address: Address | None = None
         self.next_address: Address | None = None
@@ -167,8 +168,8 @@ class Process:
     def _beat(self) -> None:
         """As its thread does, until it stalls. (No chance is drawn: others' lives don't depend on it.)"""
         if self.alive and not self.has_stalled:
-            self.steps += 1
-            self.say(Beat(self.steps, is_busy=True))
+            self.steps += self.is_busy
+            self.say(Beat(self.steps, self.is_busy))
             self.world.at(self.world.now_ms + BEAT_MS, self._beat)
 
     def _serve(self, running: int) -> None:
@@ -176,7 +177,7 @@ class Process:
         if self.world.happens(self.world.faults.phase_failure_percent):
             self.die("signal 9 (killed)")
             return
-        self.resident_bytes = self.memory_bytes
+        self.resident_bytes, self.is_busy = self.memory_bytes, running > 0
         if self.spec.stage_index == 0:
             self.say(Activity(running, 0))
         rests = self.world.faults.models_rest and not running

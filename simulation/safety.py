@@ -37,6 +37,7 @@ from covey.schema.machine import (
     StartFetch,
     StartRunner,
 )
+from covey.schema.runner import BEAT_MS
 from simulation.failure import Failure
 from simulation.pace import Pace
 from simulation.people import is_creation, subject
@@ -92,7 +93,9 @@ class Safety:
         runner_id = owners[0] if owners else process.spec.runner_id
         self.ended_ms[runner_id] = self.world.now_ms
         if process.has_failed or not process.was_asked_to_stop:
-            self.failures.setdefault(runner_id, []).append(self.host.now_ms)
+            proven_ms = self.host.machine.settings.runner_proven_ms
+            before = [] if process.steps * BEAT_MS >= proven_ms else self.failures.get(runner_id, [])
+            self.failures[runner_id] = [*before, self.host.now_ms]
 
     def fetch_failed(self, model_id: ModelId) -> None:
         assert self.host.machine is not None

@@ -206,16 +206,43 @@ def test_failures_back_off_and_end_after_the_budget() -> None:
     assert bench.mine.state is RunnerState.FAILED
 
 
-def test_a_minute_of_health_gives_the_budget_back() -> None:
+def at_the_end_of_its_budget() -> Bench:
+    """It serves, in its last attempt."""
     bench = Bench()
     bench.advance()
     for attempt in (1, 2, 3):
         bench.exit(attempt)
         bench.advance(16_000)
     bench.until_ready(4)
+    return bench
+
+
+def test_a_minute_of_health_gives_the_budget_back() -> None:
+    bench = at_the_end_of_its_budget()
     bench.now_ms += 60_000
     bench.exit(4)
     assert bench.mine.retry_ms == bench.now_ms + 1_000
+
+
+@pytest.mark.parametrize(("steps", "retries_left"), [((1, 2, 3, 4, 5, 6), 3), ((1, 1, 1, 1, 1, 1), 0)])
+def test_ten_seconds_of_work_give_the_budget_back(steps: tuple[int, ...], retries_left: int) -> None:
+    """What is killed from outside every 20 s is started every 20 s; what dies of each request is not."""
+    bench = at_the_end_of_its_budget()
+    for count in steps:
+        bench.say(Beat(count, is_busy=True), attempt=4)
+        assert bench.advance(2_000) == []
+    bench.exit(4)
+    assert bench.mine.retries_left == retries_left
+
+
+def test_the_time_that_a_runner_hung_is_no_health() -> None:
+    bench = at_the_end_of_its_budget()
+    for _ in range(31 * 5):  # longer than a step may take
+        bench.say(Beat(1, is_busy=True), attempt=4)
+        bench.advance(2_000)
+    assert bench.mine.state is RunnerState.FAILED
+    bench.exit(4)
+    assert bench.mine.retry_ms is None
 
 
 def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None:

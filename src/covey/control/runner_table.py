@@ -83,6 +83,7 @@ class Runner(Struct):
     last_attempt: int = 0  # that a process took part in
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
+    working_since_ms: int | None = None  # it serves, and has ended a step
     has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
     retry_ms: int | None = None  # when FAILED ends (None: never, or not before it is reaped), or PARTED at last

@@ -116,15 +116,25 @@ class Runners:
         """Keeps the times that back-off and budget are counted from."""
         if runner.state in SERVING_STATES:
             runner.serving_since_ms = now_ms if runner.serving_since_ms is None else runner.serving_since_ms
+            if runner.steps and runner.working_since_ms is None:
+                runner.working_since_ms = now_ms
             return
         steps = self.settings.runner_back_off_ms
-        since, runner.serving_since_ms = runner.serving_since_ms, None
-        if since is not None and now_ms - since >= self.settings.runner_healthy_ms:
+        if self._was_well(now_ms, runner):
             runner.retries_left, runner.partings = len(steps), min(runner.partings, 1)
+        runner.serving_since_ms = runner.working_since_ms = None
         if runner.state is RunnerState.PARTED and runner.retry_ms is None:
             runner.retry_ms = now_ms + steps[min(runner.partings, len(steps)) - 1]
         if runner.has_failed and not runner.has_process and runner.retries_left:
             runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
+
+    def _was_well(self, now_ms: int, runner: Runner) -> bool:
+        """Whether it served for a while: less long if it got on with work. The time that it hung does not count."""
+        progressed_ms = runner.phase_since_ms
+        waited, worked = runner.serving_since_ms, runner.working_since_ms
+        until_ms = progressed_ms if runner.is_overdue else now_ms
+        is_healthy = waited is not None and until_ms - waited >= self.settings.runner_healthy_ms
+        return is_healthy or (worked is not None and progressed_ms - worked >= self.settings.runner_proven_ms)
 
     def measure(self, resident_bytes: Mapping[int, int]) -> None:
         """What the processes hold now, by process id: of those that have loaded, whose caches fill as they serve.
@@ -250,7 +260,9 @@ class Runners:
         """At most two steps lie between what a runner is and what it should be: end, or begin, or go on."""
         late = overdue(now_ms, runner, self.settings.limits)
         if late:
-            return self._step(runner, late)
+            effects = self._step(runner, late)
+            self._note(now_ms, runner)
+            return effects
         others = _neighbours(runner, world.reports)
         if self._must_stop(runner, others):
             return self._step(runner, Stop())
