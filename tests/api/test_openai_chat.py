@@ -61,6 +61,11 @@ def test_every_sampling_field_arrives() -> None:
     assert call.request.stop == ("\n\n", "END")
 
 
+def test_whoever_measures_gets_all_tokens() -> None:
+    assert parse(ignore_eos=True).request.without_end
+    assert not parse().request.without_end
+
+
 def test_defaults_are_neutral_and_the_seed_is_fresh() -> None:
     request = parse().request
     assert request.sampling.temperature == 1.0

@@ -203,6 +203,24 @@ def test_a_resumed_request_goes_on_with_the_same_tokens() -> None:
     assert generate(Sampler(), 2, half, 6) == whole
 
 
+@pytest.mark.parametrize("repetition", [1.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_banned_token_is_never_picked(temperature: float, repetition: float) -> None:
+    """Whoever measures wants as many tokens as were asked for. Ids beyond the logits are nobody's."""
+    logits = random_logits(1)
+    best, *others = np.argsort(-logits)[:5].tolist()
+    banned = Sampling(temperature=temperature, repetition_penalty=repetition, banned_ids=(best, VOCABULARY + 9))
+    before = logits.copy()
+    sampler, picked = Sampler(), list[int | None]()
+    for position in range(200):
+        begun = (SamplingStart(0, banned, prompt_ids=(best,)),) if position == 0 else ()
+        plan = plan_of(Piece(0, position, 1, wants_logits=True), begun=begun)
+        picked += sampler.sample(plan, logits[None]).token_ids
+    assert best not in picked
+    assert set(others) & set(picked)
+    assert np.array_equal(logits, before)
+
+
 def test_one_bad_row_fails_alone() -> None:
     """A prompt on which the model overflows must not take the others' tokens away."""
     greedy = Sampling(temperature=0)

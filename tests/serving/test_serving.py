@@ -220,6 +220,15 @@ def test_the_answer_tells_how_much_of_its_prompt_was_cached() -> None:
     with_head(FakeHead(lambda admit: answer(admit, b"one END", cached_tokens=4)), story)
 
 
+def test_a_model_that_may_not_end_its_turn_has_its_stop_tokens_banned() -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        await all_of(serving, request())
+        await all_of(serving, request(without_end=True))
+        assert [admit.sampling.banned_ids for admit in head.admits] == [(), (0, 3)]
+
+    with_head(FakeHead(says("Hey")), story)
+
+
 def test_a_stop_string_ends_the_answer_and_the_request_at_the_head() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
         events = await all_of(serving, request(stop=("END", "never")))

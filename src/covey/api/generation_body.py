@@ -14,6 +14,7 @@ class GenerationBody(SamplingFields):
     max_tokens: TokenCount | None = None
     stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
+    ignore_eos: bool = False
 
     def request(self, token_count_max: int | None) -> GenerationRequest:
         """`model_id` is the name as it was sent, until the server has resolved it."""
@@ -24,4 +25,5 @@ class GenerationBody(SamplingFields):
             seed=unsigned_seed(self.seed),
             token_count_max=token_count_max,
             stop=tuple(self.stop),
+            without_end=self.ignore_eos,
         )

@@ -2,7 +2,7 @@
 
 from covey.engine.contract import EngineError, Logits
 from covey.engine.plan import SamplingStart, StepOutcome, StepPlan
-from covey.engine.sampling import History, Row, pick
+from covey.engine.sampling import History, Row, pick, without
 from covey.schema.generation import Sampling
 
 
@@ -21,11 +21,11 @@ class SlotSampling:
     def next_token(self, logits: Row, position: int) -> int:
         sampling = self._start.sampling
         if not is_penalized(sampling):
-            return pick(logits, sampling, position)
+            return pick(without(logits, sampling.banned_ids), sampling, position)
         history = self._history = self._history or History(
             logits.size, self._start.prompt_ids, self._start.generated_ids
         )
-        token_id = pick(history.penalize(logits, sampling), sampling, position)
+        token_id = pick(without(history.penalize(logits, sampling), sampling.banned_ids), sampling, position)
         history.add(token_id)
         return token_id
 

@@ -30,6 +30,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0  # always set once a request is admitted
+    banned_ids: tuple[int, ...] = ()  # tokens that are never picked
 
 
 class ChatMessage(Struct, frozen=True):
@@ -46,6 +47,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     token_count_max: int | None = None  # None: as far as the context reaches
     stop: tuple[str, ...] = ()
+    without_end: bool = False  # the model may not end its turn: all tokens that were asked for come
     account: str = ""  # whose request it is: the id of an API key; empty: of whoever needs none
 
 

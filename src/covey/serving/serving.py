@@ -209,14 +209,17 @@ def begin(
 ) -> Progress:
     """A request that can be sent to the head of `instance`. Raises `RefusedError`."""
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+    stop_token_ids = tuple(sorted(text.stop_token_ids))
     admit = Admit(
         request_id=RequestId(uuid.uuid4().hex),
         attempt=FIRST_ATTEMPT,
         token_ids=tuple(token_ids),
         prompt_length=len(token_ids),
-        sampling=msgspec.structs.replace(request.sampling, seed=seed),
+        sampling=msgspec.structs.replace(
+            request.sampling, seed=seed, banned_ids=stop_token_ids if request.without_end else ()
+        ),
         token_count_max=token_count_max(request, len(token_ids), instance),
-        stop_token_ids=tuple(sorted(text.stop_token_ids)),
+        stop_token_ids=stop_token_ids,
         account=request.account or f"node {asked_at}",  # without a key: whoever sits at this node
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
