@@ -103,7 +103,7 @@ class NodeClient:
         self.url = address(url)
         timeout = httpx2.Timeout(answer_s_max, connect=CONNECT_SECONDS_MAX)
         with self._explained():
-            self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=_credentials())
+            self._http = httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=credentials())
 
     def __enter__(self) -> "NodeClient":
         return self
@@ -250,7 +250,7 @@ def _no_address(written: str) -> CliError:
     return CliError(f"'{written}' is not the address of a node: write it as HOST:PORT or http://HOST:PORT.")
 
 
-def _credentials() -> dict[str, str]:
+def credentials() -> dict[str, str]:
     """From the environment only: other users of the machine can read a command line."""
     key = os.environ.get("COVEY_API_KEY", "").strip()
     if not key.isascii() or not key.isprintable():

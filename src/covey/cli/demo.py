@@ -43,7 +43,7 @@ class DemoOptions(Struct, frozen=True, kw_only=True):
 def run_demo(options: DemoOptions) -> None:
     """Until the answer (`once`) or until Ctrl-C. Raises `CliError`; leaves no process behind in any case."""
     nodes: list[LocalNode] = []
-    with _ends_by_signal(), _folder() as folder:
+    with ends_by_signal(), _folder() as folder:
         try:
             start_nodes(folder, options.nodes, _port(options.port), nodes)
             with NodeClient(nodes[0].url) as client:
@@ -76,8 +76,8 @@ def _folder() -> Generator[Path]:
 
 
 @contextmanager
-def _ends_by_signal() -> Generator[None]:
-    """SIGTERM and a closed terminal end the demo the way Ctrl-C does."""
+def ends_by_signal() -> Generator[None]:
+    """SIGTERM and a closed terminal end what goes on the way Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

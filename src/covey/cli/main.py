@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from covey.cli import chat, keys, service, tables
+from covey.cli import bench, chat, keys, service, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys")
 app.add_typer(service.app, name="service")
+app.command()(bench.bench)
 
 
 join_code_app = typer.Typer(help="Show or change the code by which devices join.")
