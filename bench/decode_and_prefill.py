@@ -16,43 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bare_engine import load, spec_of
 from rich.console import Console
 from rich.table import Table
 
-from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import Piece
 from covey.engine.onnx.stage import OnnxStage
-from covey.schema.ids import RunnerId
-from covey.schema.model import Shard
-from covey.schema.runner import RunnerSpec
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 64
 MEASURES = ("prefill", "decode")
-
-
-def load(model: Path, threads: int, *, exact: bool = False) -> OnnxStage:
-    layer_count = read_header(model).metadata["llama.block_count"]
-    spec = RunnerSpec(
-        runner_id=RunnerId("bench"),
-        instance_id="bench",
-        engine="onnx",
-        engine_options={"exact": "1"} if exact else {},
-        model_path=str(model),
-        shard=Shard(0, layer_count, layer_count),
-        stage_index=0,
-        stage_count=1,
-        stage_node_ids=(),
-        context_length=PREFILL_TOKENS + DECODE_TOKENS,
-        slot_count=1,
-        thread_count=threads,
-        listen_host="127.0.0.1",
-        connect_ms=20_000,
-    )
-    stage = OnnxStage()
-    stage.load(spec, lambda _: None)
-    stage.warm_up()
-    return stage
 
 
 def measure_ours(stage: OnnxStage, token_ids: np.ndarray) -> dict[str, float]:
@@ -77,8 +50,8 @@ def measure_llama(program: Path, model: Path, threads: int) -> dict[str, float]:
 def compare(
     model: Path, threads: int, rounds: int, program: Path | None, *, with_exact: bool
 ) -> dict[str, dict[str, float]]:
-    stage = load(model, threads)
-    exact = load(model, threads, exact=True) if with_exact else None
+    stage = load(spec_of(model, threads, PREFILL_TOKENS + DECODE_TOKENS))
+    exact = load(spec_of(model, threads, PREFILL_TOKENS + DECODE_TOKENS, exact=True)) if with_exact else None
     token_ids = np.random.default_rng(1).integers(0, 1000, PREFILL_TOKENS)
     ours, theirs = [], []
     for _ in range(rounds):

@@ -9,42 +9,19 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from bare_engine import layer_count, load, spec_of
 
-from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import Piece
 from covey.engine.onnx.stage import OnnxStage
-from covey.schema.ids import RunnerId
-from covey.schema.model import Shard
-from covey.schema.runner import RunnerSpec
 
 PROMPT_TOKENS, DECODE_TOKENS = 32, 64
 
 
-def spec_of(model: Path, threads: int, start: int, end: int) -> RunnerSpec:
-    return RunnerSpec(
-        runner_id=RunnerId("bench"),
-        instance_id="bench",
-        engine="onnx",
-        model_path=str(model),
-        shard=Shard(start, end, read_header(model).metadata["llama.block_count"]),
-        stage_index=0,
-        stage_count=1,
-        stage_node_ids=(),
-        context_length=PROMPT_TOKENS + DECODE_TOKENS,
-        slot_count=1,
-        thread_count=threads,
-        listen_host="127.0.0.1",
-        connect_ms=20_000,
-    )
-
-
 def stage_of(model: Path, threads: int, segments: int) -> OnnxStage:
     """Grown as a survivor grows: one part more at a time."""
-    layers = read_header(model).metadata["llama.block_count"]
-    stage = OnnxStage()
-    for count in range(1, segments + 1):
-        stage.load(spec_of(model, threads, 0, layers * count // segments), lambda _: None)
-    return stage
+    layers, context_length = layer_count(model), PROMPT_TOKENS + DECODE_TOKENS
+    ends = [layers * count // segments for count in range(1, segments + 1)]
+    return load(*(spec_of(model, threads, context_length, layer_end=end) for end in ends))
 
 
 def decode_ms(stage: OnnxStage) -> float:

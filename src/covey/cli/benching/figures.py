@@ -24,7 +24,7 @@ class Case(Struct, frozen=True):
 
     def __str__(self) -> str:
         at_once = f", {self.concurrency} at once" if self.concurrency > 1 else ""
-        return f"{self.prompt_tokens} + {self.new_tokens}{at_once}"
+        return f"{self.prompt_tokens} + {self.new_tokens} tokens{at_once}"
 
 
 class Round(Struct, frozen=True):

@@ -55,7 +55,7 @@ def draw(title: str, results: Results) -> bytes:
 def _bars(results: Results, name: str) -> list[Bar]:
     bars: list[Bar] = []
     for case, rounds in results.items():
-        label = f"{case} tokens"
+        label = str(case)
         for color, measured in zip(COLORS, by_server(rounds).values(), strict=False):
             values = _values(measured, MEASURES[name])
             if values:

@@ -122,7 +122,7 @@ def _progress(plan: Plan) -> Generator[Callable[[Case], None]]:
         task = progress.add_task("measuring", total=plan.round_count, case="")
 
         def told(case: Case) -> None:
-            progress.update(task, advance=1, case=f"{case} tokens")
+            progress.update(task, advance=1, case=str(case))
 
         yield told
 
@@ -136,7 +136,8 @@ def _show(measured: Measured, asked: Asked) -> None:
     if asked.json_file:
         _write(asked.json_file, json.dumps(report(setting, results), indent=1).encode())
     if asked.plot_file:
-        _write(asked.plot_file, draw(f"{setting.model.model_id}, medians of the rounds", results))
+        name = setting.model.model_id.rpartition("/")[2]
+        _write(asked.plot_file, draw(f"{name}, medians of the rounds", results))
 
 
 def _write(path: Path, data: bytes) -> None:

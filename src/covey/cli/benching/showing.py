@@ -49,7 +49,7 @@ def table(results: Results) -> Listing:
     names = list(next(iter(results.values()))[0])
     compared = ["times as good"] if len(names) > 1 else []
     rows = [row for case, rounds in results.items() for row in _rows(case, rounds)]
-    return Listing(titles=("tokens", "measure", *names, *compared), rows=rows, folded=("measure",))
+    return Listing(titles=("case", "measure", *names, *compared), rows=rows, folded=("measure",))
 
 
 def _rows(case: Case, rounds: Sequence[dict[str, Round]]) -> list[tuple[str, ...]]:
@@ -82,7 +82,10 @@ def notes(results: Results, *, is_shared: bool) -> list[str]:
     cached, prompts = sum(each.cached_tokens for each in samples), sum(each.prompt_tokens for each in samples)
     told = [COMPARED] if rounds and len(rounds[0]) > 1 else []
     if cached > CACHED_SHARE_TOLD * prompts and not is_shared:
-        told.append(f"{cached} of {prompts} tokens of prompts were in a prefix cache, though no two are alike.")
+        told.append(
+            f"{cached} of {prompts} tokens of prompts were in a prefix cache, though no two are alike: perhaps what "
+            "the model's template begins them with."
+        )
     return told
 
 
