@@ -3,8 +3,8 @@
     python bench/http_overhead.py FILE.gguf [--rounds 9] [--threads 2] [--prompt-tokens 128] [--new-tokens 128]
 
 The engine alone is a loop around its step, in this process. The other is a whole node: HTTP, serving, scheduler,
-sampling, and text, asked by the client of `covey bench`. One request at a time, at the same positions of the context. Give
---threads what the node's runner has: the physical cores.
+sampling, and text, asked by the client of `covey bench`. One request at a time, at the same positions of the context.
+Give --threads what the node's runner has: the physical cores.
 """
 
 import argparse
