@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from covey.engine.contract import Logits, Piece
-from covey.engine.onnx.graph import halves
+from covey.engine.onnx.products import halves
 from covey.engine.onnx.stage import OnnxStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler

@@ -271,14 +271,20 @@ def test_a_step_that_wants_no_logits_returns_none(stage):
 @pytest.mark.parametrize(
     ("extra", "types", "message"),
     [
-        ({"architecture": "mamba"}, {}, "architecture 'mamba'; this engine knows 'llama'"),
+        ({"architecture": "mamba"}, {}, "architecture 'mamba'; this engine knows .*llama"),
         ({"integers": {"llama.expert_count": 8}}, {}, "mixture of experts"),
         (
-            {"texts": {"llama.rope.scaling.type": "yarn"}},
+            {"texts": {"llama.rope.scaling.type": "dynamic"}},
             {},
-            "scales its positions by 'yarn'; known are none, linear",
+            "scales its positions by 'dynamic'; known are none, linear",
         ),
-        ({"tensors": {"blk.1.attn_q.bias": np.zeros(256, np.float32)}}, {}, "'blk.1.attn_q.bias', which this engine"),
+        (
+            {"tensors": {"blk.1.attn_gate.weight": np.zeros(256, np.float32)}},
+            {},
+            "'blk.1.attn_gate.weight', which this",
+        ),
+        ({"integers": {"llama.attention.value_length": 32}}, {}, "heads have 64 key and 32 value sizes"),
+        ({"integers": {"llama.attention.key_length": 72}}, {}, "rotates 64 of 72 values of a head"),
         ({}, {"ffn_up": "I8"}, "ffn_up.weight' has the type I8, which can't be run; known are F32"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Consecutive layers of a Llama model as one ONNX graph with its KV cache: what a stage is made of.
+"""Consecutive layers of a model as one ONNX graph with its KV cache: what a stage is made of.
 
 A stage that takes on layers of a lost neighbour gets them as another segment, and its weights stay where they are.
 """
@@ -12,9 +12,10 @@ from msgspec import Struct
 
 from covey.checkpoints.gguf_file import GgufHeader, read_header
 from covey.engine.contract import Activations, EngineError
-from covey.engine.onnx.graph import LlamaGraph
+from covey.engine.onnx.architecture import Architecture
+from covey.engine.onnx.graph import ModelGraph
 from covey.engine.onnx.session import KvCache, StageSession
-from covey.engine.onnx.settings import LlamaSettings, read_settings, rotary_tables
+from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.weights import StageFile, row_count
 from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
@@ -40,7 +41,7 @@ class Model(Struct, frozen=True):
 
     footing: Footing
     header: GgufHeader
-    settings: LlamaSettings
+    architecture: Architecture
 
 
 class Segment:
@@ -68,35 +69,34 @@ class Segment:
 def open_model(spec: RunnerSpec) -> Model:
     """Raises `EngineError`, `CheckpointError`, `OSError`."""
     header = read_header(spec.model_path)
-    settings = read_settings(header)
-    if settings.layer_count != spec.shard.layer_count:
+    architecture = read_settings(header)
+    if architecture.layer_count != spec.shard.layer_count:
         expected = spec.shard.layer_count
-        raise EngineError(f"the model file has {settings.layer_count} layers, not {expected}; place it again")
-    return Model(_footing(spec), header, settings)
+        raise EngineError(f"the model file has {architecture.layer_count} layers, not {expected}; place it again")
+    return Model(_footing(spec), header, architecture)
 
 
 def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`, `OSError`."""
-    footing, settings = model.footing, model.settings
+    footing, architecture = model.footing, model.architecture
     with Path(footing.model_path).open("rb", buffering=0) as opened:
-        file = StageFile(opened, model.header, settings, shard)
+        file = StageFile(opened, model.header, architecture, shard, footing.context_length)
         table, head = file.read_ends()
-        rotary = rotary_tables(settings, footing.context_length, file.read_rope_divisors())
-        graph = LlamaGraph(settings, rotary, table, is_exact=EXACT in footing.options)
+        graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
         told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
         for layer in range(shard.layer_start, shard.layer_end):
             graph.add_layer(layer, file.read_layer(layer))
             told(layer + 1 - shard.layer_start, file.bytes_read, file.bytes_total)
     built = graph.finish(head)
     cache = KvCache(
-        built.caches, (footing.slot_count, settings.kv_head_count, footing.context_length, settings.head_size)
+        built.caches, (footing.slot_count, architecture.kv_head_count, footing.context_length, architecture.head_size)
     )
-    result_size = settings.hidden_size if head is None else head.vocabulary_size
+    result_size = architecture.hidden_size if head is None else head.vocabulary_size
     session = StageSession(built, cache, thread_count=footing.thread_count, result_size=result_size)
     return Segment(
         shard,
         session,
-        hidden_size=settings.hidden_size,
+        hidden_size=architecture.hidden_size,
         vocabulary_size=None if table is None else row_count(table),
         result_size=result_size,
     )

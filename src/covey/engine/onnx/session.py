@@ -16,7 +16,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its builds report to their maker, a
 import onnxruntime
 
 from covey.engine.contract import Activations
-from covey.engine.onnx import graph
+from covey.engine.onnx import attention, graph
 from covey.engine.onnx.graph import StageGraph
 
 PROVIDER: Final = "CPUExecutionProvider"
@@ -118,13 +118,17 @@ class _Binding:
         self._ends = np.zeros(count, np.int32)
         self._longest = np.zeros(1, np.int32)
         self._layout = np.array([count, 0, -1], np.int64)
-        for name, value in ((graph.ENDS, self._ends), (graph.LONGEST, self._longest), (graph.LAYOUT, self._layout)):
+        for name, value in (
+            (attention.ENDS, self._ends),
+            (attention.LONGEST, self._longest),
+            (attention.LAYOUT, self._layout),
+        ):
             binding.bind_ortvalue_input(name, _shared(value))
         for name, value in cache.items():
             # The same memory as input and as output is how the operator knows to append in place.
             both = _shared(value)
             binding.bind_ortvalue_input(name, both)
-            binding.bind_ortvalue_output(graph.updated(name), both)
+            binding.bind_ortvalue_output(attention.updated(name), both)
 
     def set_step(self, longest: int, ends: list[int]) -> None:
         """`longest`: tokens of the longest sequence, this step's included; `ends`: last position of each."""

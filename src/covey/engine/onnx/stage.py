@@ -1,4 +1,4 @@
-"""One stage of a Llama model on ONNX Runtime."""
+"""One stage of a model on ONNX Runtime."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate

@@ -1,45 +1,47 @@
 """Reads a stage's tensors from a GGUF file, and no others, into the forms that the graph takes."""
 
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_tensor
-from covey.checkpoints.quantization import (
-    PackedBlocks,
-    dequantize,
-    is_blocked,
-    is_known,
-    known_types,
-    pack,
-    stays_in_table,
-)
-from covey.engine.contract import EngineError
-from covey.engine.onnx.settings import LlamaSettings
+from covey.checkpoints.gguf_file import GgufHeader, read_tensor
+from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
+from covey.engine.onnx import tensors
+from covey.engine.onnx.architecture import Architecture, Rotary
+from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
+from covey.engine.onnx.tensors import EMBEDDING, OUTPUT, OUTPUT_NORM
 from covey.schema.model import Shard
 
 Floats = NDArray[np.float32]
 Matrix = PackedBlocks | Floats  # [rows out, columns in]
 Table = PackedBlocks | Floats | NDArray[np.float16]  # of token embeddings: [vocabulary, hidden]
 
-EMBEDDING: Final = "token_embd.weight"
-OUTPUT: Final = "output.weight"
-OUTPUT_NORM: Final = "output_norm.weight"
-ROPE_DIVISORS: Final = "rope_freqs.weight"
-LAYER_TENSORS: Final = (
-    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
-)  # fmt: skip
+
+class Linear(Struct, frozen=True):
+    matrix: Matrix
+    bias: Floats | None = None  # [rows out]
 
 
-class LayerWeights(Struct, frozen=True):
-    attention_norm: Floats
-    query_key_value: tuple[Matrix, ...]  # one matrix where the three could be joined, else three
-    attention_output: Matrix
-    feed_forward_norm: Floats
-    gate_up: tuple[Matrix, ...]  # one or two
-    down: Matrix
+class FeedForwardWeights(Struct, frozen=True):
+    gate_up: tuple[Linear, ...]  # one or two
+    down: Linear
+
+
+class LayerWeights(Struct, frozen=True, kw_only=True):
+    """Norms, sinks and what else a family does without are None."""
+
+    attention_norm: Floats | None
+    query_key_value: tuple[Linear, ...]  # one where the three could be joined, else three
+    query_norm: Floats | None
+    key_norm: Floats | None
+    sinks: Floats | None  # [heads]
+    attention_output: Linear
+    attention_post_norm: Floats | None
+    feed_forward_norm: Floats | None
+    feed_forward: FeedForwardWeights
+    feed_forward_post_norm: Floats | None
 
 
 class HeadWeights(Struct, frozen=True):
@@ -54,87 +56,89 @@ class HeadWeights(Struct, frozen=True):
 class StageFile:
     """The part of a model file that one stage is made of."""
 
-    def __init__(self, file: BinaryIO, header: GgufHeader, settings: LlamaSettings, shard: Shard) -> None:
+    def __init__(
+        self, file: BinaryIO, header: GgufHeader, architecture: Architecture, shard: Shard, context_length: int
+    ) -> None:
         """`file`: opened without a buffer, so that no byte is read twice. Raises `CheckpointError`, `EngineError`."""
         self._file = file
         self._header = header
-        self._settings = settings
+        self._architecture = architecture
         self._shard = shard
+        self._context_length = context_length
+        self._needed = tensors.needed(header, architecture, shard, context_length)
+        self._in_layers = tensors.layer_shapes(architecture)
         self.bytes_read = 0
-        self.output_name = OUTPUT if OUTPUT in header.tensors else EMBEDDING  # many models tie the two
-        self._check()
+        tensors.check(header, architecture, self._needed)
 
     @property
     def bytes_total(self) -> int:
-        return sum(self._header.tensors[name].byte_count for name in self._needed())
+        return sum(self._header.tensors[name].byte_count for name in self._needed)
 
     def read_layer(self, layer: int) -> LayerWeights:
         """Raises `CheckpointError`, `OSError`."""
-        query, key, value = (self._matrix(f"blk.{layer}.attn_{name}.weight") for name in "qkv")
+        architecture = self._architecture
+        post_norm = "post_attention_norm" if architecture.has_post_norms else ""
         return LayerWeights(
-            attention_norm=self._floats(f"blk.{layer}.attn_norm.weight"),
-            query_key_value=_join(query, key, value),
-            attention_output=self._matrix(f"blk.{layer}.attn_output.weight"),
-            feed_forward_norm=self._floats(f"blk.{layer}.ffn_norm.weight"),
-            gate_up=_join(self._matrix(f"blk.{layer}.ffn_gate.weight"), self._matrix(f"blk.{layer}.ffn_up.weight")),
-            down=self._matrix(f"blk.{layer}.ffn_down.weight"),
+            attention_norm=self._norm(layer, "attn_norm"),
+            query_key_value=self._query_key_value(layer),
+            query_norm=self._norm(layer, "attn_q_norm"),
+            key_norm=self._norm(layer, "attn_k_norm"),
+            sinks=self._optional(layer, "attn_sinks"),
+            attention_output=self._linear(layer, "attn_output"),
+            attention_post_norm=self._norm(layer, post_norm),
+            feed_forward_norm=self._norm(layer, architecture.feed_forward_norm),
+            feed_forward=self._feed_forward(layer),
+            feed_forward_post_norm=self._norm(layer, "post_ffw_norm"),
         )
 
-    def read_rope_divisors(self) -> Floats | None:
-        return self._floats(ROPE_DIVISORS) if ROPE_DIVISORS in self._header.tensors else None
+    def read_rotary_tables(self) -> dict[Rotary, Tables]:
+        """For every way of turning that the stage's layers have."""
+        layers = self._architecture.layers[self._shard.layer_start : self._shard.layer_end]
+        rotaries = list(dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None))
+        named = {name: self._floats(name) for name in tensors.factor_tensors(rotaries, self._context_length)}
+        tables: dict[Rotary, Tables] = {}
+        for rotary in rotaries:
+            factors = factors_for(rotary, self._context_length)
+            factors = named[factors] if isinstance(factors, str) else factors
+            tables[rotary] = rotary_tables(rotary, self._context_length, factors)
+        return tables
 
     def read_ends(self) -> tuple[Table | None, HeadWeights | None]:
         """What the first and the last stage have beside layers; a tied embedding is read once for both."""
-        table = self._table() if self._is_first else None
-        if not self._is_last:
+        table = self._table() if self._shard.layer_start == 0 else None
+        if self._shard.layer_end != self._shard.layer_count:
             return table, None
-        norm = self._floats(OUTPUT_NORM)
-        if table is None or self.output_name == OUTPUT:
-            return table, HeadWeights(norm, self._matrix(self.output_name))
+        norm = self._floats(OUTPUT_NORM) + np.float32(self._architecture.norm_offset)
+        name = tensors.output_name(self._header)
+        if table is None or name == OUTPUT:
+            return table, HeadWeights(norm, self._matrix(name))
         output = table if isinstance(table, PackedBlocks) else table.astype(np.float32, copy=False)
         return table, HeadWeights(norm, output)
 
-    @property
-    def _is_first(self) -> bool:
-        return self._shard.layer_start == 0
+    def _query_key_value(self, layer: int) -> tuple[Linear, ...]:
+        if self._architecture.is_joined:
+            return (self._linear(layer, "attn_qkv"),)
+        return _join(*(self._linear(layer, f"attn_{name}") for name in "qkv"))
 
-    @property
-    def _is_last(self) -> bool:
-        return self._shard.layer_end == self._shard.layer_count
+    def _feed_forward(self, layer: int) -> FeedForwardWeights:
+        if self._architecture.is_joined:
+            return FeedForwardWeights((self._linear(layer, "ffn_up"),), self._linear(layer, "ffn_down"))
+        gate_up = _join(self._linear(layer, "ffn_gate"), self._linear(layer, "ffn_up"))
+        return FeedForwardWeights(gate_up, self._linear(layer, "ffn_down"))
 
-    def _needed(self) -> list[str]:
-        layers = range(self._shard.layer_start, self._shard.layer_end)
-        names = [f"blk.{layer}.{tensor}.weight" for layer in layers for tensor in LAYER_TENSORS]
-        if ROPE_DIVISORS in self._header.tensors:
-            names.append(ROPE_DIVISORS)
-        if self._is_first:
-            names.append(EMBEDDING)
-        if self._is_last:
-            names.append(OUTPUT_NORM)
-            if not (self._is_first and self.output_name == EMBEDDING):
-                names.append(self.output_name)
-        return names
+    def _linear(self, layer: int, name: str) -> Linear:
+        bias = f"blk.{layer}.{name}.bias"
+        return Linear(
+            self._matrix(f"blk.{layer}.{name}.weight"), self._floats(bias) if bias in self._header.tensors else None
+        )
 
-    def _check(self) -> None:
-        """Everything that can be refused before a byte of weights is read."""
-        shapes = _layer_shapes(self._settings)
-        for name in self._needed():
-            entry = self._header.tensors.get(name)
-            if entry is None:
-                raise CheckpointError(f"the model file lacks its tensor {name!r}; it may be of an unknown kind")
-            if not is_known(entry.type):
-                known = ", ".join(known_types())
-                raise EngineError(f"tensor {name!r} has the type {entry.type}, which can't be run; known are {known}")
-            expected = shapes.get(name.split(".", 2)[-1])
-            if expected is not None and not _fits(entry.shape, expected):
-                raise CheckpointError(f"the model file is damaged: tensor {name!r} measures {entry.shape}")
-        self._refuse_unknown_tensors()
+    def _norm(self, layer: int, name: str) -> Floats | None:
+        found = self._optional(layer, name)
+        return None if found is None else found + np.float32(self._architecture.norm_offset)
 
-    def _refuse_unknown_tensors(self) -> None:
-        """A layer with a tensor that the graph would leave out would compute something else, and nobody would see."""
-        for name in self._header.tensors:
-            if name.startswith("blk.") and name.split(".", 2)[-1] not in _LAYER_NAMES:
-                raise EngineError(f"this model's layers have a tensor {name!r}, which this engine does not know")
+    def _optional(self, layer: int, name: str) -> Floats | None:
+        is_there = f"{name}.weight" in self._in_layers
+        return self._floats(f"blk.{layer}.{name}.weight") if is_there else None
 
     def _read(self, name: str) -> NDArray[np.uint8]:
         entry = self._header.tensors[name]
@@ -160,49 +164,34 @@ def row_count(matrix: Table) -> int:
     return (matrix.scales if isinstance(matrix, PackedBlocks) else matrix).shape[0]
 
 
-_LAYER_NAMES: Final = frozenset(f"{tensor}.weight" for tensor in LAYER_TENSORS)
-
-
-def _layer_shapes(settings: LlamaSettings) -> dict[str, tuple[int | None, ...]]:
-    """What each tensor has to measure; None where the file alone says it."""
-    hidden, query, key_value = settings.hidden_size, settings.query_size, settings.kv_size
-    return {
-        "attn_norm.weight": (hidden,),
-        "attn_q.weight": (query, hidden),
-        "attn_k.weight": (key_value, hidden),
-        "attn_v.weight": (key_value, hidden),
-        "attn_output.weight": (hidden, query),
-        "ffn_norm.weight": (hidden,),
-        "ffn_gate.weight": (None, hidden),
-        "ffn_up.weight": (None, hidden),
-        "ffn_down.weight": (hidden, None),
-        OUTPUT_NORM: (hidden,),
-        OUTPUT: (None, hidden),
-        EMBEDDING: (None, hidden),
-        ROPE_DIVISORS: (settings.head_size // 2,),
-    }
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
-
-
-def _join(*matrices: Matrix) -> tuple[Matrix, ...]:
+def _join(*linears: Linear) -> tuple[Linear, ...]:
     """Matrices of one input below one another, as one, where their forms allow it: one kernel call, not three."""
+    joined = _join_matrices([linear.matrix for linear in linears])
+    return linears if joined is None else (Linear(joined, _join_biases(linears)),)
+
+
+def _join_biases(linears: tuple[Linear, ...]) -> Floats | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    missing = [np.zeros(row_count(linear.matrix), np.float32) for linear in linears]
+    return np.concatenate(
+        [zeros if linear.bias is None else linear.bias for linear, zeros in zip(linears, missing, strict=True)]
+    )
+
+
+def _join_matrices(matrices: list[Matrix]) -> Matrix | None:
     if all(isinstance(matrix, np.ndarray) for matrix in matrices):
-        return (np.concatenate([matrix for matrix in matrices if isinstance(matrix, np.ndarray)]),)
+        return np.concatenate([matrix for matrix in matrices if isinstance(matrix, np.ndarray)])
     packed = [matrix for matrix in matrices if isinstance(matrix, PackedBlocks)]
     if len(packed) < len(matrices) or len({_form(matrix) for matrix in packed}) > 1:
-        return matrices
+        return None
     offsets = [matrix.offsets for matrix in packed if matrix.offsets is not None]
-    return (
-        PackedBlocks(
-            packed[0].bits,
-            packed[0].block_size,
-            np.concatenate([matrix.codes for matrix in packed]),
-            np.concatenate([matrix.scales for matrix in packed]),
-            np.concatenate(offsets) if offsets else None,
-        ),
+    return PackedBlocks(
+        packed[0].bits,
+        packed[0].block_size,
+        np.concatenate([matrix.codes for matrix in packed]),
+        np.concatenate([matrix.scales for matrix in packed]),
+        np.concatenate(offsets) if offsets else None,
     )
 
 

@@ -1,0 +1,168 @@
+"""Writes `goldens/FAMILY.npz`: what Hugging Face transformers says to the tiny checkpoints of `tiny_families.py`.
+
+It needs `torch` and `transformers`, which the tests don't; run it in an environment of its own:
+
+    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+    python tests/engine/onnx/make_family_goldens.py [FAMILY ...]
+
+The weights are brought from GGUF's names and layouts to those of transformers, so an error in the engine's reading of
+GGUF files would show.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tiny_families import (
+    CONTEXT,
+    FAMILIES,
+    FEED_FORWARD,
+    HIDDEN,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    VOCABULARY,
+    WINDOW,
+    Tiny,
+    tensors,
+    token_ids,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+LAYER_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q.": "self_attn.q_proj.",
+    "attn_k.": "self_attn.k_proj.",
+    "attn_v.": "self_attn.v_proj.",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate.": "mlp.gate_proj.",
+    "ffn_up.": "mlp.up_proj.",
+    "ffn_down.": "mlp.down_proj.",
+}
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output.": "lm_head."}
+GEMMA_NAMES = {"ffn_norm.weight": "pre_feedforward_layernorm.weight"}
+PHI_NAMES = {"ffn_up.": "mlp.gate_up_proj."}
+PERMUTED = ("llama", "smollm3", "granite")  # architectures whose queries and keys GGUF permutes
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "smollm3": ("SmolLM3", {}),
+}
+
+
+def config(tiny: Tiny, kind: str, changes: dict[str, Any]) -> Any:
+    """What the metadata of the GGUF file says, as transformers wants it said."""
+    heads, kv_heads = tiny.heads
+    common = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": tiny.head_size,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tiny.tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attn_implementation": "eager",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    return getattr(transformers, name)(**(common | changes))
+
+
+def state(tiny: Tiny, wanted: list[str]) -> dict[str, torch.Tensor]:
+    """The file's tensors by the names of transformers, in its layouts."""
+    found: dict[str, torch.Tensor] = {}
+    for name, content in tensors(tiny).items():
+        if name in tiny.factors:
+            continue
+        found[renamed(tiny, name)] = torch.from_numpy(converted(tiny, name, content))
+    if tiny.tied:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    for join in JOINS:
+        found = join(found, wanted)
+    return found
+
+
+JOINS: list[Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]] = []
+
+
+def renamed(tiny: Tiny, name: str) -> str:
+    if not name.startswith("blk."):
+        return replaced(name, NAMES)
+    _, layer, inner = name.split(".", 2)
+    names = LAYER_NAMES
+    if tiny.architecture.startswith("gemma"):
+        names = GEMMA_NAMES | {key: value for key, value in LAYER_NAMES.items() if key not in GEMMA_NAMES}
+    if tiny.architecture == "phi3":
+        names = LAYER_NAMES | PHI_NAMES
+    return f"model.layers.{layer}.{replaced(inner, names)}"
+
+
+def replaced(name: str, names: dict[str, str]) -> str:
+    begin = next((begin for begin in names if name.startswith(begin)), None)
+    assert begin is not None, name
+    return names[begin] + name.removeprefix(begin)
+
+
+def converted(tiny: Tiny, name: str, content: np.ndarray) -> np.ndarray:
+    if tiny.architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return content - 1
+    for inner, heads in zip(("attn_q.weight", "attn_k.weight"), tiny.heads, strict=True):
+        if tiny.architecture in PERMUTED and name.endswith(inner):
+            pairs = content.reshape(heads, tiny.head_size // 2, 2, HIDDEN)
+            return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(content.shape)
+    return content
+
+
+def logits(family: str) -> np.ndarray:
+    """[tokens, vocabulary]"""
+    tiny = FAMILIES[family]
+    kind, changes = CONFIGS[family]
+    model = getattr(transformers, f"{kind}ForCausalLM")(config(tiny, kind, changes)).eval()
+    model.load_state_dict(state(tiny, list(model.state_dict())), strict=True)
+    with torch.no_grad():
+        return model(torch.from_numpy(token_ids())[None], use_cache=False).logits[0].numpy()
+
+
+def main() -> None:
+    GOLDENS.mkdir(exist_ok=True)
+    for family in sys.argv[1:] or FAMILIES:
+        found = logits(family).astype(np.float32)
+        np.savez_compressed(GOLDENS / f"{family}.npz", logits=found)
+        print(family, found.shape, "spread", found.std())
+
+
+if __name__ == "__main__":
+    main()
