@@ -74,6 +74,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "smollm3": ("SmolLM3", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN}),
 }
 
 

@@ -150,4 +150,7 @@ FAMILIES = {
     "llama3": tiny("llama", states=LLAMA3),
     "mistral": tiny("llama", states={"attention.sliding_window": WINDOW}, tied=False),
     "smollm3": tiny("smollm3", layers=5),
+    "qwen2": tiny("qwen2", more=QKV_BIASES),
+    "qwen3": tiny("qwen3", head=32, more=HEAD_NORMS),
+    "qwen3-yarn": tiny("qwen3", head=32, more=HEAD_NORMS, states=YARN),
 }

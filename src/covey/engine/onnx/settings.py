@@ -10,10 +10,13 @@ from covey.checkpoints.gguf_file import GgufHeader
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.families.llama import llama, smollm3
+from covey.engine.onnx.families.qwen import qwen2, qwen3
 from covey.engine.onnx.stated import Stated
 
 FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
     "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
     "smollm3": smollm3,
 }
 
