@@ -153,4 +153,27 @@ FAMILIES = {
     "qwen2": tiny("qwen2", more=QKV_BIASES),
     "qwen3": tiny("qwen3", head=32, more=HEAD_NORMS),
     "qwen3-yarn": tiny("qwen3", head=32, more=HEAD_NORMS, states=YARN),
+    "gemma2": tiny(
+        "gemma2",
+        layers=4,
+        head=32,
+        more=POST_NORMS,
+        states={
+            "attention.sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": tiny(
+        "gemma3",
+        layers=7,
+        head=32,
+        more=POST_NORMS | HEAD_NORMS,
+        states={
+            "attention.sliding_window": WINDOW,
+            "rope.freq_base": 1000000.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
 }

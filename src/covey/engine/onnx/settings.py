@@ -9,11 +9,14 @@ from typing import Final
 from covey.checkpoints.gguf_file import GgufHeader
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
+from covey.engine.onnx.families.gemma import gemma2, gemma3
 from covey.engine.onnx.families.llama import llama, smollm3
 from covey.engine.onnx.families.qwen import qwen2, qwen3
 from covey.engine.onnx.stated import Stated
 
 FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
+    "gemma2": gemma2,
+    "gemma3": gemma3,
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
