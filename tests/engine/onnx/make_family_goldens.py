@@ -97,6 +97,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phi3": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "phi3-long": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": list(SHORT_FACTORS),
+                "long_factor": list(LONG_FACTORS),
+                "attention_factor": 1.2,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
 }
 
 

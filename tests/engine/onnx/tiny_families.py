@@ -176,4 +176,15 @@ FAMILIES = {
             "rope.scaling.factor": 8.0,
         },
     ),
+    "phi3": tiny("phi3", states={"rope.dimension_count": 16}, **PHI3),
+    "phi3-long": tiny(
+        "phi3",
+        states={
+            "rope.dimension_count": 16,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.attn_factor": 1.2,
+        },
+        factors={"rope_factors_short.weight": SHORT_FACTORS, "rope_factors_long.weight": LONG_FACTORS},
+        **PHI3,
+    ),
 }

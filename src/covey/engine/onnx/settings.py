@@ -11,6 +11,7 @@ from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.families.gemma import gemma2, gemma3
 from covey.engine.onnx.families.llama import llama, smollm3
+from covey.engine.onnx.families.phi import phi3
 from covey.engine.onnx.families.qwen import qwen2, qwen3
 from covey.engine.onnx.stated import Stated
 
@@ -18,6 +19,7 @@ FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "llama": llama,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "smollm3": smollm3,
