@@ -187,4 +187,18 @@ FAMILIES = {
         factors={"rope_factors_short.weight": SHORT_FACTORS, "rope_factors_long.weight": LONG_FACTORS},
         **PHI3,
     ),
+    "olmo2": tiny(
+        "olmo2",
+        more=POST_NORMS | {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (32,)},
+        less=("attn_norm.weight", "ffn_norm.weight"),
+        tied=False,
+    ),
+    "olmo3": tiny(
+        "olmo2",
+        layers=5,
+        more=POST_NORMS | {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (32,)},
+        less=("attn_norm.weight", "ffn_norm.weight"),
+        states=YARN | {"attention.sliding_window": WINDOW},
+        tied=False,
+    ),
 }
