@@ -201,4 +201,13 @@ FAMILIES = {
         states=YARN | {"attention.sliding_window": WINDOW},
         tied=False,
     ),
+    "granite": tiny(
+        "granite",
+        states={
+            "attention.scale": 0.4,
+            "embedding_scale": 3.0,
+            "residual_scale": 0.6,
+            "logit_scale": 4.0,
+        },
+    ),
 }

@@ -10,6 +10,7 @@ from covey.checkpoints.gguf_file import GgufHeader
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.families.gemma import gemma2, gemma3
+from covey.engine.onnx.families.granite import granite
 from covey.engine.onnx.families.llama import llama, smollm3
 from covey.engine.onnx.families.olmo import olmo2
 from covey.engine.onnx.families.phi import phi3
@@ -19,6 +20,7 @@ from covey.engine.onnx.stated import Stated
 FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
+    "granite": granite,
     "llama": llama,
     "olmo2": olmo2,
     "phi3": phi3,
