@@ -10,7 +10,6 @@ GGUF files would show.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import transformers
 from tiny_families import (
     CONTEXT,
+    EXPERT_FEED_FORWARD,
     FAMILIES,
     FEED_FORWARD,
     HIDDEN,
@@ -29,6 +29,7 @@ from tiny_families import (
     Tiny,
     tensors,
     token_ids,
+    unpermuted,
 )
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -47,11 +48,15 @@ LAYER_NAMES = {
     "ffn_gate.": "mlp.gate_proj.",
     "ffn_up.": "mlp.up_proj.",
     "ffn_down.": "mlp.down_proj.",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.gate_exps",
+    "ffn_up_exps": "mlp.up_exps",
+    "ffn_down_exps": "mlp.down_exps",
 }
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output.": "lm_head."}
 GEMMA_NAMES = {"ffn_norm.weight": "pre_feedforward_layernorm.weight"}
 PHI_NAMES = {"ffn_up.": "mlp.gate_up_proj."}
-PERMUTED = ("llama", "smollm3", "granite")  # architectures whose queries and keys GGUF permutes
+GPT_OSS_NAMES = {"attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router"}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -127,6 +132,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mixtral": (
+        "Mixtral",
+        {"intermediate_size": EXPERT_FEED_FORWARD, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "moe_intermediate_size": EXPERT_FEED_FORWARD,
+            "num_experts": 20,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "intermediate_size": EXPERT_FEED_FORWARD,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 4,
+            "sliding_window": WINDOW,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "granite": (
         "Granite",
         {
@@ -163,7 +191,7 @@ def config(tiny: Tiny, kind: str, changes: dict[str, Any]) -> Any:
     return getattr(transformers, name)(**(common | changes))
 
 
-def state(tiny: Tiny, wanted: list[str]) -> dict[str, torch.Tensor]:
+def state(tiny: Tiny) -> dict[str, torch.Tensor]:
     """The file's tensors by the names of transformers, in its layouts."""
     found: dict[str, torch.Tensor] = {}
     for name, content in tensors(tiny).items():
@@ -172,12 +200,27 @@ def state(tiny: Tiny, wanted: list[str]) -> dict[str, torch.Tensor]:
         found[renamed(tiny, name)] = torch.from_numpy(converted(tiny, name, content))
     if tiny.tied:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    for join in JOINS:
-        found = join(found, wanted)
+    return with_experts(tiny, found) if "expert_count" in tiny.metadata else found
+
+
+def with_experts(tiny: Tiny, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gate and up are one tensor: one after the other, or interleaved and transposed in gpt-oss."""
+    for layer in range(tiny.layers):
+        begin = f"model.layers.{layer}.mlp."
+        for kind in ("weight", "bias"):
+            gate, up = (found.pop(f"{begin}{name}_exps.{kind}", None) for name in ("gate", "up"))
+            down = found.pop(f"{begin}down_exps.{kind}", None)
+            if gate is None or up is None or down is None:
+                continue
+            end = "_bias" if kind == "bias" else ""
+            if tiny.architecture != "gpt-oss":
+                joined = torch.cat([gate, up], 1)
+            else:
+                joined = torch.stack([gate, up], 2).flatten(1, 2)
+                if kind == "weight":
+                    joined, down = joined.transpose(1, 2), down.transpose(1, 2)
+            found |= {f"{begin}experts.gate_up_proj{end}": joined, f"{begin}experts.down_proj{end}": down}
     return found
-
-
-JOINS: list[Callable[[dict[str, torch.Tensor], list[str]], dict[str, torch.Tensor]]] = []
 
 
 def renamed(tiny: Tiny, name: str) -> str:
@@ -189,6 +232,8 @@ def renamed(tiny: Tiny, name: str) -> str:
         names = GEMMA_NAMES | {key: value for key, value in LAYER_NAMES.items() if key not in GEMMA_NAMES}
     if tiny.architecture == "phi3":
         names = LAYER_NAMES | PHI_NAMES
+    if tiny.architecture == "gpt-oss":
+        names = LAYER_NAMES | GPT_OSS_NAMES
     return f"model.layers.{layer}.{replaced(inner, names)}"
 
 
@@ -201,11 +246,7 @@ def replaced(name: str, names: dict[str, str]) -> str:
 def converted(tiny: Tiny, name: str, content: np.ndarray) -> np.ndarray:
     if tiny.architecture.startswith("gemma") and name.endswith("norm.weight"):
         return content - 1
-    for inner, heads in zip(("attn_q.weight", "attn_k.weight"), tiny.heads, strict=True):
-        if tiny.architecture in PERMUTED and name.endswith(inner):
-            pairs = content.reshape(heads, tiny.head_size // 2, 2, HIDDEN)
-            return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(content.shape)
-    return content
+    return unpermuted(tiny, name, content)
 
 
 def logits(family: str) -> np.ndarray:
@@ -213,7 +254,7 @@ def logits(family: str) -> np.ndarray:
     tiny = FAMILIES[family]
     kind, changes = CONFIGS[family]
     model = getattr(transformers, f"{kind}ForCausalLM")(config(tiny, kind, changes)).eval()
-    model.load_state_dict(state(tiny, list(model.state_dict())), strict=True)
+    model.load_state_dict(state(tiny), strict=True)
     with torch.no_grad():
         return model(torch.from_numpy(token_ids())[None], use_cache=False).logits[0].numpy()
 

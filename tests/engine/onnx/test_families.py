@@ -12,7 +12,8 @@ import pytest
 import tiny_families
 from tiny_families import CONTEXT, FAMILIES, TOKENS
 
-from covey.engine.contract import Piece
+from covey.checkpoints.gguf_file import CheckpointError
+from covey.engine.contract import EngineError, Piece
 from covey.engine.onnx.stage import OnnxStage
 from covey.schema.model import Shard
 from tests.engine.harness import make_spec
@@ -100,3 +101,74 @@ def test_where_the_layers_are_cut_changes_no_bit(family, path):
     whole = Pipeline(path, layers).run(piece(0, 0, 20))
     for cut in range(1, layers):
         np.testing.assert_array_equal(Pipeline(path, layers, cut).run(piece(0, 0, 20)), whole)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16"])
+def test_quantised_experts_are_their_dequantised_selves(kind, tmp_path):
+    """Float weights are proven above; each expert's part of a quantised tensor has to be the right one."""
+    tiny = FAMILIES["qwen3moe"]
+    quantised = tiny_families.write(tiny, tmp_path / "quantised.gguf", experts=kind)
+    plain = tiny_families.write(tiny, tmp_path / "plain.gguf", experts=kind, dequantised=True)
+    actual, expected = (Pipeline(path, tiny.layers, exact=True).run(piece(0, 0, TOKENS)) for path in (quantised, plain))
+    assert np.abs(actual - expected).max() < TOLERANCE * np.ptp(expected)
+    rounded = Pipeline(quantised, tiny.layers).run(piece(0, 0, TOKENS))
+    assert np.abs(rounded - expected).max() < 0.1 * np.ptp(expected)
+
+
+def test_many_experts_become_several_graphs(monkeypatch, tmp_path):
+    """A graph with the branches of thousands of experts takes minutes to load."""
+    tiny = FAMILIES["mixtral"]
+    path = tiny_families.write(tiny, tmp_path / "tiny.gguf")
+    whole = Pipeline(path, tiny.layers)
+    monkeypatch.setattr("covey.engine.onnx.segment.EXPERTS_MAX", 8)  # two layers of four
+    parts = Pipeline(path, tiny.layers)
+    assert [len(pipeline.stages[0]._segments) for pipeline in (whole, parts)] == [1, 2]
+    np.testing.assert_array_equal(parts.run(piece(0, 0, 20)), whole.run(piece(0, 0, 20)))
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "message"),
+    [
+        ("mixtral", {"llama.expert_gating_func": 2}, "chooses experts by the function 2; known is only softmax"),
+        ("mixtral", {"llama.expert_weights_norm": False}, "shares of experts don't add up to 1"),
+        ("mixtral", {"llama.expert_weights_scale": 2.5}, "shares of experts don't add up to 1"),
+        ("gpt-oss", {"gpt-oss.expert_count": 0}, "gpt-oss model has no experts"),
+        ("phi3", {"phi3.rope.dimension_count": 24}, "rotates 24 of 32 values of a head; only multiples of 16"),
+        (
+            "phi3",
+            {"phi3.rope.scaling.type": "su"},
+            "scales its positions by 'su'; known are none, linear, llama3",
+        ),
+    ],
+)
+def test_what_a_family_can_t_have_is_named(family, stated, message, tmp_path):
+    path = tiny_families.write(FAMILIES[family], tmp_path / "odd.gguf", stated=stated)
+    with pytest.raises(EngineError, match=message):
+        Pipeline(path, FAMILIES[family].layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "without", "message"),
+    [
+        ("mixtral", {"llama.expert_used_count": 5}, (), "of its 4 experts 5 are to be used at once"),
+        ("mixtral", {}, ("blk.1.ffn_gate_inp.weight",), "lacks its tensor 'blk.1.ffn_gate_inp.weight'"),
+        ("qwen3", {}, ("blk.2.attn_k_norm.weight",), "lacks its tensor 'blk.2.attn_k_norm.weight'"),
+        ("phi3", {"phi3.rope.scaling.type": "longrope"}, (), "lacks its tensors 'rope_factors_short.weight' and"),
+        ("llama3", {"llama.rope.scaling.low_freq_factor": 4.0}, (), "low frequencies are not below its high ones"),
+        ("gemma3", {"gemma3.attention.sliding_window": "wide"}, (), "gives gemma3.attention.sliding_window as 'wide'"),
+        ("granite", {"covey.rotary_interleaved": 1}, (), "gives covey.rotary_interleaved as 1"),
+    ],
+)
+def test_damage_is_named(family, stated, without, message, tmp_path):
+    path = tiny_families.write(FAMILIES[family], tmp_path / "odd.gguf", stated=stated, without=without)
+    with pytest.raises(CheckpointError, match=message):
+        Pipeline(path, FAMILIES[family].layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3"])
+def test_weights_as_hugging_face_lays_them_out(family, tmp_path):
+    """Other formats say in their metadata that heads are not permuted, and that the norms' weights count from -1."""
+    tiny = FAMILIES[family]
+    stated = {"covey.rotary_interleaved": False, "covey.norm_offset": 1.0}
+    path = tiny_families.write(tiny, tmp_path / "tiny.gguf", stated=stated, like_hugging_face=True)
+    expect_golden(family, Pipeline(path, tiny.layers).run(piece(0, 0, TOKENS)), [TOKENS - 1])

@@ -272,7 +272,11 @@ def test_a_step_that_wants_no_logits_returns_none(stage):
     ("extra", "types", "message"),
     [
         ({"architecture": "mamba"}, {}, "architecture 'mamba'; this engine knows .*llama"),
-        ({"integers": {"llama.expert_count": 8}}, {}, "mixture of experts"),
+        (
+            {"tensors": {"blk.1.ffn_gate_inp.weight": np.zeros(256, np.float32)}},
+            {},
+            "ffn_gate_inp.weight', which",
+        ),
         (
             {"texts": {"llama.rope.scaling.type": "dynamic"}},
             {},

@@ -12,9 +12,11 @@ import gguf
 import numpy as np
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY = 64, 4, 2, 96, 96
+EXPERT_FEED_FORWARD = 32
 CONTEXT = 64
 WINDOW = 8  # tokens, far fewer than are asked
 TOKENS = 40
+PERMUTED = ("llama", "smollm3", "granite")  # architectures whose queries and keys GGUF permutes
 
 
 class Tiny(NamedTuple):
@@ -47,6 +49,8 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     uniform = ((raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - 1).reshape(shape)
     if name.endswith("norm.weight"):
         return 1 + np.float32(0.3) * uniform
+    if name.endswith("_exps.bias"):
+        return 9 * uniform  # beyond where gpt-oss clips
     if len(shape) == 1 or name.endswith(".bias"):
         return uniform
     return uniform * np.float32(2.5 / np.sqrt(shape[-1]))
@@ -57,20 +61,46 @@ def token_ids() -> np.ndarray:
     return (raw % np.uint64(VOCABULARY)).astype(np.int64)
 
 
-def write(tiny: Tiny, path: Path, *, stated: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> Path:
-    """`stated`: more metadata, with whole keys; `without`: tensors that are left out."""
+def write(
+    tiny: Tiny,
+    path: Path,
+    *,
+    stated: dict[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+    experts: str = "F32",
+    dequantised: bool = False,
+    like_hugging_face: bool = False,
+) -> Path:
+    """`stated`: more metadata, with whole keys; `without`: tensors that are left out; `experts`: their type."""
     writer = gguf.GGUFWriter(path, tiny.architecture)
     prefixed = {f"{tiny.architecture}.{key}": value for key, value in tiny.metadata.items()}
     for key, value in (prefixed | (stated or {})).items():
         add(writer, key, value)
-    for name, content in tensors(tiny).items():
+    for name, plain in tensors(tiny).items():
+        content, kind = plain, gguf.GGMLQuantizationType.F32
+        if like_hugging_face:
+            content = unpermuted(tiny, name, content) - name.endswith("norm.weight")
+        if name.endswith("_exps.weight"):
+            kind = gguf.GGMLQuantizationType[experts]
+            content = gguf.quants.quantize(content, kind)
+            if dequantised:
+                content, kind = gguf.quants.dequantize(content, kind), gguf.GGMLQuantizationType.F32
         if name not in without:
-            writer.add_tensor(name, content)
+            writer.add_tensor(name, content, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def unpermuted(tiny: Tiny, name: str, content: np.ndarray) -> np.ndarray:
+    """Values of a head that are turned together are neighbours in GGUF files, and half a head apart elsewhere."""
+    for inner, heads in zip(("attn_q.weight", "attn_k.weight"), tiny.heads, strict=True):
+        if tiny.architecture in PERMUTED and name.endswith(inner):
+            pairs = content.reshape(heads, tiny.head_size // 2, 2, HIDDEN)
+            return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(content.shape)
+    return content
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -139,6 +169,26 @@ PHI3 = {
     "less": ("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight"),
     "tied": False,
 }
+DENSE = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
+
+
+def mixture(experts: int, used: int) -> dict[str, Any]:
+    return {"expert_count": experts, "expert_used_count": used, "expert_feed_forward_length": EXPERT_FEED_FORWARD}
+
+
+def expert_shapes(experts: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.weight": (experts, HIDDEN),
+        "ffn_gate_exps.weight": (experts, EXPERT_FEED_FORWARD, HIDDEN),
+        "ffn_up_exps.weight": (experts, EXPERT_FEED_FORWARD, HIDDEN),
+        "ffn_down_exps.weight": (experts, HIDDEN, EXPERT_FEED_FORWARD),
+    }
+
+
+def biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name.replace("weight", "bias"): shape[:-1] for name, shape in shapes.items()}
+
+
 YARN = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -209,5 +259,20 @@ FAMILIES = {
             "residual_scale": 0.6,
             "logit_scale": 4.0,
         },
+    ),
+    "mixtral": tiny("llama", states=mixture(4, 2), more=expert_shapes(4), less=DENSE, tied=False),
+    "qwen3moe": tiny(
+        "qwen3moe", head=32, states=mixture(20, 3), more=HEAD_NORMS | expert_shapes(20), less=DENSE, tied=False
+    ),
+    "gpt-oss": tiny(
+        "gpt-oss",
+        head=32,
+        states=mixture(12, 4) | YARN | {"attention.sliding_window": WINDOW},
+        more=expert_shapes(12)
+        | biases(expert_shapes(12))
+        | {"attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,)}
+        | {"attn_output.bias": (HIDDEN,), "attn_sinks.weight": (HEADS,), "post_attention_norm.weight": (HIDDEN,)},
+        less=(*DENSE, "ffn_norm.weight"),
+        tied=False,
     ),
 }

@@ -54,6 +54,14 @@ class LayerArchitecture(Struct, frozen=True):
     rotary: Rotary | None  # None where positions turn nothing
 
 
+class Experts(Struct, frozen=True, kw_only=True):
+    """A feed-forward block of which each token uses a few of many, with shares that add up to 1."""
+
+    count: int
+    used_count: int
+    is_clipped: bool = False  # gpt-oss: gate and up are clipped, and up counts from -1
+
+
 class Architecture(Struct, frozen=True, kw_only=True):
     name: str
     hidden_size: int
@@ -71,6 +79,7 @@ class Architecture(Struct, frozen=True, kw_only=True):
     has_sinks: bool = False  # heads may attend to nothing
     is_joined: bool = False  # query, key and value are one tensor, and so are gate and up
     activation: Activation = "silu"
+    experts: Experts | None = None
     attention_scale: float | None = None  # of query times key; None for 1 / sqrt(head size)
     attention_soft_cap: float = 0.0  # 0 for none
     logit_soft_cap: float = 0.0

@@ -14,9 +14,10 @@ from covey.checkpoints.quantization import PackedBlocks
 from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.attention import AttentionGraph
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
+from covey.engine.onnx.feed_forward import FeedForwardGraph
 from covey.engine.onnx.products import Products
 from covey.engine.onnx.rotary import Tables
-from covey.engine.onnx.weights import FeedForwardWeights, Floats, HeadWeights, LayerWeights, Linear, Table
+from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Linear, Table
 
 # Names of the graph's inputs and outputs, beside those of the attention.
 TOKENS: Final = "tokens"  # [tokens] int64, into the first stage
@@ -50,6 +51,7 @@ class ModelGraph:
         # for norms only the one with a sum is used there: they round apart, and the cuts would change the answers.
         self._update = builder.node("Sub", [self._residual, self._residual], "nothing")
         self._attention = AttentionGraph(builder, architecture, tables)
+        self._feed_forward = FeedForwardGraph(builder, self._products, architecture)
 
     def add_layer(self, layer: int, weights: LayerWeights) -> None:
         products = self._products
@@ -59,7 +61,8 @@ class ModelGraph:
         result = products.linear(f"{layer}.attention_output", attended, weights.attention_output)
         self._after(result, weights.attention_post_norm)
         normed = self._before(f"{layer}.feed_forward_norm", weights.feed_forward_norm)
-        self._after(self._feed_forward(layer, normed, weights.feed_forward), weights.feed_forward_post_norm)
+        result = self._feed_forward.add(f"{layer}.feed_forward", normed, weights.feed_forward)
+        self._after(result, weights.feed_forward_post_norm)
 
     def finish(self, head: HeadWeights | None) -> StageGraph:
         """Ends the graph with the activations for the next stage, or with the wanted rows' logits."""
@@ -127,24 +130,6 @@ class ModelGraph:
         )  # fmt: skip
         self._residual, self._update = f"{name}.sum", ""
         return name
-
-    def _feed_forward(self, layer: int, source: str, weights: FeedForwardWeights) -> str:
-        gate, up = self._gate_up(layer, source, weights.gate_up)
-        product = self._builder.node("Mul", [self._activated(layer, gate), up], f"{layer}.gated")
-        return self._products.linear(f"{layer}.down", product, weights.down)
-
-    def _gate_up(self, layer: int, source: str, linears: tuple[Linear, ...]) -> list[str]:
-        projected = self._products.linears(f"{layer}.gate_up", source, linears)
-        if len(projected) > 1:
-            return projected
-        halves = [f"{layer}.gate", f"{layer}.up"]
-        self._builder.nodes_with("Split", projected, halves, "", axis=-1, num_outputs=2)
-        return halves
-
-    def _activated(self, layer: int, gate: str) -> str:
-        if self._architecture.activation == "gelu_tanh":
-            return self._builder.node("Gelu", [gate], f"{layer}.gelu", approximate="tanh")
-        return self._builder.node("QuickGelu", [gate], f"{layer}.silu", MICROSOFT, alpha=1.0)
 
     def _scaled(self, source: str, scale: float) -> str:
         if scale == 1.0:

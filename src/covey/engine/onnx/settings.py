@@ -10,22 +10,25 @@ from covey.checkpoints.gguf_file import GgufHeader
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.families.gemma import gemma2, gemma3
+from covey.engine.onnx.families.gpt_oss import gpt_oss
 from covey.engine.onnx.families.granite import granite
 from covey.engine.onnx.families.llama import llama, smollm3
 from covey.engine.onnx.families.olmo import olmo2
 from covey.engine.onnx.families.phi import phi3
-from covey.engine.onnx.families.qwen import qwen2, qwen3
+from covey.engine.onnx.families.qwen import qwen2, qwen3, qwen3moe
 from covey.engine.onnx.stated import Stated
 
 FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
+    "gpt-oss": gpt_oss,
     "granite": granite,
     "llama": llama,
     "olmo2": olmo2,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3moe": qwen3moe,
     "smollm3": smollm3,
 }
 

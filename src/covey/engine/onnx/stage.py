@@ -114,17 +114,18 @@ class OnnxStage:
 def _load_missing(
     model: Model, shard: Shard, kept: Sequence[Segment], progress: Callable[[LoadProgress], None]
 ) -> list[Segment]:
-    """One segment for each gap that the kept ones leave. Progress counts all layers of the shard as one."""
+    """One segment or more for each gap that the kept ones leave. Progress counts all layers of the shard as one."""
     total = shard.layer_end - shard.layer_start
     done = sum(segment.shard.layer_end - segment.shard.layer_start for segment in kept)
     added: list[Segment] = []
-    for gap in _gaps(shard, [segment.shard for segment in kept]):
+    gaps = _gaps(shard, [segment.shard for segment in kept])
+    for part in (portion for gap in gaps for portion in model.portions(gap)):
 
         def told(layers: int, bytes_read: int, bytes_total: int, before: int = done) -> None:
             progress(LoadProgress(before + layers, total, bytes_read, bytes_total))
 
-        added.append(load(model, gap, told))
-        done += gap.layer_end - gap.layer_start
+        added.append(load(model, part, told))
+        done += part.layer_end - part.layer_start
     return added
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
 from covey.checkpoints.quantization import is_known, known_types
 from covey.engine.contract import EngineError
-from covey.engine.onnx.architecture import Architecture, LongFactors, Rotary
+from covey.engine.onnx.architecture import Architecture, Experts, LongFactors, Rotary
 from covey.engine.onnx.rotary import factors_for
 from covey.schema.model import Shard
 
@@ -118,8 +118,19 @@ def _attention(architecture: Architecture) -> dict[str, Shape]:
 
 def _feed_forward(architecture: Architecture) -> dict[str, Shape]:
     hidden = architecture.hidden_size
+    if architecture.experts is not None:
+        return _experts(architecture.experts, hidden)
     found: dict[str, Shape] = {"ffn_up.weight": (None, hidden), "ffn_down.weight": (hidden, None)}
     return found if architecture.is_joined else found | {"ffn_gate.weight": (None, hidden)}
+
+
+def _experts(experts: Experts, hidden: int) -> dict[str, Shape]:
+    return {
+        "ffn_gate_inp.weight": (experts.count, hidden),
+        "ffn_gate_exps.weight": (experts.count, None, hidden),
+        "ffn_up_exps.weight": (experts.count, None, hidden),
+        "ffn_down_exps.weight": (experts.count, hidden, None),
+    }
 
 
 def _outside(architecture: Architecture) -> dict[str, Shape]:

@@ -4,6 +4,7 @@ from typing import BinaryIO
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from covey.checkpoints.gguf_file import GgufHeader, read_tensor
@@ -29,6 +30,11 @@ class FeedForwardWeights(Struct, frozen=True):
     down: Linear
 
 
+class ExpertsWeights(Struct, frozen=True):
+    router: Linear
+    experts: tuple[FeedForwardWeights, ...]
+
+
 class LayerWeights(Struct, frozen=True, kw_only=True):
     """Norms, sinks and what else a family does without are None."""
 
@@ -40,7 +46,7 @@ class LayerWeights(Struct, frozen=True, kw_only=True):
     attention_output: Linear
     attention_post_norm: Floats | None
     feed_forward_norm: Floats | None
-    feed_forward: FeedForwardWeights
+    feed_forward: FeedForwardWeights | ExpertsWeights
     feed_forward_post_norm: Floats | None
 
 
@@ -120,7 +126,12 @@ class StageFile:
             return (self._linear(layer, "attn_qkv"),)
         return _join(*(self._linear(layer, f"attn_{name}") for name in "qkv"))
 
-    def _feed_forward(self, layer: int) -> FeedForwardWeights:
+    def _feed_forward(self, layer: int) -> FeedForwardWeights | ExpertsWeights:
+        if self._architecture.experts is not None:
+            gates, ups, downs = (self._experts(layer, f"ffn_{name}_exps") for name in ("gate", "up", "down"))
+            each = zip(gates, ups, downs, strict=True)
+            experts = tuple(FeedForwardWeights(_join(gate, up), down) for gate, up, down in each)
+            return ExpertsWeights(self._linear(layer, "ffn_gate_inp"), experts)
         if self._architecture.is_joined:
             return FeedForwardWeights((self._linear(layer, "ffn_up"),), self._linear(layer, "ffn_down"))
         gate_up = _join(self._linear(layer, "ffn_gate"), self._linear(layer, "ffn_up"))
@@ -131,6 +142,12 @@ class StageFile:
         return Linear(
             self._matrix(f"blk.{layer}.{name}.weight"), self._floats(bias) if bias in self._header.tensors else None
         )
+
+    def _experts(self, layer: int, name: str) -> list[Linear]:
+        """One for each; their matrices are parts of one tensor."""
+        shape = self._header.tensors[f"blk.{layer}.{name}.weight"].shape
+        together = self._linear(layer, name)
+        return [_part(together, index, shape) for index in range(shape[0])]
 
     def _norm(self, layer: int, name: str) -> Floats | None:
         found = self._optional(layer, name)
@@ -162,6 +179,18 @@ class StageFile:
 
 def row_count(matrix: Table) -> int:
     return (matrix.scales if isinstance(matrix, PackedBlocks) else matrix).shape[0]
+
+
+def _part(together: Linear, index: int, shape: tuple[int, ...]) -> Linear:
+    """`shape`: experts, rows, columns."""
+    rows = slice(index * shape[1], (index + 1) * shape[1])
+    matrix = together.matrix
+    if not isinstance(matrix, PackedBlocks):
+        own: Matrix = matrix.reshape(-1, shape[2])[rows]
+    else:
+        offsets = None if matrix.offsets is None else matrix.offsets[rows]
+        own = replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows], offsets=offsets)
+    return Linear(own, None if together.bias is None else together.bias[index])
 
 
 def _join(*linears: Linear) -> tuple[Linear, ...]:

@@ -1,6 +1,6 @@
 """The plain Llama, which the others depart from, and what needs no more than it.
 
-GGUF files of Llama 2 and 3, Mistral, and SmolLM 2 all carry its name. SmolLM 3 has one of its own.
+GGUF files of Llama 2 and 3, Mistral, SmolLM 2 and Mixtral all carry its name. SmolLM 3 has one of its own.
 """
 
 from typing import Any, Final
@@ -11,6 +11,7 @@ from covey.checkpoints.gguf_file import CheckpointError
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import (
     Architecture,
+    Experts,
     LayerArchitecture,
     Llama3Scaling,
     LongFactors,
@@ -24,12 +25,17 @@ ROPE_SCALINGS: Final = ("none", "linear", "llama3", "yarn", "longrope")
 DIVISORS: Final = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 HEAD_MULTIPLE: Final = 16  # what the attention operator turns
+SOFTMAX: Final = 1  # of the functions that choose experts
+SOFTMAXES: Final = (
+    SOFTMAX,
+    3,
+)  # over all, or over the chosen: the same where shares add up to 1
 SMOLLM3_PERIOD: Final = 4  # one in four layers is not turned; GGUF has no key for it
 
 
 def llama(stated: Stated) -> Architecture:
     """Weights of GGUF files are permuted so that neighbours are turned together."""
-    return plain(stated, is_interleaved=True)
+    return plain(stated, is_interleaved=True, experts=experts(stated))
 
 
 def smollm3(stated: Stated) -> Architecture:
@@ -43,8 +49,6 @@ def smollm3(stated: Stated) -> Architecture:
 
 def plain(stated: Stated, *, is_interleaved: bool = False, **changes: Any) -> Architecture:
     """What all families state in the same way. Raises `EngineError`, `CheckpointError`."""
-    if stated.states("expert_count"):
-        raise EngineError("this model is a mixture of experts, which this engine does not know; it knows dense models")
     hidden_size, head_count = stated.count("embedding_length"), stated.count("attention.head_count")
     rope_size = stated.count("rope.dimension_count", None)
     head_size = stated.count("attention.key_length", rope_size or hidden_size // head_count)
@@ -88,6 +92,28 @@ def rotary(stated: Stated, size: int, head_size: int) -> Rotary:
         magnitude = long_magnitude(stated.count("context_length"), plainly.factors.original_context_length)
         return replace(plainly, magnitude=stated.number("rope.scaling.attn_factor", magnitude))
     return _SCALINGS[kind](stated, plainly)
+
+
+def experts(stated: Stated, **changes: Any) -> Experts | None:
+    """None where the model is dense."""
+    if not stated.states("expert_count"):
+        return None
+    _expect_usual_experts(stated)
+    found = Experts(count=stated.count("expert_count"), used_count=stated.count("expert_used_count"))
+    if found.used_count > found.count:
+        raise CheckpointError(
+            f"the model file is damaged: of its {found.count} experts {found.used_count} are to be used at once"
+        )
+    return replace(found, **changes)
+
+
+def _expect_usual_experts(stated: Stated) -> None:
+    gating = stated.count("expert_gating_func", SOFTMAX)
+    if gating not in SOFTMAXES:
+        raise EngineError(f"this model chooses experts by the function {gating}; known is only softmax, {SOFTMAX}")
+    is_normalized = stated.flag("expert_weights_norm", default=True)
+    if not is_normalized or stated.number("expert_weights_scale", None) not in {None, 1.0}:
+        raise EngineError("this model's shares of experts don't add up to 1; only those that do are known")
 
 
 def _expect_equal_heads(stated: Stated, head_size: int) -> None:

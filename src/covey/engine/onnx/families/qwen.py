@@ -4,7 +4,7 @@ Biases need nothing said: every family's are added where the file has them.
 """
 
 from covey.engine.onnx.architecture import Architecture
-from covey.engine.onnx.families.llama import plain
+from covey.engine.onnx.families.llama import experts, plain
 from covey.engine.onnx.stated import Stated
 
 
@@ -14,3 +14,7 @@ def qwen2(stated: Stated) -> Architecture:
 
 def qwen3(stated: Stated) -> Architecture:
     return plain(stated, head_norms="heads")
+
+
+def qwen3moe(stated: Stated) -> Architecture:
+    return plain(stated, head_norms="heads", experts=experts(stated))
