@@ -57,7 +57,7 @@ class GraphBuilder:
     def choice(self, name: str, condition: str, taken: Callable[[], str], otherwise: NDArray[Any]) -> str:
         """What `taken` adds is computed only where the condition holds; else the result is the constant `otherwise`.
 
-        Large constants lie outside of the branch, as all do, and small ones inside: each from outside takes 0.2 us, also
+        Large constants lie outside of the branch, as all do, and small ones inside: each from outside takes time, also
         where the branch is not taken. A branch in a branch would be slow: weights from so far out are not prepacked.
         """
         assert not self._is_in_branch
