@@ -1,6 +1,7 @@
 """Tables of the cosines and sines by which positions turn queries and keys."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,12 @@ def factors_for(rotary: Rotary, context_length: int) -> tuple[float, ...] | str 
     return rotary.factors.long if is_long else rotary.factors.short
 
 
-def rotary_tables(
-    rotary: Rotary, context_length: int, factors: NDArray[np.float32] | tuple[float, ...] | None
-) -> Tables:
-    """Cosines and sines, [positions, turned values / 2] each; `factors` divide the frequencies."""
+@lru_cache(maxsize=4)
+def rotary_tables(rotary: Rotary, context_length: int, factors: tuple[float, ...] | None) -> Tables:
+    """Cosines and sines, [positions, turned values / 2] each; `factors` divide the frequencies.
+
+    All graphs of a stage share them: they are large where the context is long, and a mixture has many graphs.
+    """
     exponents = np.arange(0, rotary.size, 2, dtype=np.float64) / rotary.size
     frequencies = rotary.base**-exponents
     if factors is not None:

@@ -101,7 +101,9 @@ class StageFile:
         """For every way of turning that the stage's layers have."""
         layers = self._architecture.layers[self._shard.layer_start : self._shard.layer_end]
         rotaries = list(dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None))
-        named = {name: self._floats(name) for name in tensors.factor_tensors(rotaries, self._context_length)}
+        named = {
+            name: tuple(self._floats(name).tolist()) for name in tensors.factor_tensors(rotaries, self._context_length)
+        }
         tables: dict[Rotary, Tables] = {}
         for rotary in rotaries:
             factors = factors_for(rotary, self._context_length)
