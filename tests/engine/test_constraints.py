@@ -27,6 +27,7 @@ PERSON = {
     "additionalProperties": False,
 }
 STOP = VOCABULARY - 1
+LEVELS = 25
 
 
 def schema(value: object) -> Constraint:
@@ -41,6 +42,7 @@ def grammar(text: str) -> Constraint:
     return Constraint(ConstraintKind.GRAMMAR, text, "grammar")
 
 
+DOUBLING = grammar("start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(LEVELS)) + f'A{LEVELS}: "a"?\n')
 SUM = grammar('start: number ("+" number)+\nnumber: /[1-9][0-9]{0,3}/')
 
 
@@ -185,6 +187,7 @@ def test_one_that_fails_fails_alone(model: Path, tmp_path: Path) -> None:
         (schema({"enum": ["word"] * 10_000}), "32768 are the most"),
         (schema(json.loads('{"items":' * 200 + "{}" + "}" * 200)), "recursion limit"),
         (regex("a{5,2}"), "repetition count range"),
+        (DOUBLING, "too costly"),
         (regex("[^\\x00-\\x{10FFFF}]"), "nothing satisfies it"),
         (regex("(" * 4000 + ")" * 4000), "nest"),
         (grammar("start: word"), '"word"'),

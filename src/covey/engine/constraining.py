@@ -5,9 +5,10 @@ without it, and the head plans the same place again. Its tokens so far are read 
 elsewhere goes on as it would have. The first constraint of a process also reads the model's tokenizer.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Final
@@ -31,11 +32,14 @@ from covey.engine.plan import Remark
 from covey.engine.sampling import Mask
 from covey.schema.generation import Constraint
 
+COMPILE_SECONDS_MAX: Final = 60.0  # with all that wait before it; the longest takes about one
 LATE_SECONDS: Final = 0.02  # for which one step waits in all: longer, and the others' answers would falter
 LATE: Final = Remark("The constraint of this answer is not ready yet; send the request again.", 503, is_late=True)
 WORD_BITS: Final = 32
 OUR_FAULT: Final = 500  # HTTP
 BAD_REQUEST: Final = 400
+
+log = logging.getLogger(__name__)
 
 
 class Guide:
@@ -44,16 +48,25 @@ class Guide:
     def __init__(self, constraint: Constraint, compiling: "Future[LLMatcher]") -> None:
         self._constraint = constraint
         self._compiling = compiling
+        self._deadline = time.monotonic() + COMPILE_SECONDS_MAX
 
-    def matcher(self, seconds: float) -> LLMatcher:
-        """Raises `TimeoutError` if it is not ready `seconds` from now, `ConstraintError`, and what reading raises."""
-        matcher = self._compiling.result(seconds)
+    def is_ready(self, seconds: float) -> bool:
+        """Within so many. Raises `ConstraintError` if it has not been for too long."""
+        if self._compiling.done() or wait([self._compiling], seconds).done:
+            return True
+        if time.monotonic() > self._deadline:
+            raise refused(self._constraint, f"it was not compiled within {COMPILE_SECONDS_MAX:.0f} s")
+        return False
+
+    def matcher(self) -> LLMatcher:
+        """Once it is ready. Raises `ConstraintError`, and whatever else compiling it came to."""
+        matcher = self._compiling.result()
         check_matcher(self._constraint, matcher)
         return matcher
 
     def follow(self, token_id: int) -> None:
         """The answer goes on with this one. If it may not, the next `matcher` says so."""
-        self._compiling.result(0).consume_token(token_id)
+        self._compiling.result().consume_token(token_id)
 
     def leave(self) -> None:
         self._compiling.cancel()
@@ -95,13 +108,14 @@ class Constraining:
 
 def _ready(guide: Guide, deadline: float) -> LLMatcher | Remark:
     try:
-        return guide.matcher(max(deadline - time.monotonic(), 0))
-    except TimeoutError:
-        return LATE
+        return guide.matcher() if guide.is_ready(max(deadline - time.monotonic(), 0)) else LATE
     except ConstraintError as error:
         return Remark(str(error), BAD_REQUEST)
     except (CheckpointError, OSError) as error:
         return Remark(f"The tokenizer of the model can't be read at its last part: {error}.", OUR_FAULT)
+    except Exception:  # the top of what the other thread did: whatever it was, it ends this request alone
+        log.exception("a constraint could not be compiled")
+        return Remark("The constraint of this answer could not be compiled; the log of the runner says why.", OUR_FAULT)
 
 
 def _checked(guide: Guide, mask: Mask) -> Mask | Remark:
@@ -115,6 +129,8 @@ def _prepare(model_path: str, vocabulary_size: int, constraint: Constraint, gene
     matcher = compile_constraint(constraint, _tree(model_path, vocabulary_size))
     if generated_ids and not matcher.consume_tokens(list(generated_ids)):
         raise refused(constraint, f"what was answered so far does not fit: {matcher.get_error()}")
+    matcher.compute_bitmask()  # the first mask costs most, and a grammar's worst is mostly found by it
+    check_matcher(constraint, matcher)
     return matcher
 
 

@@ -22,9 +22,11 @@ CHARACTERS_MAX: Final = {ConstraintKind.JSON_SCHEMA: 32_768, ConstraintKind.REGE
 STRING_CHARACTERS_MAX: Final = 8_192  # one string of a schema, which may be a pattern
 STACK_BYTES: Final = 256 * 1024 * 1024  # addresses, not memory; a level takes some 6 KB, and has at least 6 characters
 LEXER_FUEL: Final = 250_000  # nodes of regular expressions: a quarter of the library's own limit
+STEP_FUEL: Final = 100_000  # for one token, for which all streams wait: half of the library's
 LEXER_STATES_MAX: Final = 20_000  # of 1 to 2 KB, for as long as the request runs
 WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"  # between the parts of JSON: small models write on and on if they may
 REASON_CHARACTERS_MAX: Final = 300
+COSTLY: Final = ("too many expressions", "precomputation failed", "too big", "too large", "max is", "fuel")
 CHECKED_MAX: Final = 64  # programs send the same schema again and again
 END: Final = 256  # the token that ends an answer where the tokens are bytes
 
@@ -86,8 +88,10 @@ class DeepThread:
                 continue
             try:
                 future.set_result(job())
-            except BaseException as error:  # noqa: BLE001 - the top of the thread: whoever waits is told
+            except Exception as error:  # noqa: BLE001 - the top of the thread: whoever waits is told
                 future.set_exception(error)
+            except BaseException as panic:  # noqa: BLE001 - so the library's language says what is no plain error
+                future.set_exception(RuntimeError(str(panic)))
 
 
 @cache
@@ -96,8 +100,11 @@ def deep_thread() -> DeepThread:
 
 
 def token_tree(tokens: Tokens) -> LLTokenizer:
-    """Slow, and holds Python's lock all the while: some 50 ms for 50,000 tokens. "Slices" would double that."""
-    return LLTokenizer(tokens, eos_token=tokens.stop_ids, slices=[])  # pyright: ignore[reportArgumentType]  # any such shape
+    """Slow, and holds Python's lock all the while: some 100 ms for 50,000 tokens. Half of it is for the library's
+    "slices", sets of tokens that are judged together: without them a mask within a bounded string takes five times as
+    long.
+    """
+    return LLTokenizer(tokens, eos_token=tokens.stop_ids)  # pyright: ignore[reportArgumentType]  # any such shape
 
 
 def compile_constraint(constraint: Constraint, tree: LLTokenizer) -> LLMatcher:
@@ -143,7 +150,12 @@ def _byte_tree() -> LLTokenizer:
 
 @cache
 def _limits() -> LLParserLimits:
-    return LLParserLimits(initial_lexer_fuel=LEXER_FUEL, max_lexer_states=LEXER_STATES_MAX, verbose_errors=False)
+    return LLParserLimits(
+        initial_lexer_fuel=LEXER_FUEL,
+        step_lexer_fuel=STEP_FUEL,
+        max_lexer_states=LEXER_STATES_MAX,
+        verbose_errors=False,  # they would print the whole grammar
+    )
 
 
 def _grammar(constraint: Constraint) -> str:
@@ -191,4 +203,6 @@ def plain(reason: str) -> str:
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     said = said.replace("Unimplemented keys:", "these keywords are not supported:")
     said = said.replace("NoExtensionBias", "nothing satisfies it")
+    if any(sign in said for sign in COSTLY):
+        return "it is too costly to follow; make it simpler"
     return said[:REASON_CHARACTERS_MAX].rstrip(". ")
