@@ -89,6 +89,7 @@ def test_a_bias_and_log_probabilities() -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "regex", "grammar": "x"}}, "response_format"),
         ({"response_format": {"type": "json_object", "pattern": "x"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
