@@ -99,7 +99,15 @@ def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "/generate",
-            [{"type": "GenerationFailed", "message": "The node has not the model.", "status": 404, "retry_after_s": 0}],
+            [
+                {
+                    "type": "GenerationFailed",
+                    "message": "The node has not the model.",
+                    "status": 404,
+                    "retry_after_s": 0,
+                    "param": None,
+                }
+            ],
         ),
     ],
 )
@@ -124,7 +132,10 @@ def test_a_refusal_that_comes_late_is_told_in_the_dialects_own_way(
             "/v1/chat/completions",
             [render_error(CRASHED, 500), "[DONE]"],
         ),
-        ("/generate", [{"type": "GenerationFailed", "message": CRASHED, "status": 500, "retry_after_s": 0}]),
+        (
+            "/generate",
+            [{"type": "GenerationFailed", "message": CRASHED, "status": 500, "retry_after_s": 0, "param": None}],
+        ),
     ],
 )
 def test_a_mistake_of_ours_in_a_stream_is_told_in_the_dialects_own_way(path: str, last: list[Any]) -> None:

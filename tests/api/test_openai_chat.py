@@ -75,12 +75,12 @@ def test_defaults_are_neutral_and_the_seed_is_fresh() -> None:
     assert request.stop == ()
 
 
-@pytest.mark.parametrize(("field", "value"), [("n", 1), ("n", 1.0), ("top_logprobs", 0.0), ("logprobs", False)])
+@pytest.mark.parametrize(("field", "value"), [("n", 1), ("n", 1.0), ("top_logprobs", 0), ("logprobs", False)])
 def test_a_number_that_asks_for_nothing_may_be_written_in_any_way(field: str, value: object) -> None:
     assert parse(**{field: value}).request == parse().request
 
 
-@pytest.mark.parametrize(("field", "value"), [("n", True), ("top_logprobs", False), ("logprobs", 0), ("n", 1.5)])
+@pytest.mark.parametrize(("field", "value"), [("n", True), ("n", 1.5)])
 def test_a_number_is_no_boolean(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=f"The field '{field}' is not supported yet"):
         parse(**{field: value})
@@ -128,17 +128,14 @@ def test_what_asks_for_nothing_is_tolerated(fields: dict[str, Any]) -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
         ({"n": True}, "n"),
-        ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
         ({"top_logprobs": False}, "top_logprobs"),
         ({"temperature": True}, "temperature"),
         ({"max_tokens": True}, "max_tokens"),
         ({"seed": False}, "seed"),
         ({"stream": 1}, "stream"),
-        ({"logit_bias": {"50256": -100}}, "logit_bias"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"stream_options": {"include_more": True}}, "stream_options.include_more"),

@@ -228,6 +228,15 @@ def test_sentence_piece_merges_by_score_and_falls_back_to_bytes() -> None:
     assert tokenizer.decode(ids) == " hi é hi"
 
 
+def test_a_text_that_goes_on_gets_no_space_and_tokens_have_names() -> None:
+    """What a grammar forces comes in the middle of an answer; log probabilities name tokens that are no text."""
+    tokenizer = load_tokenizer(sentence_piece_header())
+    assert tokenizer.encode_within("hi") == [264]
+    assert tokenizer.encode_within("</s>") != [2]
+    named = [tokenizer.token_text(token_id) for token_id in (2, 264, 3 + 0xC3, 9999)]
+    assert named == ["</s>", "hi", "\ufffd", ""]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey.engine.contract import Piece
-from covey.engine.plan import PlannedStep, StepOutcome
+from covey.engine.plan import PlannedStep, Remark, StepOutcome
 from covey.engine.scheduler import PREFILL_CHUNK_TOKENS, Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
 from covey.engine.waiting import QUEUE_MAX
@@ -20,6 +20,8 @@ from covey.schema.generation import (
     Admit,
     Broken,
     Cancel,
+    Constraint,
+    ConstraintKind,
     Ended,
     FinishReason,
     HeadEvent,
@@ -368,6 +370,7 @@ def test_penalties_bring_the_tokens_that_they_need_and_no_more() -> None:
         "plain": Sampling(),
         "repetition": Sampling(repetition_penalty=1.2),
         "presence": Sampling(presence_penalty=0.1),
+        "constraint": Sampling(constraint=Constraint(ConstraintKind.REGEX, "a", "x")),
     }
     for name, sampling in settings_of.items():
         world.admit(make_admit(name, [1, 2, 3, 4], 8, prompt_length=3, sampling=sampling))
@@ -376,6 +379,7 @@ def test_penalties_bring_the_tokens_that_they_need_and_no_more() -> None:
     assert [(start.prompt_ids, start.generated_ids) for start in starts] == [
         ((), ()),
         ((1, 2, 3), (4,)),
+        ((), (4,)),
         ((), (4,)),
     ]
 
@@ -392,6 +396,46 @@ def test_a_token_that_could_not_be_picked_breaks_its_request_only() -> None:
     assert [type(event).__name__ for _, event in events] == ["TokenSampled", "Broken"]
     assert events[1].event == Broken(RequestId("bad"), 0, "It overflowed.", 500)
     assert scheduler.running_count == 1
+
+
+def test_a_remark_tells_its_own_requests_reason() -> None:
+    """Two that fail in one step: neither is told of the other's constraint."""
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        scheduler.admit(1, make_admit(name, [ord(name), 2], 5), 0.0)
+    for step in (1, 2, 3):
+        assert scheduler.schedule(0.0)
+        scheduler.learn(StepOutcome(step, (9,)), 0.0)
+    assert scheduler.schedule(0.0)
+    remarks = {0: Remark("One.", 400), 1: Remark("Two.", 500)}
+    events = scheduler.learn(StepOutcome(4, (None, None), "One.", remarks), 0.0)
+    assert [(event.message, event.status) for _, event in events if isinstance(event, Broken)] == [
+        ("One.", 400),
+        ("Two.", 500),
+    ]
+
+
+def test_a_token_that_is_late_is_asked_for_again() -> None:
+    """Its constraint is still being compiled: nothing is told, the others go on, and its place is planned anew."""
+    scheduler = make_scheduler()
+    for name in ("late", "good"):
+        scheduler.admit(1, make_admit(name, [ord(name[0]), 2, 3], 9), 0.0)
+    late = {0: Remark("Not yet.", 503, is_late=True)}
+    told: list[HeadEvent] = []
+    places: list[tuple[int, int]] = []  # of the late one's pieces
+    for step in range(1, 11):
+        planned = scheduler.schedule(0.0)
+        assert planned
+        pieces = planned.plan.pieces
+        places += [(piece.position, piece.token_count) for piece in pieces if piece.slot == 0]
+        is_late = pieces[0].slot == 0 and len(places) < 4
+        outcome = StepOutcome(step, (None,), "Not yet.", late) if is_late else StepOutcome(step, (9,) * len(pieces))
+        told += [event for _, event in scheduler.learn(outcome, 0.0)]
+    assert places[:5] == [(0, 3), (2, 1), (2, 1), (2, 1), (3, 1)]
+    names = [event.request_id for event in told if isinstance(event, TokenSampled)]
+    assert names[:2] == ["good", "good"]
+    assert "late" in names
+    assert [event.processed_tokens for event in told if isinstance(event, Prefilled)] == [3, 3]
 
 
 def test_the_same_admission_twice_runs_once() -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -258,3 +259,58 @@ def test_is_fast_enough_for_every_token() -> None:
             pick(logits, sampling, position)
             best = min(best, time.perf_counter() - started)
         assert best * 1000 < limit_ms
+
+
+# ---- bias and log probabilities ----
+
+
+def test_a_bias_bans_and_prefers() -> None:
+    """A banned token never comes, a preferred one always does; the logits themselves stay as they are."""
+    logits = random_logits(3)[None]
+    best = int(logits.argmax())
+    for bias, expected in (({best: -100.0}, {best}), ({7: 100.0}, set(range(VOCABULARY)) - {7})):
+        sampler = Sampler()
+        begun = (SamplingStart(0, Sampling(seed=1, logit_bias=bias)),)
+        for position in range(50):
+            outcome = sampler.sample(plan_of(Piece(0, position, 1, wants_logits=True), begun=begun), logits)
+            assert outcome.token_ids[0] not in expected
+            begun = ()
+    assert np.array_equal(logits[0], random_logits(3))
+
+
+def test_a_bias_of_a_token_that_is_not_there_fails_alone() -> None:
+    starts = (SamplingStart(0, Sampling(logit_bias={VOCABULARY: 1.0})), SamplingStart(1, Sampling(temperature=0)))
+    pieces = tuple(Piece(slot, 0, 1, wants_logits=True) for slot in (0, 1))
+    logits = np.stack([random_logits(1), random_logits(2)])
+    outcome = Sampler().sample(plan_of(*pieces, begun=starts), logits)
+    assert outcome.token_ids == (None, int(logits[1].argmax()))
+    assert "not below 50" in outcome.remarks[0].failure
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(0, 20), spread=st.sampled_from([0.0, 3.0, 1e4]))
+@settings(max_examples=60)
+def test_log_probabilities_are_those_of_the_models_logits(seed: int, count: int, spread: float) -> None:
+    """What is done to the logits for the choice does not show in them. Among equals the lower ids come first."""
+    logits = random_logits(seed, spread=spread)
+    logits[5] = -np.inf
+    sampling = Sampling(seed=seed, temperature=1.5, presence_penalty=2, logit_bias={5: 100.0, 9: 100.0})
+    plan = plan_of(Piece(0, 0, 1, wants_logits=True), begun=(SamplingStart(0, replace(sampling, top_logprobs=count)),))
+    outcome = Sampler().sample(plan, logits[None])
+    exact = logits.astype(np.float64)
+    expected = np.maximum(exact - np.logaddexp.reduce(exact), -9999.0)
+    told = outcome.remarks[0].likelihood
+    assert told is not None
+    [token_id] = outcome.token_ids
+    assert token_id is not None
+    assert told.logprob == pytest.approx(expected[token_id], abs=1e-9)
+    order = sorted(range(VOCABULARY), key=lambda each: (-logits[each], each))[:count]
+    assert [each for each, _ in told.likeliest] == order
+    assert [logprob for _, logprob in told.likeliest] == pytest.approx(expected[order], abs=1e-9)
+
+
+def test_who_asks_for_nothing_is_told_nothing_more() -> None:
+    outcome = Sampler().sample(
+        plan_of(Piece(0, 0, 1, wants_logits=True), begun=(SamplingStart(0, Sampling()),)), random_logits(0)[None]
+    )
+    assert outcome.remarks == {}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(outcome)).keys() == {"type", "step", "token_ids"}

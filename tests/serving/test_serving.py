@@ -19,6 +19,8 @@ from covey.schema.generation import (
     Admit,
     Broken,
     ChatMessage,
+    Constraint,
+    ConstraintKind,
     Ended,
     FinishReason,
     GenerationEvent,
@@ -27,9 +29,12 @@ from covey.schema.generation import (
     GenerationRequest,
     GenerationStarted,
     HeadEvent,
+    Likelihood,
+    LikelyToken,
     PrefillProgressed,
     Queued,
     QueueProgressed,
+    Sampling,
     TextGenerated,
     TokenSampled,
     Usage,
@@ -65,6 +70,9 @@ class Letters:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        return "<end>" if token_id in self.stop_token_ids else chr(token_id)
 
 
 def request(text: str = "Hi", **changes: Any) -> GenerationRequest:
@@ -248,6 +256,64 @@ def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
         assert text_of(await all_of(serving, request(stop=("END",)))) == "the EN"
 
     with_head(FakeHead(says("the EN")), story)
+
+
+# ---- constraints, bias, log probabilities ----
+
+
+def likely(text: str) -> Callable[[Admit], list[HeadEvent]]:
+    """Each token comes with the log probability of its place in the answer, and the end as the next likely one."""
+
+    def say(admit: Admit) -> list[HeadEvent]:
+        events = rest_of(text)(admit)
+        return [
+            msgspec.structs.replace(event, likelihood=Likelihood(admit.prompt_length - event.position, ((0, -99.0),)))
+            if isinstance(event, TokenSampled)
+            else event
+            for event in events
+        ]
+
+    return say
+
+
+@pytest.mark.parametrize("hang_up_after", [None, 5])
+def test_log_probabilities_stay_with_their_tokens(hang_up_after: int | None) -> None:
+    """Where text waits for a character, may begin a stop string, or goes on at another attempt: none is lost."""
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        task = asyncio.create_task(all_of(serving, request(stop=("END",), sampling=Sampling(top_logprobs=1))))
+        await until(lambda: head.admits)
+        head.hang_up_after = None
+        told = [event for event in await task if isinstance(event, TextGenerated)]
+        assert "".join(event.text for event in told) == "a 🐦 EN "
+        assert all([each.token_id for each in event.picked] == list(event.token_ids) for event in told)
+        picked = [each for event in told for each in event.picked]
+        assert bytes(byte for each in picked for byte in each.text_bytes) == "a 🐦 EN END".encode()
+        assert [each.logprob for each in picked] == [-place for place in range(len(picked))]
+        assert {each.likeliest for each in picked} == {(LikelyToken(0, "<end>", (0,), -99.0),)}
+
+    with_head(FakeHead(likely("a 🐦 EN END more"), hang_up_after=hang_up_after), story)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param", "part"),
+    [
+        (Sampling(constraint=Constraint(ConstraintKind.JSON_SCHEMA, '{"not":{}}', "a.b")), "a.b", '"not"'),
+        (Sampling(logit_bias={5: 1.0, CARD.vocabulary_size: 1.0}), "logit_bias", "token 300; the ids of Tiny-Chat end"),
+    ],
+)
+def test_what_can_not_be_followed_is_refused_before_anything_runs(sampling: Sampling, param: str, part: str) -> None:
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        [failed] = await all_of(serving, request(sampling=sampling))
+        assert isinstance(failed, GenerationFailed)
+        assert (failed.status, failed.param) == (400, param)
+        assert part in failed.message
+        assert head.admits == []
+        good = Sampling(constraint=Constraint(ConstraintKind.REGEX, "a+", "x"), logit_bias={299: 1.0})
+        assert text_of(await all_of(serving, request(sampling=good, seed=1))) == "Hello"
+        assert head.admits[0].sampling == msgspec.structs.replace(good, seed=1)
+
+    with_head(FakeHead(says("Hello")), story)
 
 
 # ---- leaving ----

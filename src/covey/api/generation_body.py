@@ -1,8 +1,9 @@
 """The fields of a request for text that all our chat dialects share, and the `GenerationRequest` that they mean."""
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from covey.api.messages import Message
+from covey.api.response_format import ResponseFormat
 from covey.api.sampling import SamplingFields, Seed, Stops, TokenCount, unsigned_seed
 from covey.schema.generation import GenerationRequest
 from covey.schema.ids import ModelId
@@ -15,6 +16,14 @@ class GenerationBody(SamplingFields):
     stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
     ignore_eos: bool = False
+
+    @field_validator("ignore_eos")
+    @classmethod
+    def check_end(cls, ignores: bool, others: ValidationInfo) -> bool:  # noqa: FBT001 - pydantic's shape
+        form = others.data.get("response_format")
+        if ignores and isinstance(form, ResponseFormat) and form.constraint():
+            raise ValueError("must not be true beside a 'response_format': what is complete has to end")
+        return ignores
 
     def request(self, token_count_max: int | None) -> GenerationRequest:
         """`model_id` is the name as it was sent, until the server has resolved it."""

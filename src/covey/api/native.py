@@ -5,9 +5,9 @@ event for each `GenerationEvent`, whose `type` is the name of the message:
 
     {"type": "GenerationStarted", "request_id", "prompt_tokens", "seed"}
     {"type": "PrefillProgressed", "processed_tokens", "total_tokens"}
-    {"type": "TextGenerated", "text", "token_ids"}
+    {"type": "TextGenerated", "text", "token_ids"}      and "picked", if log probabilities were asked for
     {"type": "GenerationFinished", "reason", "usage", "timings"}      or
-    {"type": "GenerationFailed", "message", "status", "retry_after_s"} as the last one
+    {"type": "GenerationFailed", "message", "status", "retry_after_s", "param"} as the last one
 
 but for `QueueProgressed`, which is a comment as in the other dialects (older clients know no such event).
 

@@ -3,7 +3,7 @@
 Every field that a client may send is honoured, refused by name, or stands in a table here that says why it may pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +21,8 @@ from covey.schema.generation import (
     GenerationFinished,
     GenerationRequest,
     GenerationStarted,
+    LikelyToken,
+    PickedToken,
     PrefillProgressed,
     QueueProgressed,
     TextGenerated,
@@ -47,17 +49,13 @@ UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "chat_template_kwargs": ({},),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "n": (1,),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -138,8 +136,11 @@ def token_count_max(chat: ChatBody) -> int | None:
 # ---- render ----
 
 
-def render_answer(answer: Answer, text: str, finished: GenerationFinished) -> dict[str, Any]:
-    """The whole answer in one object."""
+def render_answer(
+    answer: Answer, text: str, finished: GenerationFinished, picked: Sequence[PickedToken] | None
+) -> dict[str, Any]:
+    """The whole answer in one object. `picked` None: log probabilities were not asked for."""
+    told = {} if picked is None else {"logprobs": render_logprobs(picked)}
     return {
         "id": answer.answer_id,
         "object": "chat.completion",
@@ -149,11 +150,25 @@ def render_answer(answer: Answer, text: str, finished: GenerationFinished) -> di
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": text},
+                **told,
                 "finish_reason": CHAT_FINISH_REASON[finished.reason],
             }
         ],
         "usage": render_usage(finished.usage),
     }
+
+
+def render_logprobs(picked: Sequence[PickedToken]) -> dict[str, Any]:
+    content = [
+        {**render_token(token), "top_logprobs": [render_token(likely) for likely in token.likeliest]}
+        for token in picked
+    ]
+    return {"content": content, "refusal": None}
+
+
+def render_token(token: LikelyToken) -> dict[str, Any]:
+    """Bytes are null where a token is no text."""
+    return {"token": token.text, "logprob": token.logprob, "bytes": token.text_bytes or None}
 
 
 def render_usage(usage: Usage) -> dict[str, Any]:
@@ -181,12 +196,19 @@ class StreamRenderer:
             case PrefillProgressed():
                 yield sse.comment("prefill_progress", self._progress(event))
             case TextGenerated():
-                yield from [self._chunk({"content": event.text})] if event.text else []
+                yield from self._text(event)
             case GenerationFinished():
                 yield from self._end(event)
             case GenerationFailed():
-                yield sse.failure(about_model(RequestError(event.message, status=event.status)))
+                yield sse.failure(about_model(RequestError(event.message, status=event.status, param=event.param)))
                 yield sse.DONE
+
+    def _text(self, event: TextGenerated) -> Iterator[bytes]:
+        """A token may add no text, and its log probability is told even so."""
+        if event.picked:
+            yield self._chunk({"content": event.text}, logprobs=render_logprobs(event.picked))
+        elif event.text:
+            yield self._chunk({"content": event.text})
 
     def _end(self, event: GenerationFinished) -> Iterator[bytes]:
         yield self._chunk({}, CHAT_FINISH_REASON[event.reason])
@@ -203,8 +225,8 @@ class StreamRenderer:
             "model": self._answer.model_id,
         }
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None, **told: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, **told, "finish_reason": finish_reason}
         return sse.data({**self._head(), "choices": [choice]})
 
     def _progress(self, event: PrefillProgressed) -> dict[str, Any]:

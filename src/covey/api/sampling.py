@@ -5,15 +5,18 @@ A value out of its range is refused with the range; none is bent to fit.
 
 from typing import Annotated, Any, Final, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from covey.api.body import DialectBody
+from covey.api.response_format import ResponseFormat
 from covey.schema.generation import Sampling
 
 SEED_MODULUS: Final = 2**64  # a negative seed is taken as the unsigned number with the same bits
 STOP_COUNT_MAX: Final = 16
 STOP_CHARACTERS_MAX: Final = 1024
 TOKEN_COUNT_MAX: Final = 2**31 - 1
+BIAS_COUNT_MAX: Final = 1024  # tokens
+TOP_LOGPROBS_MAX: Final = 20
 
 
 def between(low: float, high: float) -> AfterValidator:
@@ -41,8 +44,19 @@ def check_stop(stop: str) -> str:
     return stop
 
 
+def check_bias(bias: dict[str, float]) -> dict[str, float]:
+    odd = next((key for key in bias if not (key.isascii() and key.isdecimal() and int(key) <= TOKEN_COUNT_MAX)), None)
+    if odd is not None:
+        raise ValueError(f"must have token ids as its keys, and has '{odd}'")
+    if len(bias) > BIAS_COUNT_MAX:
+        raise ValueError(f"must have at most {BIAS_COUNT_MAX} entries, and has {len(bias)}")
+    return bias
+
+
 TokenCount = Annotated[int, between(1, TOKEN_COUNT_MAX)]
 Seed = Annotated[int, between(-(2**63), 2**63 - 1)]
+Bias = Annotated[float, between(-100, 100)]
+LogitBias = Annotated[dict[str, Bias], AfterValidator(check_bias)]
 Stop = Annotated[str, AfterValidator(check_stop)]
 Stops = Annotated[list[Stop], Field(max_length=STOP_COUNT_MAX), BeforeValidator(as_list)]
 
@@ -57,6 +71,17 @@ class SamplingFields(DialectBody):
     repetition_penalty: Annotated[float, between(0.1, 10)] = 1.0
     presence_penalty: Annotated[float, between(-2, 2)] = 0.0
     frequency_penalty: Annotated[float, between(-2, 2)] = 0.0
+    logit_bias: LogitBias = Field(default_factory=dict)
+    logprobs: bool = False
+    top_logprobs: Annotated[int, between(0, TOP_LOGPROBS_MAX)] = 0
+    response_format: ResponseFormat = ResponseFormat()
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def check_logprobs(cls, count: int, others: ValidationInfo) -> int:
+        if count and not others.data.get("logprobs"):
+            raise ValueError("needs 'logprobs' to be true")
+        return count
 
     def sampling(self) -> Sampling:
         """These values without a seed, which is drawn or set at admission."""
@@ -68,6 +93,9 @@ class SamplingFields(DialectBody):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token_id): value for token_id, value in self.logit_bias.items()},
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+            constraint=self.response_format.constraint(),
         )
 
 

@@ -33,6 +33,7 @@ from covey.schema.generation import (
     GenerationFailed,
     GenerationFinished,
     GenerationRequest,
+    PickedToken,
     TextGenerated,
     Timings,
 )
@@ -92,6 +93,7 @@ class Collected(msgspec.Struct):
     """An answer that is not streamed; `end` stays None if the client went away."""
 
     text: str = ""
+    picked: list[PickedToken] = []
     end: GenerationFinished | GenerationFailed | None = None
 
 
@@ -113,7 +115,9 @@ class ChatRoutes:
             raise ClientDisconnect
         if isinstance(collected.end, GenerationFailed):
             raise as_error(collected.end)
-        body = openai_chat.render_answer(answer, collected.text, collected.end)
+        wants_logprobs = call.request.sampling.top_logprobs is not None
+        picked = collected.picked if wants_logprobs else None
+        body = openai_chat.render_answer(answer, collected.text, collected.end, picked)
         return json_response(body, headers={"Server-Timing": server_timing(collected.end.timings)})
 
     async def generate(self, request: Request) -> Response:
@@ -152,7 +156,8 @@ def refusal(event: GenerationEvent) -> RequestError | None:
 
 def as_error(failed: GenerationFailed) -> RequestError:
     retry_after_s = failed.retry_after_s or (RETRY_AFTER_S if failed.status in WORTH_A_RETRY else None)
-    return about_model(RequestError(failed.message, status=failed.status, retry_after_s=retry_after_s))
+    error = RequestError(failed.message, status=failed.status, param=failed.param, retry_after_s=retry_after_s)
+    return about_model(error)
 
 
 def server_timing(timings: Timings) -> str:
@@ -174,6 +179,7 @@ async def collect(request: Request, events: AsyncGenerator[GenerationEvent, None
         async for event in events:
             if isinstance(event, TextGenerated):
                 collected.text += event.text
+                collected.picked += event.picked
             elif isinstance(event, GenerationFinished | GenerationFailed):
                 collected.end = event
         group.cancel_scope.cancel()

@@ -94,6 +94,10 @@ class TextTokenizer:
         bos = self._ends(self._options.adds_bos, self._vocabulary.bos_id)
         return ids if ids[:1] == bos else bos + ids
 
+    def encode_within(self, text: str) -> list[int]:
+        """Token ids of a plain text that goes on where another one ended: nothing is put before it."""
+        return self._encode_parts([TextPart(text, is_markup=False)], begins=False)
+
     def control_positions(self, text: str) -> list[int]:
         """Where in `text` the text of a control token begins."""
         return [match.start() for match in self._control_starts.finditer(text)]
@@ -107,6 +111,11 @@ class TextTokenizer:
             return b""
         return self._merger.token_bytes(self._vocabulary.texts[token_id], self._vocabulary.kinds[token_id])
 
+    def token_text(self, token_id: int) -> str:
+        """The token for people to read: what it adds to a text, or the name of markup; U+FFFD for half a character."""
+        text = self.token_bytes(token_id).decode("utf-8", "replace")
+        return text or (self._vocabulary.texts[token_id] if token_id < self.vocabulary_size else "")
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of all tokens together; what is no valid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
@@ -118,11 +127,10 @@ class TextTokenizer:
     def _ends(wanted: bool, token_id: int | None) -> list[int]:  # noqa: FBT001  # private and read in place
         return [token_id] if wanted and token_id is not None else []
 
-    def _encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    def _encode_parts(self, parts: Iterable[tuple[str, bool]], *, begins: bool = True) -> list[int]:
         """Parts are joined before they are cut into words, as a word may reach from one part into the next."""
         text, markup = _joined(parts)
         ids: list[int] = []
-        begins = True
         for piece in self._pieces(text, markup):
             ids += self._merger.encode(piece, begins=begins) if isinstance(piece, str) else [piece]
             begins = not isinstance(piece, str)

@@ -19,6 +19,7 @@ from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
 from covey.engine.mailbox import Linked, LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid, Unlinked
 from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort
+from covey.engine.sampler import Sampler
 from covey.engine.tls import client_context
 from covey.schema.runner import (
     Configure,
@@ -85,7 +86,9 @@ class Generation:
         self.phase = "warming up"
         engine.warm_up()
         self.phase = "running"
-        self._serve(Stage(engine, linked.after, is_last=self.spec.stage_index == self.spec.stage_count - 1))
+        is_last = self.spec.stage_index == self.spec.stage_count - 1
+        sampler = Sampler(self.spec.model_path, self.spec.thread_count) if is_last else None
+        self._serve(Stage(engine, linked.after, sampler))
 
     def close(self, message: str) -> None:
         """Tells the clients `message` and the neighbours by closing."""

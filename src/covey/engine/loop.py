@@ -26,10 +26,10 @@ class ProtocolError(Exception):
 class Stage:
     """One engine and the way on from it."""
 
-    def __init__(self, engine: StageEngine, link: Link | None, *, is_last: bool) -> None:
+    def __init__(self, engine: StageEngine, link: Link | None, sampler: Sampler | None) -> None:
         self._engine = engine
         self._link = link  # to the next stage; None where one stage is alone
-        self._sampler = Sampler() if is_last else None
+        self._sampler = sampler  # of the last stage
 
     def run(self, plan: StepPlan, values: Values) -> StepOutcome | None:
         """Runs one step and sends on what came out; alone, returns the outcome.

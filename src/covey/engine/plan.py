@@ -11,13 +11,13 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from covey.engine.contract import Piece
-from covey.schema.generation import Sampling
+from covey.schema.generation import Likelihood, Sampling
 
 Values = NDArray[Any]  # what a frame carries beside its message: activations
 
 
 class SamplingStart(Struct, frozen=True, array_like=True):
-    """How the tokens of a slot are picked from now on. The lists hold only what the penalties need."""
+    """How the tokens of a slot are picked from now on. The lists hold only what penalties and a constraint need."""
 
     slot: int
     sampling: Sampling
@@ -34,14 +34,22 @@ class StepPlan(Struct, frozen=True, tag=True):
     released: tuple[int, ...] = ()
 
 
-class StepOutcome(Struct, frozen=True, tag=True):
-    """The tokens of the pieces that wanted logits, in their order; None: there was none to pick, and `failure` says
-    why.
-    """
+class Remark(Struct, frozen=True, array_like=True):
+    """What is to be told of a token beside its id."""
+
+    failure: str = ""  # why there is none
+    status: int = 500  # the HTTP status that fits the failure
+    is_late: bool = False  # it can't be picked yet: the same logits are wanted again
+    likelihood: Likelihood | None = None
+
+
+class StepOutcome(Struct, frozen=True, tag=True, omit_defaults=True):
+    """The tokens of the pieces that wanted logits, in their order; None: there is none, and its remark says why."""
 
     step: int
     token_ids: tuple[int | None, ...]
-    failure: str = ""
+    failure: str = ""  # of one of them, for heads that know no remarks
+    remarks: dict[int, Remark] = {}  # by the place in `token_ids`; few have one
 
 
 class PlannedStep(Struct, frozen=True):

@@ -19,6 +19,7 @@ from covey.schema.generation import Sampling
 
 Row = NDArray[np.float32]  # [vocabulary]
 Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]  # [vocabulary]: which tokens may come
 Scaled = NDArray[np.float64]  # logits over temperature, relative to the best (which is 0)
 
 WORD: Final = 2**64 - 1

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from covey.engine.contract import Piece
-from covey.engine.plan import PlannedStep, SamplingStart, StepOutcome, StepPlan
+from covey.engine.plan import PlannedStep, Remark, SamplingStart, StepOutcome, StepPlan
 from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
 from covey.engine.slots import Slots
@@ -193,31 +193,36 @@ class Scheduler:
         if not self._in_flight or outcome.step != self._in_flight[0][0].step:
             raise StepOrderError(f"Step {outcome.step} came back out of turn.")
         plan, requests = self._in_flight.popleft()
-        token_ids = iter(outcome.token_ids)
+        places, unremarked = iter(range(len(outcome.token_ids))), Remark(outcome.failure)
         events: Events = []
         running_before = len(self._running)
         for piece, request in zip(plan.pieces, requests, strict=True):
-            token_id = next(token_ids) if piece.wants_logits else None
+            place = next(places) if piece.wants_logits else -1
             if request.ended:
+                continue
+            remark = outcome.remarks.get(place, unremarked)
+            if remark.is_late:
+                request.sent -= 1
                 continue
             if not request.is_decoding:
                 events.append(_progress(request, piece))
-            if piece.wants_logits:
-                events += self._take_token(request, token_id, outcome.failure, now)
+            if place >= 0:
+                events += self._take_token(request, outcome.token_ids[place], remark, now)
         return events + self._refill() if len(self._running) < running_before else events
 
-    def _take_token(self, request: Request, token_id: int | None, failure: str, now: float) -> Events:
+    def _take_token(self, request: Request, token_id: int | None, remark: Remark, now: float) -> Events:
         if token_id is None:
             self._note_pace(request, now)
             self._leave(request, is_cache_good=False)
-            return [OwnedEvent(request.owner, request.broken(failure, 500))]
+            return [OwnedEvent(request.owner, request.broken(remark.failure, remark.status))]
         request.answered = now if request.answered is None else request.answered
         request.tokens.append(token_id)
         finished = request.finish_reason(self._context_length)
         events: Events = []
         if finished is not FinishReason.STOP:
             position = len(request.tokens) - 1
-            sampled = TokenSampled(request.admit.request_id, request.admit.attempt, position, token_id)
+            admit = request.admit
+            sampled = TokenSampled(admit.request_id, admit.attempt, position, token_id, remark.likelihood)
             events.append(OwnedEvent(request.owner, sampled))
         if finished is not None:
             self._note_pace(request, now)
@@ -235,7 +240,8 @@ def _next_piece(request: Request) -> Piece:
 def _sampling_start(request: Request) -> SamplingStart:
     admit = request.admit
     prompt = admit.token_ids[: admit.prompt_length] if admit.sampling.repetition_penalty != 1.0 else ()
-    generated = admit.token_ids[admit.prompt_length :] if is_penalized(admit.sampling) else ()
+    wants_generated = is_penalized(admit.sampling) or admit.sampling.constraint is not None
+    generated = admit.token_ids[admit.prompt_length :] if wants_generated else ()
     return SamplingStart(request.slot, admit.sampling, prompt, generated)
 
 

@@ -19,8 +19,22 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class ConstraintKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"  # in Lark's notation
+
+
+class Constraint(Struct, frozen=True):
+    """What an answer has to be, from its first token to its last."""
+
+    kind: ConstraintKind
+    text: str  # the schema as JSON, the pattern or the grammar
+    field: str  # of the request, as errors name it
+
+
 class Sampling(Struct, frozen=True, kw_only=True):
-    """How the next token is picked. The defaults are neutral; temperature 0 is greedy."""
+    """How the next token is picked, and what is told of it. The defaults are neutral; temperature 0 is greedy."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: off
@@ -31,6 +45,9 @@ class Sampling(Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     seed: int = 0  # always set once a request is admitted
     banned_ids: tuple[int, ...] = ()  # tokens that are never picked
+    logit_bias: dict[int, float] = {}  # of a token id: what is added to its logit
+    top_logprobs: int | None = None  # None: no log probabilities; else of how many tokens beside the picked one
+    constraint: Constraint | None = None
 
 
 class ChatMessage(Struct, frozen=True):
@@ -83,11 +100,25 @@ class PrefillProgressed(Struct, frozen=True, tag=True):
     total_tokens: int
 
 
-class TextGenerated(Struct, frozen=True, tag=True):
+class LikelyToken(Struct, frozen=True):
+    """A token, what it adds to a text (of markup: its name, and no bytes), and its log probability."""
+
+    token_id: int
+    text: str
+    text_bytes: tuple[int, ...]
+    logprob: float
+
+
+class PickedToken(LikelyToken, frozen=True):
+    likeliest: tuple[LikelyToken, ...] = ()  # for its place, the best first
+
+
+class TextGenerated(Struct, frozen=True, tag=True, omit_defaults=True):
     """New text; `token_ids` are the tokens that it came from (text may wait for a whole character)."""
 
     text: str
     token_ids: tuple[int, ...]
+    picked: tuple[PickedToken, ...] = ()  # one for each of `token_ids`, if log probabilities were asked for
 
 
 class GenerationFinished(Struct, frozen=True, tag=True):
@@ -102,6 +133,7 @@ class GenerationFailed(Struct, frozen=True, tag=True):
     message: str
     status: int = 500
     retry_after_s: int = 0  # when to try again; 0: not known
+    param: str | None = None  # the field of the request that is wrong, if one is
 
 
 GenerationEvent = (
@@ -172,13 +204,21 @@ class Prefilled(Struct, frozen=True, tag=True):
     cached_tokens: int
 
 
-class TokenSampled(Struct, frozen=True, tag=True):
+class Likelihood(Struct, frozen=True, array_like=True):
+    """Log probabilities by the model's logits, before anything was done to them."""
+
+    logprob: float  # of the picked token
+    likeliest: tuple[tuple[int, float], ...] = ()  # token ids and theirs, the best first
+
+
+class TokenSampled(Struct, frozen=True, tag=True, omit_defaults=True):
     """`position` is the token's index in the whole sequence, prompt included. Stop tokens are not sent."""
 
     request_id: RequestId
     attempt: int
     position: int
     token_id: int
+    likelihood: Likelihood | None = None  # if it was asked for
 
 
 class Ended(Struct, frozen=True, tag=True):

@@ -36,6 +36,10 @@ class ModelText(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def token_text(self, token_id: int) -> str:
+        """For people to read: markup has its name."""
+        ...
+
 
 class FileText:
     """The text of a model whose file carries its tokenizer and, mostly, its chat template."""
@@ -64,6 +68,9 @@ class FileText:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.token_text(token_id)
 
 
 def load_model_text(source: Path | GgufHeader) -> ModelText:

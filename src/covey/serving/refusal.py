@@ -2,9 +2,12 @@
 
 
 class RefusedError(Exception):
-    """`message` is one sentence for a person; `status` is the HTTP status that fits."""
+    """`message` is one sentence for a person; `status` is the HTTP status that fits; `param` names the field of the
+    request that is wrong, if one is.
+    """
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
+        self.param = param

@@ -29,7 +29,8 @@ from covey.schema.generation import Admit, Broken, GenerationEvent, GenerationFa
 from covey.schema.ids import InstanceId, NodeId, RequestId
 from covey.schema.model import ModelCard
 from covey.schema.trust import Credentials
-from covey.serving.answer import AnswerText
+from covey.serving.answer import AnswerText, Names
+from covey.serving.checking import check_bias, check_constraint
 from covey.serving.choosing import Choosing, Needs, held
 from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
 from covey.serving.model_text import ModelText, ModelTexts
@@ -115,7 +116,9 @@ class Serving:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
         try:
+            await check_constraint(request.sampling)
             instance = await self._choosing.ready(request.model_id)
+            check_bias(request.sampling, instance.card)
             text = await self._texts.of(instance.card)
             token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
             instance = self._choosing.roomier(instance, len(token_ids) + 1)
@@ -129,7 +132,7 @@ class Serving:
                     instance = await self._go_on(progress, instance, lost)
         except RefusedError as refused:
             _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
-            yield GenerationFailed(refused.message, refused.status)
+            yield GenerationFailed(refused.message, refused.status, param=refused.param)
 
     async def _attempt(self, instance: Instance, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
         """What one head adds to the answer. Raises `HeadLostError` if it can't go on to the end, `RefusedError`."""
@@ -222,7 +225,7 @@ def begin(
         stop_token_ids=stop_token_ids,
         account=request.account or f"node {asked_at}",  # without a key: whoever sits at this node
     )
-    answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids))
+    answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids), Names(text))
     return Progress(admit, answer, time.monotonic)
 
 
