@@ -99,3 +99,11 @@ def test_engines_are_found_by_name() -> None:
     assert isinstance(create(make_spec()), FakeStage)
     with pytest.raises(EngineError, match="no engine called abacus"):
         create(make_spec(engine="abacus"))
+
+
+def test_guesses_have_the_logits_that_they_would_have_alone() -> None:
+    stages = make_stages(2)
+    whole = [run(stages, [last(0, 0, count)], TOKENS[:count]) for count in (6, 7, 8)]
+    run(stages, [Piece(0, 0, 5, wants_logits=False)], TOKENS[:5])
+    guessed = run(stages, [Piece(0, 5, 3, wants_logits=True, guess_count=2)], TOKENS[5:])
+    assert (guessed == np.concatenate(whole)).all()

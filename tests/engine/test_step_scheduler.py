@@ -3,8 +3,9 @@
 import random
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +35,18 @@ from covey.schema.ids import RequestId
 from tests.engine.harness import make_admit, sampled
 
 STOP = 0
+Model = Callable[[Sequence[int]], int]
 
 
-def make_scheduler(slot_count: int = 2, context_length: int = 2000, stage_count: int = 1) -> Scheduler:
+def make_scheduler(
+    slot_count: int = 2, context_length: int = 2000, stage_count: int = 1, *, looks_up: bool = True
+) -> Scheduler:
     return Scheduler(
-        slot_count=slot_count, context_length=context_length, stage_count=stage_count, vocabulary_size=1000
+        slot_count=slot_count,
+        context_length=context_length,
+        stage_count=stage_count,
+        vocabulary_size=1000,
+        looks_up=looks_up,
     )
 
 
@@ -50,13 +58,19 @@ def next_token(sequence: Iterable[int]) -> int:
     return 0 if state % 30 == 0 else 1 + state % 997
 
 
-def plain_run(admit: Admit, context_length: int) -> tuple[list[int], FinishReason]:
+def quoted_token(sequence: Sequence[int]) -> int:
+    """What another one says: mostly what came thirty tokens before, so that much can be guessed, some of it wrong."""
+    is_new = len(sequence) < 30 or next_token(sequence) % 12 == 0
+    return next_token(sequence) if is_new else sequence[-30]
+
+
+def plain_run(admit: Admit, context_length: int, says: Model) -> tuple[list[int], FinishReason]:
     """The dumb twin: one request, alone, without a cache."""
     tokens = list(admit.token_ids)
     while True:
         if len(tokens) - admit.prompt_length >= admit.token_count_max or len(tokens) >= context_length:
             return tokens, FinishReason.LENGTH
-        token_id = next_token(tokens)
+        token_id = says(tokens)
         tokens.append(token_id)
         if token_id in admit.stop_token_ids:
             return tokens, FinishReason.STOP
@@ -67,6 +81,7 @@ class World:
     """Runs what the scheduler plans, as a pipeline would: first in, first out, with a cache for each slot."""
 
     scheduler: Scheduler
+    says: Model = next_token
     slots: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     flying: deque[StepOutcome] = field(default_factory=deque[StepOutcome])
     sampling_slots: set[int] = field(default_factory=set[int])
@@ -87,21 +102,33 @@ class World:
         self.sampling_slots |= {start.slot for start in planned.plan.begun}
         ids: list[int] = planned.token_ids.tolist()
         token_ids: list[int | None] = []
+        followers: dict[int, tuple[int, ...]] = {}
         for piece in planned.plan.pieces:
             chunk, ids = ids[: piece.token_count], ids[piece.token_count :]
-            self.run_piece(piece, chunk, token_ids)
+            assert piece.guess_count == len(planned.plan.guesses.get(piece.slot, ()))
+            token_id, *more = self.run_piece(piece, chunk) or [None]
+            if more:
+                followers[len(token_ids)] = tuple(more)
+            token_ids += [token_id] if piece.wants_logits else []
         assert not ids
-        self.flying.append(StepOutcome(planned.plan.step, tuple(token_ids)))
+        self.flying.append(StepOutcome(planned.plan.step, tuple(token_ids), followers=followers))
         return True
 
-    def run_piece(self, piece: Piece, chunk: list[int], token_ids: list[int | None]) -> None:
+    def run_piece(self, piece: Piece, chunk: list[int]) -> list[int]:
+        """The token that follows, and as many more as were guessed right before them."""
         cache = self.slots.setdefault(piece.slot, [])
         assert piece.position <= len(cache), "a step must begin where the cache reaches"
         assert len(chunk) == piece.token_count > 0
         cache[piece.position :] = chunk
-        if piece.wants_logits:
-            assert piece.slot in self.sampling_slots
-            token_ids.append(next_token(cache))
+        if not piece.wants_logits:
+            return []
+        assert piece.slot in self.sampling_slots
+        said: list[int] = []
+        for end in range(len(cache) - piece.guess_count, len(cache) + 1):
+            said.append(self.says(cache[:end]))
+            if end < len(cache) and said[-1] != cache[end]:
+                break
+        return said
 
     def learn(self) -> bool:
         if not self.flying:
@@ -133,15 +160,17 @@ def ids(seed: int, count: int) -> list[int]:
 # ---- what always holds ----
 
 
-@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_requests_that_come_and_go_at_any_time_stay_apart(seed: int, slot_count: int, stage_count: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.sampled_from([next_token, quoted_token]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_requests_that_come_and_go_at_any_time_stay_apart(
+    seed: int, slot_count: int, stage_count: int, says: Model
+) -> None:
     """Admissions, cancellations and lost connections in any order, with steps in flight: each request that ends by
     itself got exactly its own tokens, in order; no slot is lost; every request ends once.
     """
     world_random = random.Random(seed)
     context_length = 700
-    world = World(make_scheduler(slot_count, context_length, stage_count))
+    world = World(make_scheduler(slot_count, context_length, stage_count), says)
     admits: dict[str, Admit] = {}
     owners: dict[str, int] = {}
     stems = [ids(stem, 650) for stem in range(3)]  # shared beginnings, so that slots are taken up again
@@ -176,7 +205,7 @@ def check_answer(admit: Admit, owner: int, world: World, context_length: int) ->
     ends = [event for event in events if isinstance(event, Ended)]
     assert len(ends) == 1
     assert events[-1] is ends[0]
-    tokens, reason = plain_run(admit, context_length)
+    tokens, reason = plain_run(admit, context_length, world.says)
     expected = tokens[admit.prompt_length :]
     shown = [token_id for token_id in expected if token_id != STOP]
     positions = [event.position for event in events if isinstance(event, TokenSampled)]
@@ -200,6 +229,55 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     assert wants == [False, False, True, True, True]
     progress = [event.processed_tokens for event in world.of("a") if isinstance(event, Prefilled)]
     assert progress == [256, 512, 522]
+
+
+def quoting(count: int, **changes: Any) -> World:
+    """One request whose answer quotes its prompt."""
+    world = World(make_scheduler(**changes), quoted_token)
+    world.admit(make_admit("a", ids(1, 60), count, stop_token_ids=()))
+    world.settle()
+    return world
+
+
+def test_an_answer_that_quotes_takes_fewer_steps_and_is_the_same() -> None:
+    world = quoting(200)
+    tokens, _ = plain_run(make_admit("a", ids(1, 60), 200, stop_token_ids=()), 2000, quoted_token)
+    assert sampled(world.of("a")) == tokens[60:]
+    assert len(world.plans) < 120
+    assert len(quoting(200, looks_up=False).plans) == 200
+
+
+@pytest.mark.parametrize("count", range(195, 203))
+def test_no_guess_leads_beyond_what_was_asked_for(count: int) -> None:
+    world = quoting(count)
+    assert len(sampled(world.of("a"))) == count
+    last = world.plans[-1].plan.pieces[0]
+    assert last.position + last.token_count <= 60 + count - 1
+
+
+@pytest.mark.parametrize("context", range(195, 203))
+def test_no_guess_leads_beyond_the_context(context: int) -> None:
+    world = quoting(1000, context_length=context)
+    assert 60 + len(sampled(world.of("a"))) == context
+    assert max(each.position + each.token_count for plan in world.plans for each in plan.plan.pieces) < context
+
+
+def test_nothing_is_guessed_where_others_share_the_step() -> None:
+    world = World(make_scheduler(), quoted_token)
+    for name in "ab":
+        world.admit(make_admit(name, ids(1, 60), 100, stop_token_ids=()))
+    world.settle()
+    shared = [planned.plan for planned in world.plans if len(planned.plan.pieces) > 1]
+    assert shared
+    assert not any(plan.guesses for plan in shared)
+
+
+@pytest.mark.parametrize("told", [{"top_logprobs": 0}, {"constraint": Constraint(ConstraintKind.REGEX, "a*", "regex")}])
+def test_nothing_is_guessed_where_more_is_to_be_told_or_weighed(told: dict[str, Any]) -> None:
+    world = World(make_scheduler(), quoted_token)
+    world.admit(make_admit("a", ids(1, 60), 100, stop_token_ids=(), sampling=Sampling(**told)))
+    world.settle()
+    assert not any(planned.plan.guesses for planned in world.plans)
 
 
 def test_a_long_prompt_stalls_nobody_who_is_being_answered() -> None:

@@ -13,19 +13,27 @@ from numpy.typing import NDArray
 from covey.schema.runner import RunnerSpec
 
 Activations = NDArray[Any]  # [tokens] int64 token ids into the first stage; else [tokens, hidden] of a float type
-Logits = NDArray[np.float32]  # [pieces that want logits, vocabulary]
+Logits = NDArray[np.float32]  # [tokens whose logits are wanted, vocabulary]
 
 
 class Piece(Struct, frozen=True):
     """Consecutive tokens of one slot within a step: positions `position .. position + token_count - 1`.
 
     Starting at a position that the slot has passed already drops what was cached from there on.
+
+    The last `guess_count` tokens are guesses. Then the logits of the token before them are wanted, and of each of them.
     """
 
     slot: int
     position: int
     token_count: int
     wants_logits: bool  # of its last token
+    guess_count: int = 0
+
+    @property
+    def row_count(self) -> int:
+        """Of how many tokens, the last ones, the logits are wanted."""
+        return 1 + self.guess_count if self.wants_logits else 0
 
 
 class LoadProgress(Struct, frozen=True):
@@ -57,7 +65,7 @@ class StageEngine(Protocol):
     def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
         """One step. `values` holds the pieces' tokens one after another.
 
-        Returns the activations for the next stage, [tokens, hidden], or from the last stage the logits of the pieces
-        that want them, in their order, [count, vocabulary] float32. Either is good until the next call.
+        Returns the activations for the next stage, [tokens, hidden], or from the last stage the logits that the pieces
+        want, in their order, [count, vocabulary] float32. Either is good until the next call.
         """
         ...

@@ -5,7 +5,7 @@ layer of a model attends to its cache. The hash travels between stages in the fi
 wrong slot, a lost chunk or one that comes twice changes the answer, or is refused; the number of stages does not.
 
 `engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long),
-`load_delay_ms` (so does each layer's load), and `exact`, which it is anyway.
+`load_delay_ms` (so does each layer's load), `exact`, which it is anyway, and `lookup`, which is the head's.
 """
 
 import time
@@ -20,7 +20,14 @@ from covey.schema.runner import RunnerSpec
 
 WORD: Final = 0xFFFFFFFF
 LANES: Final = 4  # of a byte each, which every float type holds exactly
-DEFAULTS: Final = {"vocabulary_size": 256, "hidden_size": 8, "step_delay_ms": 0, "load_delay_ms": 0, "exact": 0}
+DEFAULTS: Final = {
+    "vocabulary_size": 256,
+    "hidden_size": 8,
+    "step_delay_ms": 0,
+    "load_delay_ms": 0,
+    "exact": 0,
+    "lookup": 1,
+}
 LOGITS_SPAN: Final = 8.0  # of the best to the worst: a distribution with a clear best and a long tail
 LAYER_BYTES: Final = 4
 
@@ -78,7 +85,7 @@ class FakeStage:
 
     def _logits(self, pieces: Sequence[Piece], hashes: list[int]) -> Logits:
         ends = accumulate(piece.token_count for piece in pieces)
-        wanted = [hashes[end - 1] for piece, end in zip(pieces, ends, strict=True) if piece.wants_logits]
+        wanted = [each for piece, end in zip(pieces, ends, strict=True) for each in hashes[end - piece.row_count : end]]
         words = self._vocabulary + np.array(wanted, np.uint32)[:, None]
         words ^= words >> np.uint32(15)
         words *= np.uint32(0x85EBCA6B)

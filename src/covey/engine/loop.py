@@ -15,6 +15,7 @@ from covey.engine.scheduler import Events, Scheduler
 from covey.schema.generation import Admit, HeadEvent
 from covey.schema.runner import Activity, RunnerSpec
 
+LOOKUP_OFF: Final = ("lookup", "0")  # the engine option that lets nothing be guessed, to measure by
 ACTIVITY_SECONDS: Final = 0.5  # between two reports while busy
 FAREWELL_SECONDS: Final = 1.0  # for the last events of a runner that ends
 
@@ -106,6 +107,7 @@ class Head:
             context_length=spec.context_length,
             stage_count=spec.stage_count,
             vocabulary_size=spec.vocabulary_size,
+            looks_up=LOOKUP_OFF not in spec.engine_options.items(),
         )
 
     @property

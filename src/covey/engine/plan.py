@@ -32,6 +32,7 @@ class StepPlan(Struct, frozen=True, tag=True):
     pieces: tuple[Piece, ...]
     begun: tuple[SamplingStart, ...] = ()
     released: tuple[int, ...] = ()
+    guesses: dict[int, tuple[int, ...]] = {}  # by slot: what its piece ends with
 
 
 class Remark(Struct, frozen=True, array_like=True):
@@ -50,6 +51,7 @@ class StepOutcome(Struct, frozen=True, tag=True, omit_defaults=True):
     token_ids: tuple[int | None, ...]
     failure: str = ""  # of one of them, for heads that know no remarks
     remarks: dict[int, Remark] = {}  # by the place in `token_ids`; few have one
+    followers: dict[int, tuple[int, ...]] = {}  # by the place: what was picked next, since the guess before was right
 
 
 class PlannedStep(Struct, frozen=True):

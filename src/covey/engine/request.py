@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final
 
+from covey.engine.lookup import Lookup
 from covey.schema.generation import Admit, Broken, Ended, FinishReason, Queued, Timings
 from covey.schema.ids import RequestId
 
@@ -23,6 +24,7 @@ class Request:
     sent: int = 0  # tokens that are planned already: their keys and values are cached, or will be
     told: tuple[int, int] | None = None  # its place in the queue, as its client knows it
     ended: bool = False
+    lookup: Lookup = field(default_factory=Lookup)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.admit.token_ids)
@@ -49,6 +51,17 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         return self.answered is not None
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether what is picked depends on the logits alone, and nothing more is to be told of it."""
+        sampling = self.admit.sampling
+        return sampling.constraint is None and sampling.top_logprobs is None
+
+    def guesses(self, context_length: int) -> tuple[int, ...]:
+        """What may come next, and still has room in the context and in what was asked for."""
+        room = min(context_length - len(self.tokens) - 1, self.admit.token_count_max - self.completion_tokens - 1)
+        return self.lookup.guess(self.tokens, room) if self.may_guess and room > 0 else ()
 
     def finish_reason(self, context_length: int) -> FinishReason | None:
         """Why it is complete with the tokens that it has, if it is."""

@@ -94,13 +94,19 @@ class Sampler:
         verdicts = self._judge(wanting, logits.shape[1])
         token_ids: list[int | None] = []
         remarks: dict[int, Remark] = {}
-        for place, (piece, row) in enumerate(zip(wanting, logits, strict=True)):
-            token_id, remark = self._pick(piece, row, verdicts.get(piece.slot))
+        followers: dict[int, tuple[int, ...]] = {}
+        start = 0
+        for place, piece in enumerate(wanting):
+            rows = logits[start : start + piece.row_count]
+            start += piece.row_count
+            token_id, remark = self._pick(piece, rows[0], verdicts.get(piece.slot))
             token_ids.append(token_id)
             if remark is not None:
                 remarks[place] = remark
+            if piece.guess_count and token_id is not None:
+                followers[place] = self._follow(piece, rows, token_id, plan.guesses[piece.slot])
         failure = next((remark.failure for remark in remarks.values() if remark.failure), "")
-        return StepOutcome(plan.step, tuple(token_ids), failure, remarks)
+        return StepOutcome(plan.step, tuple(token_ids), failure, remarks, followers)
 
     def _turn_over(self, plan: StepPlan, vocabulary_size: int) -> None:
         """Forgets the slots that are free, and learns of those that begin."""
@@ -122,12 +128,29 @@ class Sampler:
         guides = {piece.slot: guide for piece in wanting if (guide := self._slots[piece.slot].guide)}
         return self._constraining.rule(guides, vocabulary_size) if guides else {}
 
+    def _follow(self, piece: Piece, rows: Logits, token_id: int, guesses: tuple[int, ...]) -> tuple[int, ...]:
+        """What is picked after `token_id`, as long as what was guessed is what was picked.
+
+        Logits by which nothing can be picked end it: the next step has them again, and tells.
+        """
+        slot = self._slots[piece.slot]
+        position = piece.position + piece.token_count - piece.guess_count
+        found: list[int] = []
+        for guess, row in zip(guesses, rows[1:], strict=True):
+            if guess != (found[-1] if found else token_id):
+                break
+            try:
+                found.append(slot.next_token(row, position + 1 + len(found), None))
+            except EngineError:
+                break
+        return tuple(found)
+
     def _pick(self, piece: Piece, logits: Row, verdict: Mask | Remark | None) -> tuple[int | None, Remark | None]:
         if isinstance(verdict, Remark):
             return None, verdict
         slot = self._slots[piece.slot]
         try:
-            token_id = slot.next_token(logits, piece.position + piece.token_count, verdict)
+            token_id = slot.next_token(logits, piece.position + piece.token_count - piece.guess_count, verdict)
         except EngineError as error:
             return None, Remark(str(error))
         told = slot.likelihood(logits, token_id)

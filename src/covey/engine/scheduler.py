@@ -11,7 +11,7 @@ slot is given away as soon as its request ends: links keep the order, so what is
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -42,10 +42,21 @@ class StepOrderError(Exception):
 
 
 class Scheduler:
-    def __init__(self, *, slot_count: int, context_length: int, stage_count: int, vocabulary_size: int = 0) -> None:
+    """`looks_up`: tokens are guessed, several in one step, where the text so far lets them be (`lookup`)."""
+
+    def __init__(
+        self,
+        *,
+        slot_count: int,
+        context_length: int,
+        stage_count: int,
+        vocabulary_size: int = 0,
+        looks_up: bool = True,
+    ) -> None:
         self._context_length = context_length
         self._stage_count = stage_count
         self._vocabulary_size = vocabulary_size  # 0: unknown
+        self._looks_up = looks_up
         self._slots = Slots(slot_count)
         self._pace = Pace(slot_count)
         self._waiting = Waiting()
@@ -175,18 +186,29 @@ class Scheduler:
         begun = tuple(_sampling_start(request) for request in requests if request.begun is None)
         pieces: list[Piece] = []
         token_ids: list[int] = []
+        guesses = self._guesses(requests)
         for request in requests:
-            piece = _next_piece(request)
+            piece = _next_piece(request, len(guesses.get(request.slot, ())))
             pieces.append(piece)
             token_ids += request.tokens[piece.position : piece.position + piece.token_count]
+            token_ids += guesses.get(request.slot, ())
             request.sent += piece.token_count
             request.begun = now if request.begun is None else request.begun
             self._running[request.key] = self._running.pop(request.key)  # to the end of the round
         self._steps += 1
-        plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released))
+        plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released), guesses)
         self._released.clear()
         self._in_flight.append((plan, requests))
         return PlannedStep(plan, np.array(token_ids, np.int64))
+
+    def _guesses(self, requests: list[Request]) -> dict[int, tuple[int, ...]]:
+        """By slot. Only for one that goes by itself: the engine runs pieces of several tokens one by one, and reads the
+        weights for each.
+        """
+        if not self._looks_up or len(requests) > 1 or not requests[0].is_decoding:
+            return {}
+        guesses = requests[0].guesses(self._context_length)
+        return {requests[0].slot: guesses} if guesses else {}
 
     def learn(self, outcome: StepOutcome, now: float) -> Events:
         """Takes in what became of the oldest step in flight. Raises `StepOrderError`."""
@@ -207,8 +229,19 @@ class Scheduler:
             if not request.is_decoding:
                 events.append(_progress(request, piece))
             if place >= 0:
-                events += self._take_token(request, outcome.token_ids[place], remark, now)
+                followers = outcome.followers.get(place, ())
+                events += self._take_tokens(request, (outcome.token_ids[place], *followers), remark, now)
         return events + self._refill() if len(self._running) < running_before else events
+
+    def _take_tokens(self, request: Request, token_ids: Sequence[int | None], remark: Remark, now: float) -> Events:
+        """What a step has brought to one request, up to its end. What was guessed wrong was computed in vain."""
+        events: Events = []
+        for token_id in token_ids:
+            request.sent = len(request.tokens)
+            events += self._take_token(request, token_id, remark, now)
+            if request.ended:
+                break
+        return events
 
     def _take_token(self, request: Request, token_id: int | None, remark: Remark, now: float) -> Events:
         if token_id is None:
@@ -231,10 +264,10 @@ class Scheduler:
         return events
 
 
-def _next_piece(request: Request) -> Piece:
+def _next_piece(request: Request, guess_count: int) -> Piece:
     left = len(request.tokens) - request.sent
     count = min(left, PREFILL_CHUNK_TOKENS)
-    return Piece(request.slot, request.sent, count, wants_logits=count == left)
+    return Piece(request.slot, request.sent, count + guess_count, count == left, guess_count)
 
 
 def _sampling_start(request: Request) -> SamplingStart:

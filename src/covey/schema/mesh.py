@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct
 
-MESH_PROTOCOL: Final = 2  # grows when nodes before and after can't understand each other's messages
+MESH_PROTOCOL: Final = 3  # grows when nodes before and after can't understand each other's messages
 BEACON_BYTES_MAX: Final = 512
 BEACON_MAGIC: Final = b"covey beacon "
 

@@ -180,6 +180,25 @@ def test_going_back_drops_what_was_cached(stage):
     assert np.abs(again - expected[9]).max() < 1e-3 * expected.std()
 
 
+@pytest.mark.parametrize("stage_count", [1, 2])
+def test_guesses_have_the_logits_of_single_tokens(tiny, stage_count):
+    """Beside other pieces, too, and from a second stage; wrong ones are forgotten."""
+    seam = LAYERS // 2
+    ranges = [range(LAYERS)] if stage_count == 1 else [range(seam), range(seam, LAYERS)]
+    whole, stages = loaded(tiny, exact=True), [loaded(tiny, layers=each, exact=True) for each in ranges]
+    alone = each_logits(whole, TOKENS[:12])
+    steps = [
+        ([silent(0, 0, 8), silent(1, 0, 5)], [TOKENS[:8], TOKENS[:5]]),
+        ([Piece(0, 8, 3, wants_logits=True, guess_count=2)], [TOKENS[[8, 1, 1]]]),
+        ([Piece(0, 8, 4, wants_logits=True, guess_count=3), piece(1, 5)], [TOKENS[8:12], TOKENS[5:6]]),
+    ]
+    for pieces, tokens in steps:
+        values = np.concatenate(tokens)
+        for each in stages:
+            values = each.run(pieces, values)
+    assert np.abs(values - alone[[8, 9, 10, 11, 5]]).max() < 1e-4 * alone.std()
+
+
 def test_stages_one_after_another_are_the_whole(tiny):
     whole = each_logits(loaded(tiny), TOKENS)
     parts = [loaded(tiny, layers=layers) for layers in (range(1), range(1, 2), range(2, 3))]

@@ -67,14 +67,14 @@ class Segment:
         self.result_size = result_size  # of the vocabulary with the output, else the hidden size
         self._session = session
 
-    def run(self, slot: int, positions: list[int], values: Activations, *, is_last: bool) -> Activations:
-        """Sequences of equal length in neighbouring slots; their activations, or each last token's logits.
-
-        The result is good until the next run.
+    def run(self, slot: int, positions: list[int], values: Activations, row_count: int | None) -> Activations:
+        """Sequences of equal length in neighbouring slots; their activations, or the logits of each one's last
+        `row_count` tokens. The result is good until the next run.
         """
-        token_count = len(values) // len(positions)
-        wanted = np.arange(token_count - 1, len(values), token_count) if is_last else None
-        return self._session.run(slot, positions, values, wanted)
+        if row_count is None:
+            return self._session.run(slot, positions, values, None)
+        tokens = np.arange(len(values)).reshape(len(positions), -1)
+        return self._session.run(slot, positions, values, tokens[:, -row_count:].reshape(-1))
 
 
 def open_model(spec: RunnerSpec) -> Model:

@@ -45,7 +45,7 @@ class OnnxStage:
             self._lengths[piece.slot] = piece.position + piece.token_count
         if not self._is_last or all(piece.wants_logits for piece in pieces):
             return result
-        return result[[index for index, piece in enumerate(pieces) if piece.wants_logits]]
+        return result[[piece.wants_logits for piece in pieces for _ in range(_row_count(piece))]]
 
     def _load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> list[Segment]:
         model = open_model(spec)
@@ -60,7 +60,7 @@ class OnnxStage:
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]], values: Activations) -> NDArray[np.float32]:
         """Each group by itself, and the results in the order of `pieces`."""
         token_starts = [0, *accumulate(piece.token_count for piece in pieces)]
-        result_starts = range(len(pieces) + 1) if self._is_last else token_starts
+        result_starts = [0, *accumulate(map(_row_count, pieces))] if self._is_last else token_starts
         results = np.empty((result_starts[-1], self._segments[-1].result_size), np.float32)
         for group in groups:
             rows = np.concatenate([values[token_starts[index] : token_starts[index + 1]] for index in group])
@@ -77,8 +77,8 @@ class OnnxStage:
         """
         positions = [piece.position for piece in pieces]
         for segment in self._segments:
-            is_last = self._is_last and segment is self._segments[-1]
-            values = segment.run(pieces[0].slot, positions, values, is_last=is_last)
+            has_logits = self._is_last and segment is self._segments[-1]
+            values = segment.run(pieces[0].slot, positions, values, _row_count(pieces[0]) if has_logits else None)
         return values
 
     def _blank(self, token_count: int) -> Activations:
@@ -109,6 +109,11 @@ class OnnxStage:
             )
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"slot {piece.slot} is full: it holds {self._spec.context_length} tokens")
+
+
+def _row_count(piece: Piece) -> int:
+    """Rows of logits that are computed for it: one also where none is wanted."""
+    return 1 + piece.guess_count
 
 
 def _load_missing(
