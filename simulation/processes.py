@@ -51,7 +51,7 @@ class Process:
         self.epoch = 0  # of its deeds
         self.has_stalled = False  # it lives, and does nothing any more
         self.is_known = False  # to its node
-        self.steps = 0
+        self.steps = self.beats = 0
         self.is_busy = False
         self.resident_bytes = 0
         self.address: Address | None = None
@@ -168,6 +168,7 @@ class Process:
     def _beat(self) -> None:
         """As its thread does, until it stalls. (No chance is drawn: others' lives don't depend on it.)"""
         if self.alive and not self.has_stalled:
+            self.beats += 1
             self.steps += self.is_busy
             self.say(Beat(self.steps, self.is_busy))
             self.world.at(self.world.now_ms + BEAT_MS, self._beat)

@@ -69,6 +69,7 @@ class Safety:
         self.ended_ms: dict[RunnerId, int] = {}  # when its last process did
         self.probed_ms = -1  # when its memory was last looked at
         self.failures: dict[RunnerId, list[int]] = {}  # when its processes ended unasked
+        self.well: set[RunnerId] = set()  # of those, who was well until its last failure
         self.lacking: set[RunnerId] = set()  # runners that wait for memory
         self.fetch_failures: dict[ModelId, tuple[int, int]] = {}  # (when, intent revision)
         self.heartbeats: dict[NodeId, Heartbeat] = {}  # the newest that has arrived of each node
@@ -93,9 +94,18 @@ class Safety:
         runner_id = owners[0] if owners else process.spec.runner_id
         self.ended_ms[runner_id] = self.world.now_ms
         if process.has_failed or not process.was_asked_to_stop:
-            proven_ms = self.host.machine.settings.runner_proven_ms
-            before = [] if process.steps * BEAT_MS >= proven_ms else self.failures.get(runner_id, [])
-            self.failures[runner_id] = [*before, self.host.now_ms]
+            self._failed(runner_id, process)
+
+    def _failed(self, runner_id: RunnerId, process: Process) -> None:
+        """What was well until then counts as a first failure, and may be tried again at once."""
+        assert self.host.machine is not None
+        settings = self.host.machine.settings
+        was_well = process.steps * BEAT_MS >= settings.runner_proven_ms
+        was_well = was_well or process.beats * BEAT_MS >= settings.runner_healthy_ms
+        before = [] if was_well else self.failures.get(runner_id, [])
+        self.failures[runner_id] = [*before, self.host.now_ms]
+        self.well.discard(runner_id)
+        self.well |= {runner_id} if was_well else set()
 
     def fetch_failed(self, model_id: ModelId) -> None:
         assert self.host.machine is not None
@@ -362,7 +372,7 @@ class Safety:
         failures = self.failures.get(runner_id, [])
         steps_ms = machine.settings.runner_back_off_ms
         recent = [at_ms for at_ms in failures if at_ms > self.host.now_ms - machine.settings.runner_healthy_ms]
-        if failures and self.host.now_ms - failures[-1] < steps_ms[0]:
+        if failures and runner_id not in self.well and self.host.now_ms - failures[-1] < steps_ms[0]:
             self._fail(f"{runner_id} is started {self.host.now_ms - failures[-1]} ms after it failed")
         if len(recent) > len(steps_ms):
             self._fail(f"{runner_id} is started again after {len(recent)} failures in a minute")

@@ -221,7 +221,23 @@ def test_a_minute_of_health_gives_the_budget_back() -> None:
     bench = at_the_end_of_its_budget()
     bench.now_ms += 60_000
     bench.exit(4)
-    assert bench.mine.retry_ms == bench.now_ms + 1_000
+    assert (bench.mine.state, bench.mine.retries_left) == (RunnerState.IDLE, 3)  # it is started at once
+    for attempt, pause_ms in ((5, 1_000), (6, 4_000), (7, 16_000)):
+        assert bench.mine.attempt == attempt
+        bench.exit(attempt)
+        assert bench.advance(pause_ms - 1) == []
+        assert bench.advance(1)
+    bench.exit(8)
+    assert bench.mine.retry_ms is None
+
+
+def test_a_link_that_breaks_after_a_while_is_made_again_at_once() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.now_ms += 60_000
+    [regroup] = bench.say(Parted("The link to stage 1 is lost."))
+    assert isinstance(regroup, RegroupRunner)
+    assert bench.mine.attempt == 2
 
 
 @pytest.mark.parametrize(("steps", "retries_left"), [((1, 2, 3, 4, 5, 6), 3), ((1, 1, 1, 1, 1, 1), 0)])

@@ -84,6 +84,7 @@ class Runner(Struct):
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
     working_since_ms: int | None = None  # it serves, and has ended a step
+    was_well: bool = False  # until now: what goes wrong then is tried again at once, and costs none of its budget
     has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
     retry_ms: int | None = None  # when FAILED ends (None: never, or not before it is reaped), or PARTED at last
@@ -238,7 +239,7 @@ def _begin(runner: Runner, news: Begin) -> Outcome:
     if runner.has_process or news.attempt <= runner.last_attempt:
         raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
-    runner.has_process, runner.started_ms, runner.waiting = True, news.now_ms, ""
+    runner.has_process, runner.started_ms, runner.waiting, runner.was_well = True, news.now_ms, "", False
     runner.process_key = (runner.stage.runner_id, runner.attempt)
     runner.listen_host = news.spec.listen_host
     return IDLE, [StartRunner(*runner.key, news.spec)]
@@ -248,7 +249,7 @@ def _regroup(runner: Runner, news: Regroup) -> Outcome:
     if news.attempt <= runner.last_attempt:
         raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
-    runner.retry_ms, runner.waiting, runner.is_inherited = None, "", False
+    runner.retry_ms, runner.waiting, runner.is_inherited, runner.was_well = None, "", False, False
     _leave_generation(runner)
     return IDLE, [RegroupRunner(*runner.key, news.spec)]
 
@@ -370,8 +371,9 @@ def _stopped(runner: Runner, news: RunnerExited) -> Outcome:
 
 
 def _retry(runner: Runner, news: Retry) -> Outcome:
-    runner.attempt, runner.retry_ms, runner.retries_left = news.attempt, None, runner.retries_left - 1
-    runner.has_failed = False
+    runner.attempt, runner.retry_ms = news.attempt, None
+    runner.retries_left -= not runner.was_well
+    runner.has_failed = runner.was_well = False
     return IDLE, []
 
 

@@ -121,12 +121,12 @@ class Runners:
             return
         steps = self.settings.runner_back_off_ms
         if self._was_well(now_ms, runner):
-            runner.retries_left, runner.partings = len(steps), min(runner.partings, 1)
+            runner.was_well, runner.retries_left, runner.partings = True, len(steps), min(runner.partings, 1)
         runner.serving_since_ms = runner.working_since_ms = None
         if runner.state is RunnerState.PARTED and runner.retry_ms is None:
-            runner.retry_ms = now_ms + steps[min(runner.partings, len(steps)) - 1]
+            runner.retry_ms = now_ms + (0 if runner.was_well else steps[min(runner.partings, len(steps)) - 1])
         if runner.has_failed and not runner.has_process and runner.retries_left:
-            runner.retry_ms = now_ms + steps[len(steps) - runner.retries_left]
+            runner.retry_ms = now_ms + (0 if runner.was_well else steps[len(steps) - runner.retries_left])
 
     def _was_well(self, now_ms: int, runner: Runner) -> bool:
         """Whether it served for a while: less long if it got on with work. The time that it hung does not count."""
