@@ -114,6 +114,7 @@ class Look:
 
     at_s: float
     resident_bytes: int
+    mesh_bytes: int  # of its mesh process, which others come to and go from
     descriptors: int
     threads: int
     processes: int
@@ -122,8 +123,17 @@ class Look:
 def look(rig: Rig, begun_s: float) -> Look:
     node = psutil.Process(rig.asked.process.pid)
     with node.oneshot():
-        figures = node.memory_info().rss, node.num_fds(), node.num_threads()
+        figures = node.memory_info().rss, mesh_bytes(node), node.num_fds(), node.num_threads()
     return Look(time.monotonic() - begun_s, *figures, len(census.ours(rig.home)))
+
+
+def mesh_bytes(node: psutil.Process) -> int:
+    """0 while it is being replaced."""
+    for child in node.children():
+        with suppress(psutil.Error):
+            if any("mesh_process" in part for part in child.cmdline()):
+                return child.memory_info().rss
+    return 0
 
 
 class Churn:
@@ -198,6 +208,7 @@ def report(tally: Tally, looks: list[Look], strikes: Counter[str]) -> dict[str, 
         "answer_median_s": median(tally.took_s),
         "answer_worst_s": max(tally.took_s),
         "node_resident_grown_mib": grown(looks, "resident_bytes") / census.MIB,
+        "mesh_resident_grown_mib": grown(looks, "mesh_bytes") / census.MIB,
         "node_descriptors_grown": grown(looks, "descriptors"),
         "node_threads_grown": grown(looks, "threads"),
         "looks": [vars(each) for each in looks[:: max(1, len(looks) // 60)]],
@@ -225,4 +236,5 @@ def test_churn(tmp_path: Path, demo_model: Path) -> None:
     assert tally.ended["answered"] > 0
     assert (leaks, left) == ([], [])
     assert found["node_resident_grown_mib"] < GROWN_BYTES_MAX / census.MIB
+    assert found["mesh_resident_grown_mib"] < GROWN_BYTES_MAX / census.MIB
     assert found["node_descriptors_grown"] <= DESCRIPTORS_GROWN_MAX

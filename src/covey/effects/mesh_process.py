@@ -198,6 +198,8 @@ def config(setup: MeshSetup, port: int, *, has_scouting: bool) -> zenoh.Config:
         "transport/link/rx/max_message_size": MESSAGE_BYTES_MAX * 2,
         "transport/link/tx/queue/congestion_control/drop/wait_before_drop": BEAT_WAIT_US,
         "transport/link/protocols": ["tls"],
+        # What neighbours on one machine share stays mapped when one of them is killed: 20 MB each time, and a file.
+        "transport/shared_memory/enabled": False,
         "transport/unicast/open_timeout": OPEN_TIMEOUT_MS,
         **_tls_values(setup.tls),
     }
