@@ -31,7 +31,6 @@ def llama_header(*, tied: bool = True, without: str = "", **changed: Any) -> Ggu
         *([] if tied else [tensor("output.weight", 800)]),
     ]
     return GgufHeader(
-        version=3,
         metadata={key: value for key, value in metadata.items() if key != without},
         tensors={each.name: each for each in tensors if each.name != without},
         file_bytes=4557 if tied else 5357,

@@ -136,7 +136,7 @@ def small_header(
     if merges is None:
         metadata["tokenizer.ggml.tokens"] = [*tokens, tokens[-1] * 2]
         metadata["tokenizer.ggml.token_type"] = [*(types or [1] * len(tokens)), 1]
-    return GgufHeader(version=3, metadata=metadata, tensors={}, file_bytes=0)
+    return GgufHeader(metadata=metadata, tensors={}, file_bytes=0)
 
 
 def encode(header: GgufHeader, text: str, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
@@ -206,7 +206,6 @@ def sentence_piece_header() -> GgufHeader:
     ]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -1.0, -2.0, -3.0]
     return GgufHeader(
-        version=3,
         metadata={
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.tokens": tokens,
@@ -263,7 +262,7 @@ def test_damage_is_named(changed: dict[str, Any], said: str) -> None:
 
 def test_a_file_without_a_vocabulary_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.model"):
-        load_tokenizer(GgufHeader(version=3, metadata={}, tensors={}, file_bytes=0))
+        load_tokenizer(GgufHeader(metadata={}, tensors={}, file_bytes=0))
 
 
 # ---- how words are cut, by family: from llama.cpp's own splitters ----

@@ -7,6 +7,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 HALF_BYTE: Final = 4  # bits
+FLOAT_BYTES: Final = 4
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -33,6 +34,18 @@ class PackedBlocks(Struct, frozen=True):
     codes: Bytes  # [rows, blocks, block_size * bits / 8]
     scales: Floats  # [rows, blocks]
     offsets: Floats | None  # [rows, blocks]
+
+
+class Form(Struct, frozen=True):
+    """How a tensor of blocks is held; a scale and an offset have 4 bytes each."""
+
+    bits: int
+    block_size: int
+    has_offsets: bool
+
+    def byte_count(self, weights: int) -> int:
+        blocks = -(-weights // self.block_size)
+        return blocks * (self.block_size * self.bits // 8 + FLOAT_BYTES * (1 + self.has_offsets))
 
 
 def values_of(blocks: Blocks) -> Floats:

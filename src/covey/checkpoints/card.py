@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry
+from covey.checkpoints.checkpoint import CheckpointError, GgufHeader, TensorEntry
 from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard, ModelSource

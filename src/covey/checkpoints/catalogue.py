@@ -18,7 +18,8 @@ from msgspec import Struct
 
 from covey.checkpoints import mistaken
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.checkpoint import CheckpointError
+from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
 from covey.schema.model import HubSource, ModelCard, PackageSource
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.pretokenizers import WordSplitter, pre_tokenizer
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary
 

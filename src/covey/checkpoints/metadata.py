@@ -5,7 +5,7 @@ Every refusal is a `CheckpointError` that names the key, so that a person can lo
 
 from typing import Any, Final
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 
 _SHOWN_CHARACTERS: Final = 40  # of a wrong value, in an error
 

@@ -10,11 +10,11 @@ from typing import Final
 
 import numpy as np
 
-from covey.checkpoints.blocks import Blocks, Bytes, Floats, PackedBlocks, pack_blocks, values_of
+from covey.checkpoints.blocks import FLOAT_BYTES, Blocks, Bytes, Floats, Form, PackedBlocks, pack_blocks, values_of
+from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
 from covey.checkpoints.ggml_blocks import GGML_BLOCKS
-from covey.checkpoints.gguf_file import TENSOR_TYPES, CheckpointError, TensorEntry
-
-FLOAT_BYTES: Final = 4
+from covey.checkpoints.gguf_file import TENSOR_TYPES
+from covey.checkpoints.hub_blocks import HUB_BLOCKS, hub_form, take_hub_apart
 
 
 def dequantize(entry: TensorEntry, content: Bytes) -> Floats:
@@ -31,22 +31,26 @@ def pack(entry: TensorEntry, content: Bytes) -> PackedBlocks:
 
 def take_apart(entry: TensorEntry, content: Bytes) -> Blocks:
     """Raises `CheckpointError` for a type without blocks, or of unknown ones."""
-    unpack = GGML_BLOCKS.get(entry.type)
-    if unpack is None:
-        known = ", ".join((*_PLAIN, *GGML_BLOCKS))
-        raise CheckpointError(
-            f"tensor {entry.name!r} has the type {entry.type}, which can't be used; known are {known}"
-        )
-    return unpack(content, int(np.prod(entry.shape[:-1])))
+    if entry.type in HUB_BLOCKS:
+        return take_hub_apart(entry, content)
+    if entry.type in GGML_BLOCKS:
+        return GGML_BLOCKS[entry.type](content, math.prod(entry.shape[:-1]))
+    raise CheckpointError(
+        f"tensor {entry.name!r} has the type {entry.type}, which can't be used; known are {', '.join(known_types())}"
+    )
+
+
+def form_of(entry: TensorEntry) -> Form | None:
+    """How `pack` lets it be held; None for what is held as floats. Raises `CheckpointError`."""
+    if entry.type in HUB_BLOCKS:
+        return hub_form(entry)
+    return _ggml_form(entry.type) if entry.type in GGML_BLOCKS else None
 
 
 def held_bytes(entry: TensorEntry) -> int:
     """What `pack` or `dequantize` makes of it, which a runner holds; an unknown type counts as floats."""
-    count = math.prod(entry.shape)
-    if not is_blocked(entry.type):
-        return FLOAT_BYTES * count
-    block_size, packed_bytes = _packed_block(entry.type)
-    return -(-count // block_size) * packed_bytes
+    form, count = form_of(entry), math.prod(entry.shape)
+    return FLOAT_BYTES * count if form is None else form.byte_count(count)
 
 
 def held_in_table_bytes(entry: TensorEntry) -> int:
@@ -60,24 +64,23 @@ def stays_in_table(tensor_type: str) -> bool:
 
 
 @cache
-def _packed_block(tensor_type: str) -> tuple[int, int]:
-    """Weights of the smallest piece that a tensor of this type can have, and bytes of that once it is packed."""
+def _ggml_form(tensor_type: str) -> Form:
+    """That of the smallest piece that a tensor of this type can have."""
     size, byte_count = next((size, count) for name, size, count in TENSOR_TYPES.values() if name == tensor_type)
     packed = pack(TensorEntry("", tensor_type, (1, size), 0, byte_count), np.zeros(byte_count, np.uint8))
-    offsets_bytes = 0 if packed.offsets is None else packed.offsets.nbytes
-    return size, packed.codes.nbytes + packed.scales.nbytes + offsets_bytes
+    return Form(packed.bits, packed.block_size, packed.offsets is not None)
 
 
 def is_blocked(tensor_type: str) -> bool:
-    return tensor_type in GGML_BLOCKS
+    return tensor_type in GGML_BLOCKS or tensor_type in HUB_BLOCKS
 
 
 def is_known(tensor_type: str) -> bool:
-    return tensor_type in GGML_BLOCKS or tensor_type in _PLAIN
+    return is_blocked(tensor_type) or tensor_type in _PLAIN
 
 
 def known_types() -> tuple[str, ...]:
-    return (*_PLAIN, *GGML_BLOCKS)
+    return (*_PLAIN, *GGML_BLOCKS, *HUB_BLOCKS)
 
 
 def _bf16(content: Bytes) -> Floats:

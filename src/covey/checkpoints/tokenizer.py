@@ -13,7 +13,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
 from covey.checkpoints.mergers import ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter

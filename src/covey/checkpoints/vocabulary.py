@@ -11,7 +11,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.metadata import Metadata
 
 TOKENS_MAX: Final = 1 << 24
