@@ -13,6 +13,7 @@ from covey.checkpoints.hub_config import family_of, text_config, translate
 from covey.checkpoints.hub_quantization import read_quantization
 from covey.checkpoints.hub_tensors import entries_of, given_entry
 from covey.checkpoints.safetensors_file import SUFFIX, read_safetensors
+from covey.checkpoints.vocabulary import STOP_IDS
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
@@ -23,7 +24,6 @@ SHARDS_MAX: Final = 10_000
 TOKENIZER: Final = "tokenizer.huggingface.json"  # GGUF's key for the text of a tokenizer.json
 TOKENIZER_CONFIG: Final = "covey.tokenizer_config"
 TEMPLATE: Final = "tokenizer.chat_template"
-STOP_IDS: Final = "covey.stop_token_ids"
 
 
 def read_folder(path: Path) -> GgufHeader:

@@ -1,4 +1,4 @@
-"""From a plain text to the ids of a vocabulary, by merging, and back from ids to bytes: the two ways that GGUF knows.
+"""From a plain text to the ids of a vocabulary, by merging, and back: the two ways that GGUF knows, and the hub's.
 
 Markup is not known here: `tokenizer` has taken it out of the text before.
 """
@@ -22,7 +22,7 @@ _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 class Merger(Protocol):
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Token ids of `text`, which `begins` a text or comes after markup."""
+        """Token ids of `text`, which `begins` a text or else comes after markup."""
         ...
 
     def token_bytes(self, text: str, kind: int) -> bytes:
@@ -44,7 +44,7 @@ class ByteLevelMerger:
         self._tokenizer.pre_tokenizer = pre_tokenizer(splitter)  # pyright: ignore[reportAttributeAccessIssue]  # settable
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        del begins  # only SentencePiece cares
+        del begins  # only the hub's tokenizers care
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [each for each in ids if each != self._lost] if self._lost in ids else ids
 
@@ -64,11 +64,29 @@ class SentencePieceMerger:
         self._tokenizer = _tokenizer(tokens, _pairs(vocabulary, scores), byte_fallback=True, unk_token=unknown)
 
     def encode(self, text: str, *, begins: bool) -> list[int]:
-        spaced = " " + text if begins and self._space_first else text
+        del begins  # after markup, too, there is a space
+        spaced = " " + text if self._space_first else text
         return self._tokenizer.encode(spaced.replace(" ", _SPACE), add_special_tokens=False).ids
 
     def token_bytes(self, text: str, kind: int) -> bytes:
         return text.replace(_SPACE, " ").encode() if kind == TokenKind.NORMAL else _bytes_of_odd(text, kind)
+
+
+class HubMerger:
+    """Whatever a `tokenizer.json` says, without its added tokens."""
+
+    def __init__(self, first: Tokenizer, later: Tokenizer, *, is_byte_level: bool) -> None:
+        """`first` is for a text's beginning, `later` for what comes after markup."""
+        self._first, self._later = first, later
+        self._is_byte_level = is_byte_level
+
+    def encode(self, text: str, *, begins: bool) -> list[int]:
+        return (self._first if begins else self._later).encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, text: str, kind: int) -> bytes:
+        if kind != TokenKind.NORMAL:
+            return _bytes_of_odd(text, kind)
+        return _from_printable(text) if self._is_byte_level else text.replace(_SPACE, " ").encode()
 
 
 def _tokenizer(tokens: dict[str, int], pairs: list[Pair], **options: Any) -> Tokenizer:

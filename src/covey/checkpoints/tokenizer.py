@@ -14,6 +14,8 @@ from msgspec import Struct
 
 from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
+from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
+from covey.checkpoints.hub_tokenizer import read_hub_tokenizer
 from covey.checkpoints.mergers import ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
@@ -133,7 +135,7 @@ class TextTokenizer:
         ids: list[int] = []
         for piece in self._pieces(text, markup):
             ids += self._merger.encode(piece, begins=begins) if isinstance(piece, str) else [piece]
-            begins = not isinstance(piece, str)
+            begins = False
         return ids
 
     def _pieces(self, text: str, markup: list[Span]) -> Iterator[str | int]:
@@ -145,12 +147,24 @@ class TextTokenizer:
             if isinstance(match, int):
                 position = match + 1
                 continue
-            if match.start() > done:
-                yield text[done : match.start()]
-            yield self._vocabulary.ids[match[0]]
-            done = position = match.end()
+            token_id = self._vocabulary.ids[match[0]]
+            start, end = self._span(token_id, text, match.span())
+            if start > done:
+                yield text[done:start]
+            yield token_id
+            done = position = end
         if done < len(text):
             yield text[done:]
+
+    def _span(self, token_id: int, text: str, span: Span) -> Span:
+        """With the blanks around the token that it swallows."""
+        strips_before, strips_behind = self._vocabulary.strips.get(token_id, (False, False))
+        start, end = span
+        if strips_before:
+            start = len(text[:start].rstrip())
+        if strips_behind:
+            end = len(text) - len(text[end:].lstrip())
+        return start, end
 
     def _is_control(self, text: str) -> bool:
         return self._vocabulary.kinds[self._vocabulary.ids[text]] in MARKUP_KINDS
@@ -159,6 +173,12 @@ class TextTokenizer:
 def load_tokenizer(header: GgufHeader) -> TextTokenizer:
     """The tokenizer that the file carries. Raises `CheckpointError`."""
     metadata = header.metadata
+    if TOKENIZER_CONFIG in metadata:  # a folder
+        if TOKENIZER not in metadata:
+            raise CheckpointError("the model's folder has no tokenizer.json, without which no text can be read")
+        vocabulary, merger, adds_bos, adds_eos = read_hub_tokenizer(metadata)
+        template = read.optional_text(metadata, "tokenizer.chat_template")
+        return TextTokenizer(vocabulary, merger, _Options(adds_bos, adds_eos, template))
     model = read.text(metadata, "tokenizer.ggml.model")
     if model == "gpt2":
         return _byte_level(metadata)

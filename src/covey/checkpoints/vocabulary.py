@@ -16,6 +16,7 @@ from covey.checkpoints.metadata import Metadata
 
 TOKENS_MAX: Final = 1 << 24
 
+STOP_IDS: Final = "covey.stop_token_ids"
 _TURN_ENDS: Final = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
     "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
@@ -54,6 +55,7 @@ class Vocabulary(Struct, frozen=True):
     eos_id: int | None
     unknown_id: int | None
     stop_ids: frozenset[int]
+    strips: dict[int, tuple[bool, bool]] = {}  # tokens that swallow the blanks before them, behind them
 
 
 def read_vocabulary(metadata: Metadata, words: AbstractSet[str] = frozenset()) -> Vocabulary:
@@ -95,7 +97,15 @@ def _stop_ids(metadata: Metadata, ids: dict[str, int], count: int) -> set[int]:
         known = next((ids[text] for text in texts if text in ids), None)
         file_end = _special_id(metadata, name, count)
         stated.append(known if file_end is None else file_end)
-    return stop | {each for each in stated if each is not None}
+    return stop | {each for each in stated if each is not None} | _listed_stop_ids(metadata, count)
+
+
+def _listed_stop_ids(metadata: Metadata, count: int) -> set[int]:
+    """Those of a hub's folder, which may state several."""
+    listed = metadata.get(STOP_IDS, [])
+    if any(each >= count for each in listed):
+        raise CheckpointError(f"the model is damaged: its eos_token_id is {listed}, but it has {count} tokens")
+    return set(listed)
 
 
 def _no_ends(ids: dict[str, int]) -> list[str]:
