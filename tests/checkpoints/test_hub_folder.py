@@ -166,6 +166,22 @@ def test_gpt_oss_weaves_two_matrices_into_one(tmp_path):
     assert np.array_equal(values(path, "blk.1.attn_sinks.weight"), np.arange(4))
 
 
+def test_gpt_oss_in_full_precision_is_transposed(tmp_path):
+    generator = np.random.default_rng(6)
+    joined, down = generator.standard_normal((2, 64, 10)), generator.standard_normal((2, 5, 64))
+    at = "model.layers.0.mlp.experts"
+    tensors = {f"{at}.gate_up_proj": bfloat16(joined), f"{at}.down_proj": bfloat16(down)}
+    config = SIZES | {"model_type": "gpt_oss", "num_local_experts": 2}
+    path = write_folder(tmp_path / "model", config, tensors | llama_ends())
+    turned = bfloat16(joined).values.swapaxes(1, 2)
+    assert np.array_equal(values(path, "blk.0.ffn_gate_exps.weight"), turned[:, 0::2])
+    assert np.array_equal(values(path, "blk.0.ffn_up_exps.weight"), turned[:, 1::2])
+    assert np.array_equal(values(path, "blk.0.ffn_down_exps.weight"), bfloat16(down).values.swapaxes(1, 2))
+    tensors[f"{at}.down_proj"] = bfloat16(down[0])
+    with pytest.raises(CheckpointError, match=r"experts.down_proj' measures \(5, 64\)"):
+        open_checkpoint(write_folder(tmp_path / "flat", config, tensors | llama_ends()))
+
+
 def test_mlx_with_another_precision_for_one_module(tmp_path):
     golden = np.load(f"{__file__.rsplit('/', 1)[0]}/golden/mlx.npz")
     quantization = {"group_size": 64, "bits": 4, "model.layers.0.mlp.down_proj": {"group_size": 32, "bits": 6}}

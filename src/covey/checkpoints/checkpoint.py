@@ -35,6 +35,7 @@ class TensorEntry(Struct, frozen=True):
     woven: tuple[int, int] | None = (
         None  # (i, n): of n tensors whose rows (second axis) alternate in the file, this is i
     )
+    is_transposed: bool = False  # in the file the last two axes are exchanged
     given: bytes | None = None  # the content, where no file has it
 
 
@@ -64,7 +65,7 @@ class TensorReader:
             return np.frombuffer(entry.given, np.uint8)
         if not entry.parts:
             return self._read_one(entry)
-        if all(part.woven is None for part in entry.parts):
+        if not any(part.woven or part.is_transposed for part in entry.parts):
             return self._read_parts(entry)
         return np.concatenate([self._read_one(part) for part in entry.parts])
 
@@ -79,11 +80,14 @@ class TensorReader:
 
     def _read_one(self, entry: TensorEntry) -> NDArray[np.uint8]:
         content = read_tensor(self._file(entry.file), entry)
+        index, count = entry.woven or (0, 1)
+        if entry.is_transposed:
+            matrices, rows, columns = entry.shape
+            turned = content.reshape(matrices, columns, rows * count, -1).swapaxes(1, 2)
+            return np.ascontiguousarray(turned[:, index::count]).reshape(-1)
         if entry.woven is None:
             return content
-        index, count = entry.woven
-        rows = content.reshape(entry.shape[0], entry.shape[1], count, -1)
-        return rows[:, :, index].reshape(-1)
+        return content.reshape(entry.shape[0], entry.shape[1], count, -1)[:, :, index].reshape(-1)
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._files:

@@ -75,6 +75,7 @@ _OLMO2_NORMS: Final = {
     "post_attention_layernorm": "post_attention_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_OLMO2: Final = _ATTENTION | _DENSE | _OLMO2_NORMS | _QUERY_KEY_NORMS
 
 # By `model_type`.
 FAMILIES: Final[dict[str, Family]] = {
@@ -94,7 +95,8 @@ FAMILIES: Final[dict[str, Family]] = {
         | {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output"}
         | {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
     ),
-    "olmo2": Family("olmo2", _ATTENTION | _DENSE | _OLMO2_NORMS | _QUERY_KEY_NORMS),
+    "olmo2": Family("olmo2", _OLMO2),
+    "olmo3": Family("olmo2", _OLMO2, full_attention_every=4),
     "granite": Family("granite", _LLAMA),
     "mixtral": Family(
         "llama",

@@ -23,7 +23,8 @@ _LEFT_OUT: Final = re.compile(
 )
 _LAYER: Final = re.compile(r"layers\.(\d{1,5})\.(.+)")
 _EXPERT: Final = re.compile(r"\.experts\.(\d{1,5})\.")
-# How a module's tensors end; some of gpt-oss and the sinks are no module's, and end otherwise or not at all.
+# How a module's tensors end. Some of gpt-oss are no module's, and end otherwise or not at all: sinks, and the experts
+# in full precision, which are transposed.
 _ENDING: Final = re.compile(r"(.+?)[._](weight|bias|qweight|qzeros|scales|biases|g_idx|blocks)")
 
 
@@ -52,7 +53,7 @@ def entries_of(
 
 def _place(source: str, family: Family) -> _Place:
     ending = _ENDING.fullmatch(source)
-    stem, kind = (ending[1], ending[2]) if ending else (source, "weight")
+    stem, kind = (ending[1], ending[2]) if ending else (source, "transposed" if ".experts." in source else "weight")
     bare = stem[_end_of_prefix(stem) :]
     layer = _LAYER.fullmatch(bare)
     if layer is None:
@@ -106,9 +107,19 @@ def _expert_order(name: str, owners: list[int | None]) -> list[int | None]:
 def _weight(name: str, parts: dict[str, TensorEntry], quantization: Quantization | None) -> TensorEntry:
     if is_quantised(parts):
         return quantised_entry(name, parts, quantization)
+    if set(parts) == {"transposed"}:
+        return _transposed(_plain(parts["transposed"]))
     if set(parts) != {"weight"}:
         raise CheckpointError(f"the tensors of {name!r} ({', '.join(sorted(parts))}) don't make a matrix")
     return _plain(parts["weight"])
+
+
+def _transposed(entry: TensorEntry) -> TensorEntry:
+    if len(entry.shape) != 3:  # noqa: PLR2004  # experts, columns, rows
+        raise CheckpointError(f"the model is damaged: tensor {entry.name!r} measures {entry.shape}")
+    experts, columns, rows = entry.shape
+    part = structs.replace(entry, shape=(experts, rows, columns), is_transposed=True)
+    return structs.replace(part, parts=(part,))
 
 
 def _plain(entry: TensorEntry) -> TensorEntry:
