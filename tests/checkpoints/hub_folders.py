@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 NAMES = {"float32": "F32", "float16": "F16", "uint32": "U32", "int32": "I32", "uint8": "U8", "int64": "I64"}
 LLAMA = {
@@ -93,3 +97,11 @@ def llama_tensors(config: dict[str, Any] = LLAMA, seed: int = 1) -> dict[str, np
         name: (np.float32(len(shape) == 1) + 0.1 * generator.standard_normal(shape)).astype(np.float32)
         for name, shape in shapes.items()
     }
+
+
+def write_tokenizer(path: Path) -> None:
+    """Of single bytes."""
+    tokenizer = Tokenizer(BPE({text: i for i, text in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.save(str(path / "tokenizer.json"))

@@ -131,7 +131,7 @@ def _refusal(name: str, reason: str) -> ModelNameError:
     names = ", ".join(card.model_id for card in listed())
     return _mistake(
         name,
-        f"{reason}; name a listed model ({names}), a path to a GGUF file, "
+        f"{reason}; name a listed model ({names}), a path to a GGUF file or a folder of safetensors, "
         f"or a hub's file as hf:OWNER/REPO/FILE or hf:OWNER/REPO/FILE@REVISION",
     )
 

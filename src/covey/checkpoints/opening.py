@@ -30,3 +30,12 @@ def weight_files(path: str | Path) -> list[Path]:
     """The files whose bytes are the weights. Raises `CheckpointError`, `OSError`."""
     place = Path(path)
     return [place / name for name in shard_names(place)] if place.is_dir() else [place]
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Their size, each opened to see that it can be. Raises `CheckpointError`, `OSError`."""
+    total = 0
+    for each in weight_files(path):
+        with each.open("rb") as file:
+            total += file.seek(0, 2)
+    return total

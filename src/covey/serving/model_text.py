@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
+from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
 from covey.schema.generation import ChatMessage
 from covey.schema.ids import ModelId
@@ -74,9 +75,9 @@ class FileText:
 
 
 def load_model_text(source: Path | GgufHeader) -> ModelText:
-    """Of a GGUF file, or of its header. Raises `RefusedError`."""
+    """Of a model's file or folder, or of its header. Raises `RefusedError`."""
     try:
-        return FileText(load_tokenizer(source if isinstance(source, GgufHeader) else read_header(source)))
+        return FileText(load_tokenizer(source if isinstance(source, GgufHeader) else open_checkpoint(source)))
     except (CheckpointError, OSError) as error:
         place = "the model's header" if isinstance(source, GgufHeader) else source.name
         raise RefusedError(f"The tokenizer in {place} can't be read: {error}.", SERVER_ERROR) from None
