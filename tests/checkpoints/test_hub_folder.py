@@ -322,6 +322,10 @@ def test_other_families_numbers():
         ({"num_hidden_layers": -1}, "'num_hidden_layers' as -1"),
         ({"num_hidden_layers": True}, "'num_hidden_layers' as True"),
         ({"rms_norm_eps": None}, "'rms_norm_eps' as None"),
+        (
+            {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attn_logit_softcapping": None},
+            "'attn_logit_softcapping' as None",
+        ),
         ({"hidden_act": "relu"}, "activation 'relu', where this family has silu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "by 'dynamic'; known are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "'factor' as None"),

@@ -1,10 +1,10 @@
 """What any model file or folder comes down to: metadata, and tensors with the places of their bytes.
 
 The vocabulary is that of the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), whatever
-the format: keys such as `llama.block_count`, tensors such as `blk.3.attn_q.weight`. Two keys are ours, since GGUF files
-have no need of them: `covey.rotary_interleaved` (false where the halves of a head are rotated against each other,
-though GGUF files of the architecture rotate neighbours) and `covey.norm_offset` (what is to be added to the weights of
-the norms).
+the format: keys such as `llama.block_count`, tensors such as `blk.3.attn_q.weight`. Three keys for the engine are ours,
+since GGUF files have no need of them: `covey.rotary_interleaved` (false where the halves of a head are rotated against
+each other, though GGUF files of the architecture rotate neighbours), `covey.norm_offset` (what is to be added to the
+weights of the norms) and `covey.rotary_layers` (for each layer whether positions turn anything).
 """
 
 from contextlib import ExitStack

@@ -74,6 +74,8 @@ def translate(config: Config, family: Family) -> Translated:
     """Raises `CheckpointError` that names the key that is missing, absurd or asks for what is not known."""
     _expect_activation(config, family)
     config = family.defaults | config
+    for key in family.needed:
+        number(config, key)
     own = _numbers(config) | _windows(config, family) | _experts(config, family)
     rope, tensors = _rope(config, family)
     metadata: dict[str, Any] = {f"{family.architecture}.{key}": value for key, value in (own | rope).items()}

@@ -48,6 +48,7 @@ class Family(Struct, frozen=True):
     rope_base: float = 10_000.0  # where a config states none
     experts_norm: str = ""  # the key that says whether the weights of the chosen experts are made to add up to 1
     defaults: dict[str, Any] = {}  # of what configs leave out
+    needed: tuple[str, ...] = ()  # numbers that a config could go without, though no model of the family does
 
 
 _GEMMA_ACTIVATIONS: Final = ("gelu_pytorch_tanh", "gelu")  # early configs say gelu where the other is meant
@@ -70,6 +71,7 @@ _GEMMA3: Final = Family(
         "sliding_window": 4096,
     },
 )
+_GEMMA2_NEEDS: Final = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window")
 _MIXTRAL_EXPERTS: Final = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 _OLMO2_NORMS: Final = {
     "post_attention_layernorm": "post_attention_norm",
@@ -85,7 +87,12 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen2": Family("qwen2", _LLAMA, window_is_asked_for=True),
     "qwen3": Family("qwen3", _LLAMA | _QUERY_KEY_NORMS, window_is_asked_for=True),
     "gemma2": Family(
-        "gemma2", _ATTENTION | _DENSE | _FOUR_NORMS, _GEMMA_ACTIVATIONS, norm_offset=1.0, full_attention_every=2
+        "gemma2",
+        _ATTENTION | _DENSE | _FOUR_NORMS,
+        _GEMMA_ACTIVATIONS,
+        norm_offset=1.0,
+        full_attention_every=2,
+        needed=_GEMMA2_NEEDS,
     ),
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,

@@ -42,6 +42,15 @@ class Stated:
             raise CheckpointError(f"the model file is damaged: its metadata gives {key} as {value!r}")
         return float(value)
 
+    def own_flags(self, key: str, length: int) -> tuple[bool, ...] | None:
+        """One for each of `length` layers; None where it is not stated."""
+        value: Any = self._header.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length or {type(each) for each in value} != {bool}:
+            raise CheckpointError(f"the model file is damaged: its metadata gives {key} as {value!r}")
+        return tuple(value)
+
     def text(self, key: str, default: str) -> str:
         value: Any = self._value(key, default)
         if not isinstance(value, str):
