@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from covey.checkpoints.gguf_file import CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
 from covey.checkpoints.quantization import dequantize, known_types, pack
 
 BITS = {

@@ -39,7 +39,7 @@ class TensorEntry(Struct, frozen=True):
     given: bytes | None = None  # the content, where no file has it
 
 
-class GgufHeader(Struct, frozen=True):
+class Checkpoint(Struct, frozen=True):
     metadata: dict[str, Any]  # numbers, strings, booleans and lists of them
     tensors: dict[str, TensorEntry]
     file_bytes: int

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from msgspec import Struct
 
-from covey.checkpoints.checkpoint import CheckpointError, GgufHeader, TensorEntry
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -197,7 +197,7 @@ class _Cursor:
         return entries
 
 
-def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
+def parse_header(data: bytes | memoryview, file_bytes: int) -> Checkpoint:
     """The header at the start of a file of `file_bytes`, of which `data` is the beginning.
 
     Raises `HeaderIncompleteError` when `data` ends too early but the file goes on, else `CheckpointError`.
@@ -205,17 +205,17 @@ def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
     return _parse(_Cursor(data, file_bytes))
 
 
-def _parse(cursor: _Cursor) -> GgufHeader:
+def _parse(cursor: _Cursor) -> Checkpoint:
     file_bytes = cursor.file_bytes
     _expect_version(cursor)
     tensor_count, metadata_count = cursor.uint64(), cursor.uint64()
     metadata = cursor.counted(metadata_count, 13, lambda: (cursor.name(), cursor.value(cursor.uint32())))
     entries = cursor.counted(tensor_count, 32, lambda: _read_entry(cursor))
     tensors = _place(entries, _data_start(cursor.position, metadata), metadata, file_bytes)
-    return GgufHeader(metadata, tensors, file_bytes)
+    return Checkpoint(metadata, tensors, file_bytes)
 
 
-def read_header(path: str | Path) -> GgufHeader:
+def read_header(path: str | Path) -> Checkpoint:
     """Reads no more of the file than its header needs. Raises `CheckpointError`, `OSError`."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
         raise CheckpointError("it is not a regular file")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from covey.checkpoints.checkpoint import CheckpointError, GgufHeader, TensorEntry
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from covey.checkpoints.hub_config import family_of, text_config, translate
 from covey.checkpoints.hub_quantization import read_quantization
 from covey.checkpoints.hub_tensors import entries_of, given_entry
@@ -26,7 +26,7 @@ TOKENIZER_CONFIG: Final = "covey.tokenizer_config"
 TEMPLATE: Final = "tokenizer.chat_template"
 
 
-def read_folder(path: Path) -> GgufHeader:
+def read_folder(path: Path) -> Checkpoint:
     """Reads no more of the weights than their headers. Raises `CheckpointError`, `OSError`."""
     try:
         return _read(path)
@@ -44,7 +44,7 @@ def shard_names(path: Path) -> list[str]:
     return [SINGLE]
 
 
-def _read(path: Path) -> GgufHeader:
+def _read(path: Path) -> Checkpoint:
     config = text_config(_object(path / CONFIG))
     family = family_of(config)
     quantization = read_quantization(config)
@@ -54,7 +54,7 @@ def _read(path: Path) -> GgufHeader:
     if config.get("tie_word_embeddings") is True:
         tensors.pop("output.weight", None)  # some store the tied one twice
     tensors |= {name: given_entry(name, content) for name, content in translated.tensors.items()}
-    return GgufHeader(translated.metadata | _text_metadata(path, config), tensors, file_bytes)
+    return Checkpoint(translated.metadata | _text_metadata(path, config), tensors, file_bytes)
 
 
 def _tensors(path: Path) -> tuple[dict[str, TensorEntry], int]:

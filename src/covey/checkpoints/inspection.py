@@ -7,7 +7,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from covey.checkpoints.checkpoint import GgufHeader, TensorEntry, TensorReader
+from covey.checkpoints.checkpoint import Checkpoint, TensorEntry, TensorReader
 from covey.checkpoints.quantization import (
     dequantize,
     form_of,
@@ -35,12 +35,12 @@ class TensorKind(Struct, frozen=True):
     error: float | None = None  # of quantising it, as `error_of` gives it; None where it is held as it is
 
 
-def kinds_of(header: GgufHeader) -> list[TensorKind]:
+def kinds_of(header: Checkpoint) -> list[TensorKind]:
     """In the order of the file, as all is held without quantising: exactly, or not at all. Raises `CheckpointError`."""
     return [_kind(entries) for entries in _groups(header.tensors.values())]
 
 
-def quantized_kinds(header: GgufHeader, reader: TensorReader, quantize: str) -> list[TensorKind]:
+def quantized_kinds(header: Checkpoint, reader: TensorReader, quantize: str) -> list[TensorKind]:
     """The same, if full-precision matrices were made small by `quantize`, a key of `BITS`; the first of each kind is
     read and measured. Raises `CheckpointError`, `OSError`.
     """

@@ -93,7 +93,7 @@ def _tokenizer(tokens: dict[str, int], pairs: list[Pair], **options: Any) -> Tok
     try:
         return Tokenizer(BPE(tokens, pairs, **options))
     except Exception as error:  # noqa: BLE001  # the library raises nothing narrower for a merge that names no token
-        raise CheckpointError(f"the GGUF file is damaged: its merges don't fit its tokens ({error})") from None
+        raise CheckpointError(f"the model file is damaged: its merges don't fit its tokens ({error})") from None
 
 
 def _mergeable(vocabulary: Vocabulary, words: AbstractSet[str] = frozenset()) -> dict[str, int]:
@@ -109,7 +109,7 @@ def merge_pairs(merges: list[str]) -> list[Pair]:
     """Each merge is written `LEFT RIGHT`. Raises `CheckpointError`."""
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     if not all(left and right for left, right in pairs):
-        raise CheckpointError("the GGUF file is damaged: an entry of its 'tokenizer.ggml.merges' is no pair")
+        raise CheckpointError("the model file is damaged: an entry of its 'tokenizer.ggml.merges' is no pair")
     return pairs
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.gguf_file import read_header
 from covey.checkpoints.hub_folder import read_folder, shard_names
 from covey.checkpoints.safetensors_file import SUFFIX
@@ -11,7 +11,7 @@ from covey.checkpoints.safetensors_file import SUFFIX
 PICKLED: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
-def open_checkpoint(path: str | Path) -> GgufHeader:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Raises `CheckpointError`, `OSError`."""
     place = Path(path)
     if place.is_dir():

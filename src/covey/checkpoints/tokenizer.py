@@ -13,7 +13,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
 from covey.checkpoints.hub_tokenizer import read_hub_tokenizer
 from covey.checkpoints.mergers import ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
@@ -170,7 +170,7 @@ class TextTokenizer:
         return self._vocabulary.kinds[self._vocabulary.ids[text]] in MARKUP_KINDS
 
 
-def load_tokenizer(header: GgufHeader) -> TextTokenizer:
+def load_tokenizer(header: Checkpoint) -> TextTokenizer:
     """The tokenizer that the file carries. Raises `CheckpointError`."""
     metadata = header.metadata
     if TOKENIZER_CONFIG in metadata:  # a folder
@@ -185,7 +185,7 @@ def load_tokenizer(header: GgufHeader) -> TextTokenizer:
     if model == "llama":
         return _sentence_piece(metadata)
     raise CheckpointError(
-        f"the GGUF file has a tokenizer of type {model!r} ('tokenizer.ggml.model'), which is not known here; "
+        f"the model file has a tokenizer of type {model!r} ('tokenizer.ggml.model'), which is not known here; "
         f"known are gpt2 and llama"
     )
 
@@ -217,7 +217,7 @@ def _splitter(metadata: Metadata) -> WordSplitter:
     name = read.optional_text(metadata, "tokenizer.ggml.pre") or "default"
     if name not in SPLITTERS:
         raise CheckpointError(
-            f"the GGUF file cuts words in a way that is not known here, {name!r} ('tokenizer.ggml.pre'); "
+            f"the model file cuts words in a way that is not known here, {name!r} ('tokenizer.ggml.pre'); "
             f"known are {', '.join(sorted(SPLITTERS))}"
         )
     return SPLITTERS[name]

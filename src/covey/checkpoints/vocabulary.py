@@ -65,7 +65,7 @@ def read_vocabulary(metadata: Metadata, words: AbstractSet[str] = frozenset()) -
     """
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(read.texts(metadata, "tokenizer.ggml.tokens"))]
     if len(texts) > TOKENS_MAX:
-        raise CheckpointError(f"the GGUF file is damaged: its 'tokenizer.ggml.tokens' has {len(texts)} entries")
+        raise CheckpointError(f"the model file is damaged: its 'tokenizer.ggml.tokens' has {len(texts)} entries")
     ids = {text: i for i, text in enumerate(texts)}
     kinds = _kinds(metadata, len(texts))
     stop_ids = _stop_ids(metadata, {text: i for text, i in ids.items() if text not in words}, len(texts))

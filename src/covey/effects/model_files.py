@@ -15,7 +15,7 @@ import msgspec
 
 from covey.checkpoints import catalogue, mistaken
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.checkpoint import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.opening import open_checkpoint, weight_bytes
 from covey.checkpoints.quantization import is_known, known_types
 from covey.checkpoints.tokenizer import load_tokenizer
@@ -145,7 +145,7 @@ class ModelFiles:
                     await anyio.to_thread.run_sync(self._remember, card)
         return path
 
-    async def text_source(self, card: ModelCard) -> Path | GgufHeader:
+    async def text_source(self, card: ModelCard) -> Path | Checkpoint:
         """What the model's tokenizer can be read from: its file, which is fetched if it is not there; but of a hub's
         file no more than the header. Raises `FetchError`.
         """
@@ -154,7 +154,7 @@ class ModelFiles:
         return await self.ensure(card, _ignore_progress)
 
 
-async def _header_on_hub(card: ModelCard, source: HubSource) -> GgufHeader:
+async def _header_on_hub(card: ModelCard, source: HubSource) -> Checkpoint:
     from covey.effects import hub  # noqa: PLC0415 - as above
 
     try:
@@ -187,7 +187,7 @@ def _ignore_progress(_: int, __: int) -> None:
     """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
 
 
-def _expect_runnable(header: GgufHeader) -> None:
+def _expect_runnable(header: Checkpoint) -> None:
     """Says before anything is placed or fetched what no runner could do. Raises `CheckpointError`, `EngineError`."""
     read_settings(header)
     unknown = sorted({entry.type for entry in header.tensors.values() if not is_known(entry.type)})

@@ -7,7 +7,8 @@ import pytest
 from llama_twin import LlamaTwin, divergences
 from tiny_llama import HEAD, HIDDEN, LAYERS, VOCABULARY, shapes, write_tiny_llama
 
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.checkpoint import CheckpointError
+from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import EngineError, LoadProgress, Piece
 from covey.engine.onnx.stage import OnnxStage, neighbours
 from covey.schema.model import Shard

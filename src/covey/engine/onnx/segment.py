@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-from covey.checkpoints.checkpoint import GgufHeader, TensorReader
+from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.opening import open_checkpoint, weight_files
 from covey.engine.contract import Activations, EngineError
 from covey.engine.onnx.architecture import Architecture
@@ -44,7 +44,7 @@ class Model(Struct, frozen=True):
     """A model file that can be read from."""
 
     footing: Footing
-    header: GgufHeader
+    header: Checkpoint
     architecture: Architecture
 
     def portions(self, shard: Shard) -> list[Shard]:

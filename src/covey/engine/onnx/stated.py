@@ -5,13 +5,13 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys are given withou
 
 from typing import Any, Final
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 
 REQUIRED: Final = object()
 
 
 class Stated:
-    def __init__(self, header: GgufHeader, architecture: str) -> None:
+    def __init__(self, header: Checkpoint, architecture: str) -> None:
         self.architecture = architecture
         self._header = header
 

@@ -5,7 +5,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from covey.checkpoints.checkpoint import GgufHeader, TensorReader
+from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
@@ -61,7 +61,7 @@ class StageFile:
     """The part of a model file that one stage is made of."""
 
     def __init__(
-        self, reader: TensorReader, header: GgufHeader, architecture: Architecture, shard: Shard, context_length: int
+        self, reader: TensorReader, header: Checkpoint, architecture: Architecture, shard: Shard, context_length: int
     ) -> None:
         """Raises `CheckpointError`, `EngineError`."""
         self._reader = reader

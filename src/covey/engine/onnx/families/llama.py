@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import (
     Architecture,
