@@ -98,6 +98,16 @@ def test_typed_markup_is_plain_text(way, tmp_path):
     assert ours.decode(ids).strip() == "a</s>b <|end|> c"
 
 
+@pytest.mark.parametrize("way", ["bytes", "prepend", "first", "always", "never"])
+def test_a_text_that_goes_on_gets_no_space(way, tmp_path):
+    """What a grammar forces comes in the middle of an answer."""
+    ours = loaded(
+        folder(tmp_path / "model", finished(byte_level() if way == "bytes" else sentence_piece(way)).to_str())
+    )
+    for text in ("fine", " fine", "the mat"):
+        assert ours.decode(ours.encode_within(text)) == text
+
+
 def test_what_ends_a_generation(tmp_path):
     reference = finished(byte_level())
     path = folder(tmp_path / "model", reference.to_str(), {"eos_token": {"content": "</s>"}}, eos_token_id=7)

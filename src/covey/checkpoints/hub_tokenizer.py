@@ -5,7 +5,7 @@ taken out of the library's hands here, and what is left merges plain text alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import filterfalse
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
-from covey.checkpoints.mergers import HubMerger
+from covey.checkpoints.mergers import Before, HubMerger
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.vocabulary import MARKUP_KINDS, STOP_IDS, TOKENS_MAX, TokenKind, Vocabulary, read_vocabulary
 
@@ -186,15 +186,55 @@ def _merger(stated: Json, model: Json, left: list[_Added], hidden: set[str]) -> 
     bare = stated | {"model": model | {"vocab": merged}, "added_tokens": kept}
     bare |= {"post_processor": None, "decoder": None, "truncation": None, "padding": None}
     decoders = [each.get("type") for each in _steps(stated.get("decoder"), "decoders")]
-    return HubMerger(_library(bare), _library(_inside_text(bare)), is_byte_level="ByteLevel" in decoders)
+    return HubMerger(_libraries(bare), is_byte_level="ByteLevel" in decoders)
 
 
-def _inside_text(stated: Json) -> Json:
-    """The same for a text that comes after markup: SentencePiece's newer way puts its space before the first alone."""
-    step = stated.get("pre_tokenizer")
-    if isinstance(step, dict) and step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
-        return stated | {"pre_tokenizer": step | {"prepend_scheme": "never"}}
-    return stated
+def _libraries(stated: Json) -> dict[Before, Tokenizer]:
+    """One for each place, which most files make no difference between: vocabularies are large."""
+    ways = {Before.NOTHING: stated, Before.MARKUP: _after_markup(stated), Before.TEXT: _within(stated)}
+    made: list[tuple[Json, Tokenizer]] = []
+    for way in ways.values():
+        if not any(way == known for known, _ in made):
+            made.append((way, _library(way)))
+    return {place: next(each for known, each in made if known == way) for place, way in ways.items()}
+
+
+def _after_markup(stated: Json) -> Json:
+    """SentencePiece's newer way puts its space before the first text alone."""
+    return stated | {"pre_tokenizer": _changed(stated.get("pre_tokenizer"), "pretokenizers", _spaced_first_alone)}
+
+
+def _within(stated: Json) -> Json:
+    """Where a text goes on there is no space but its own."""
+    changed = {"pre_tokenizer": _changed(stated.get("pre_tokenizer"), "pretokenizers", _without_space)}
+    return stated | changed | {"normalizer": _changed(stated.get("normalizer"), "normalizers", _without_space)}
+
+
+def _spaced_first_alone(step: Json) -> Json:
+    return step | {"prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
+
+
+def _without_space(step: Json) -> Json:
+    match step.get("type"):
+        case "Metaspace":
+            known = {"prepend_scheme": "never", "add_prefix_space": False}
+            return step | {key: value for key, value in known.items() if key in step}
+        case "ByteLevel":
+            return step | {"add_prefix_space": False}
+        case "Prepend":
+            return {"type": "Sequence", "normalizers": []}
+        case _:
+            return step
+
+
+def _changed(stated: Any, key: str, change: Callable[[Json], Json]) -> Any:
+    """A pipeline with each of its steps changed."""
+    if not isinstance(stated, dict):
+        return stated
+    steps = stated.get(key)
+    if stated.get("type") == "Sequence" and isinstance(steps, list):
+        return stated | {key: [_changed(each, key, change) for each in steps]}
+    return change(stated)
 
 
 def _library(stated: Json) -> Tokenizer:

@@ -5,6 +5,7 @@ Markup is not known here: `tokenizer` has taken it out of the text before.
 
 import re
 from collections.abc import Set as AbstractSet
+from enum import Enum
 from typing import Any, Final, Protocol
 
 from tokenizers import Tokenizer
@@ -20,9 +21,17 @@ _LOST: Final = "a byte that is no token"  # has spaces, which no word has after 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+class Before(Enum):
+    """What a piece of text comes after: some ways of merging put a space before it, and not after each."""
+
+    NOTHING = "nothing"
+    MARKUP = "markup"
+    TEXT = "text"
+
+
 class Merger(Protocol):
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Token ids of `text`, which `begins` a text or else comes after markup."""
+    def encode(self, text: str, after: Before) -> list[int]:
+        """Token ids of `text`, which comes after nothing, after markup, or goes on where another text ended."""
         ...
 
     def token_bytes(self, text: str, kind: int) -> bytes:
@@ -43,8 +52,8 @@ class ByteLevelMerger:
         self._tokenizer = _tokenizer(tokens, pairs, ignore_merges=splitter.whole_words_first, unk_token=_LOST)
         self._tokenizer.pre_tokenizer = pre_tokenizer(splitter)  # pyright: ignore[reportAttributeAccessIssue]  # settable
 
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        del begins  # only the hub's tokenizers care
+    def encode(self, text: str, after: Before) -> list[int]:
+        del after  # only a SentencePiece puts something before it
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [each for each in ids if each != self._lost] if self._lost in ids else ids
 
@@ -63,9 +72,8 @@ class SentencePieceMerger:
             tokens[unknown] = vocabulary.ids[unknown]
         self._tokenizer = _tokenizer(tokens, _pairs(vocabulary, scores), byte_fallback=True, unk_token=unknown)
 
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        del begins  # after markup, too, there is a space
-        spaced = " " + text if self._space_first else text
+    def encode(self, text: str, after: Before) -> list[int]:
+        spaced = " " + text if self._space_first and after is not Before.TEXT else text
         return self._tokenizer.encode(spaced.replace(" ", _SPACE), add_special_tokens=False).ids
 
     def token_bytes(self, text: str, kind: int) -> bytes:
@@ -75,13 +83,12 @@ class SentencePieceMerger:
 class HubMerger:
     """Whatever a `tokenizer.json` says, without its added tokens."""
 
-    def __init__(self, first: Tokenizer, later: Tokenizer, *, is_byte_level: bool) -> None:
-        """`first` is for a text's beginning, `later` for what comes after markup."""
-        self._first, self._later = first, later
+    def __init__(self, tokenizers: dict[Before, Tokenizer], *, is_byte_level: bool) -> None:
+        self._tokenizers = tokenizers
         self._is_byte_level = is_byte_level
 
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        return (self._first if begins else self._later).encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, after: Before) -> list[int]:
+        return self._tokenizers[after].encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, text: str, kind: int) -> bytes:
         if kind != TokenKind.NORMAL:

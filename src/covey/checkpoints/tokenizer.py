@@ -16,7 +16,7 @@ from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
 from covey.checkpoints.hub_tokenizer import read_hub_tokenizer
-from covey.checkpoints.mergers import ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
+from covey.checkpoints.mergers import Before, ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary, read_vocabulary
@@ -98,7 +98,7 @@ class TextTokenizer:
 
     def encode_within(self, text: str) -> list[int]:
         """Token ids of a plain text that goes on where another one ended: nothing is put before it."""
-        return self._encode_parts([TextPart(text, is_markup=False)], begins=False)
+        return self._encode_parts([TextPart(text, is_markup=False)], Before.TEXT)
 
     def control_positions(self, text: str) -> list[int]:
         """Where in `text` the text of a control token begins."""
@@ -129,13 +129,13 @@ class TextTokenizer:
     def _ends(wanted: bool, token_id: int | None) -> list[int]:  # noqa: FBT001  # private and read in place
         return [token_id] if wanted and token_id is not None else []
 
-    def _encode_parts(self, parts: Iterable[tuple[str, bool]], *, begins: bool = True) -> list[int]:
+    def _encode_parts(self, parts: Iterable[tuple[str, bool]], after: Before = Before.NOTHING) -> list[int]:
         """Parts are joined before they are cut into words, as a word may reach from one part into the next."""
         text, markup = _joined(parts)
         ids: list[int] = []
         for piece in self._pieces(text, markup):
-            ids += self._merger.encode(piece, begins=begins) if isinstance(piece, str) else [piece]
-            begins = False
+            ids += self._merger.encode(piece, after) if isinstance(piece, str) else [piece]
+            after = Before.TEXT if isinstance(piece, str) else Before.MARKUP
         return ids
 
     def _pieces(self, text: str, markup: list[Span]) -> Iterator[str | int]:
