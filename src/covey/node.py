@@ -26,7 +26,7 @@ from covey.api.backend import ListedModel
 from covey.api.errors import RequestError, sentence
 from covey.api.guard import Access
 from covey.api.server import create_guarded_app
-from covey.checkpoints.gguf_file import GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint
 from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
@@ -412,7 +412,7 @@ class Node:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         return self._serving.generate(request)
 
-    async def _text_source(self, card: ModelCard) -> Path | GgufHeader:
+    async def _text_source(self, card: ModelCard) -> Path | Checkpoint:
         """On disk already, unless this node holds no part of the instance."""
         try:
             return await self._files.text_source(card)

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from covey.checkpoints.gguf_file import GgufHeader, TensorEntry
+from covey.checkpoints.checkpoint import Checkpoint, TensorEntry
 
 
 def tensor(name: str, byte_count: int, *, kind: str = "Q4_1", shape: tuple[int, ...] = (8, 8)) -> TensorEntry:
     return TensorEntry(name, kind, shape, 0, byte_count)
 
 
-def llama_header(*, tied: bool = True, without: str = "", **changed: Any) -> GgufHeader:
+def llama_header(*, tied: bool = True, without: str = "", **changed: Any) -> Checkpoint:
     """Three layers of 1000 bytes in the file; `changed` metadata is written `llama__block_count`."""
     metadata: dict[str, Any] = {
         "general.architecture": "llama",
@@ -30,8 +30,7 @@ def llama_header(*, tied: bool = True, without: str = "", **changed: Any) -> Ggu
         tensor("rope_freqs.weight", 7, kind="F32"),
         *([] if tied else [tensor("output.weight", 800)]),
     ]
-    return GgufHeader(
-        version=3,
+    return Checkpoint(
         metadata={key: value for key, value in metadata.items() if key != without},
         tensors={each.name: each for each in tensors if each.name != without},
         file_bytes=4557 if tied else 5357,

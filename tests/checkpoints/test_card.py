@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 
 from covey.checkpoints import catalogue
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
 from covey.schema.model import FileSource, ModelCard
 
 SOURCE = FileSource("/models/some.gguf")
 
 
-def card_of(header: GgufHeader) -> ModelCard:
+def card_of(header: Checkpoint) -> ModelCard:
     return card_from_header(header, ModelId("some"), SOURCE)
 
 
-def refusal(header: GgufHeader) -> str:
+def refusal(header: Checkpoint) -> str:
     with pytest.raises(CheckpointError) as caught:
         card_of(header)
     return str(caught.value)

@@ -104,8 +104,8 @@ def test_a_guess_takes_nothing_from_what_can_be_named(name: str) -> None:
         parse_model_name(name)
     assert str(caught.value) == (
         f"'{name}' names no model: none is listed by that name (did you mean SmolLM2-135M-Instruct?); name a listed "
-        "model (SmolLM2-135M-Instruct), a path to a GGUF file, or a hub's file as hf:OWNER/REPO/FILE or "
-        "hf:OWNER/REPO/FILE@REVISION"
+        "model (SmolLM2-135M-Instruct), a path to a GGUF file or a folder of safetensors, or a hub's file as "
+        "hf:OWNER/REPO/FILE or hf:OWNER/REPO/FILE@REVISION"
     )
 
 

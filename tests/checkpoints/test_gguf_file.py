@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from covey.checkpoints import gguf_file
+from covey.checkpoints.checkpoint import CheckpointError, read_tensor
 from covey.checkpoints.gguf_file import (
     TENSOR_TYPES,
-    CheckpointError,
     HeaderIncompleteError,
     parse_header,
     read_header,
-    read_tensor,
 )
 
 
@@ -45,7 +44,6 @@ def sample(tmp_path_factory) -> Path:
 
 def test_it_reads_what_the_reference_writer_wrote(sample):
     header = read_header(sample)
-    assert header.version == 3
     assert header.file_bytes == sample.stat().st_size
     expected = {
         "general.architecture": "llama",
@@ -119,10 +117,10 @@ def test_a_long_header_is_read_and_walked_through_once(tmp_path, monkeypatch):
         + bytes(1_000_000)
     )
     reads, walks = [], []
-    real_read, real_version = gguf_file._read_on, gguf_file._read_version
+    real_read, real_version = gguf_file._read_on, gguf_file._expect_version
     monkeypatch.setattr(gguf_file, "READ_BYTES", 1000)
     monkeypatch.setattr(gguf_file, "_read_on", lambda file, count: reads.append(real_read(file, count)) or reads[-1])
-    monkeypatch.setattr(gguf_file, "_read_version", lambda cursor: walks.append(1) or real_version(cursor))
+    monkeypatch.setattr(gguf_file, "_expect_version", lambda cursor: walks.append(1) or real_version(cursor))
     header = read_header(path)
     assert header.metadata["words"] == [word.decode() for word in words]
     assert header.metadata["numbers"] == [0] * 20_000

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from odd_strings import odd_strings
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.gguf_file import read_header
 from covey.checkpoints.mergers import _BYTE_OF
 from covey.checkpoints.pretokenizers import SPLITTERS, pre_tokenizer
 from covey.checkpoints.tokenizer import TextPart, TextTokenizer, load_tokenizer
@@ -18,12 +19,12 @@ STRINGS = 10_000
 
 
 @pytest.fixture(scope="module")
-def demo_header(demo_model: Path) -> GgufHeader:
+def demo_header(demo_model: Path) -> Checkpoint:
     return read_header(demo_model)
 
 
 @pytest.fixture(scope="module")
-def demo(demo_header: GgufHeader) -> TextTokenizer:
+def demo(demo_header: Checkpoint) -> TextTokenizer:
     return load_tokenizer(demo_header)
 
 
@@ -125,7 +126,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(demo: TextTokeniz
 
 def small_header(
     *, tokens: list[str], types: list[int] | None = None, merges: list[str] | None = None, **more: Any
-) -> GgufHeader:
+) -> Checkpoint:
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -136,10 +137,10 @@ def small_header(
     if merges is None:
         metadata["tokenizer.ggml.tokens"] = [*tokens, tokens[-1] * 2]
         metadata["tokenizer.ggml.token_type"] = [*(types or [1] * len(tokens)), 1]
-    return GgufHeader(version=3, metadata=metadata, tensors={}, file_bytes=0)
+    return Checkpoint(metadata=metadata, tensors={}, file_bytes=0)
 
 
-def encode(header: GgufHeader, text: str, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
+def encode(header: Checkpoint, text: str, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
     return load_tokenizer(header).encode(text, parse_special=parse_special, add_special=add_special)
 
 
@@ -191,7 +192,7 @@ def test_gpt_oss_only_ends_a_channel_with_its_end() -> None:
     assert tokenizer.token_bytes(4) == b"<|channel|>"
 
 
-def sentence_piece_header() -> GgufHeader:
+def sentence_piece_header() -> Checkpoint:
     tokens = [
         "<unk>",
         "<s>",
@@ -205,8 +206,7 @@ def sentence_piece_header() -> GgufHeader:
         "hi",
     ]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -1.0, -2.0, -3.0]
-    return GgufHeader(
-        version=3,
+    return Checkpoint(
         metadata={
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.tokens": tokens,
@@ -263,7 +263,7 @@ def test_damage_is_named(changed: dict[str, Any], said: str) -> None:
 
 def test_a_file_without_a_vocabulary_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.model"):
-        load_tokenizer(GgufHeader(version=3, metadata={}, tensors={}, file_bytes=0))
+        load_tokenizer(Checkpoint(metadata={}, tensors={}, file_bytes=0))
 
 
 # ---- how words are cut, by family: from llama.cpp's own splitters ----

@@ -9,7 +9,7 @@ import pytest
 from hub_server import COMMIT, Hub, serving
 from tiny_model import write_model
 
-from covey.checkpoints.gguf_file import GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint
 from covey.effects import hub as hub_module
 from covey.effects.fetching import FetchError
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
@@ -227,7 +227,7 @@ async def test_a_node_without_a_part_of_a_model_fetches_its_header_alone(hub: Hu
     card = await files.resolve(NAME)
     hub.requests.clear()
     header = await files.text_source(card)
-    assert isinstance(header, GgufHeader)
+    assert isinstance(header, Checkpoint)
     assert load_model_text(header).stop_token_ids
     assert hub.gets() == ["bytes=0-1048575"]
     assert not files.is_on_disk(card)

@@ -19,6 +19,7 @@ from covey.effects.durable import locked
 from covey.effects.fetching import FetchError, make_present
 from covey.effects.model_files import ModelFiles, ModelNotFoundError
 from covey.schema.model import FileSource, ModelCard, PackageSource
+from tests.checkpoints.hub_folders import LLAMA, llama_tensors, write_folder, write_tokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -253,7 +254,7 @@ async def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         (str(tmp_path / "missing.gguf"), 404, "there is no file"),
         ("~nobody-of-that-name/x.gguf", 404, "there is no file"),
         (str(tmp_path / "text.gguf"), 400, "^[^:]*text.gguf is no model that can be run: this is not a GGUF file"),
-        (str(tmp_path / "folder.gguf"), 400, "it is not a regular file"),
+        (str(tmp_path / "folder.gguf"), 400, "it has no config.json"),
         ("hf:only-owner", 404, "hf:OWNER/REPO/FILE"),
     ]:
         with pytest.raises(ModelNotFoundError, match=message) as caught:
@@ -293,3 +294,29 @@ async def test_the_installers_are_here() -> None:
     """Both are part of the environment that runs these tests; else half of them would prove nothing."""
     assert importlib.util.find_spec("pip") is not None
     assert Path(sys.executable).with_name("uv").exists()
+
+
+async def test_a_folder_of_safetensors_is_a_model_like_a_file(tmp_path: Path) -> None:
+    """All its parts have to be there, on each node, and of the same size."""
+    tensors = llama_tensors()
+    names = list(tensors)
+    folder = write_folder(
+        tmp_path / "llama", LLAMA, *({name: tensors[name] for name in part} for part in (names[:9], names[9:]))
+    )
+    write_tokenizer(folder)
+    files = ModelFiles(tmp_path / "models")
+    found = await files.resolve(str(folder))
+    assert (found.architecture, found.quantization, found.source) == ("llama", "F32", FileSource(str(folder)))
+    assert files.is_on_disk(found)
+    assert await files.ensure(found, Progress()) == folder
+    assert await files.text_source(found) == folder
+    last = folder / "model-00002-of-00002.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    assert not files.is_on_disk(found)
+    with pytest.raises(FetchError, match="copy the same file to every node"):
+        await files.ensure(found, Progress())
+    with pytest.raises(ModelNotFoundError, match=r"is no model that can be run: .*is cut off"):
+        await files.resolve(str(folder))
+    last.unlink()
+    with pytest.raises(FetchError, match="can't be read on this node"):
+        await files.ensure(found, Progress())

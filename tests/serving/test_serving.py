@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covey.checkpoints.gguf_file import GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint
 from covey.schema.cluster import ClusterState, Instance, Member, Visibility, Wish
 from covey.schema.generation import (
     Admit,
@@ -874,7 +874,7 @@ def test_a_file_that_breaks_its_reader_is_logged_and_the_node_goes_on(caplog: py
     async def run() -> None:
         node = Node(Address("127.0.0.1", 9), READY, READY)
 
-        def load(_: Path | GgufHeader) -> Letters:
+        def load(_: Path | Checkpoint) -> Letters:
             node.loads += 1
             raise KeyError("what nobody thought of")
 

@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, TensorEntry
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard, ModelSource
@@ -28,7 +28,7 @@ _EMBEDDING_PREFIXES: Final = ("token_embd", "position_embd", "token_types")
 _OUTPUT: Final = "output.weight"
 
 
-def card_from_header(header: GgufHeader, model_id: ModelId, source: ModelSource) -> ModelCard:
+def card_from_header(header: Checkpoint, model_id: ModelId, source: ModelSource) -> ModelCard:
     """Raises `CheckpointError` that names the metadata key or tensor that is missing or absurd."""
     _expect_whole(header)
     architecture = read.text(header.metadata, "general.architecture")
@@ -65,15 +65,15 @@ class _Sizes(Struct, frozen=True):
     context: int
 
 
-def _expect_whole(header: GgufHeader) -> None:
+def _expect_whole(header: Checkpoint) -> None:
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(
-            f"the GGUF file is one of {parts} parts ('split.count'); join them with llama-gguf-split --merge first"
+            f"the model file is one of {parts} parts ('split.count'); join them with llama-gguf-split --merge first"
         )
 
 
-def _sizes(header: GgufHeader, architecture: str) -> _Sizes:
+def _sizes(header: Checkpoint, architecture: str) -> _Sizes:
     values = header.metadata
     hidden = read.count(values, f"{architecture}.embedding_length", SIZE_MAX)
     heads = read.count(values, f"{architecture}.attention.head_count", SIZE_MAX)
@@ -89,41 +89,41 @@ def _sizes(header: GgufHeader, architecture: str) -> _Sizes:
     )
 
 
-def _count_or(header: GgufHeader, key: str, default: int) -> int:
+def _count_or(header: Checkpoint, key: str, default: int) -> int:
     return read.count(header.metadata, key, SIZE_MAX) if key in header.metadata else default
 
 
-def _head_size(header: GgufHeader, architecture: str, hidden: int, heads: int) -> int:
+def _head_size(header: Checkpoint, architecture: str, hidden: int, heads: int) -> int:
     key = f"{architecture}.attention.key_length"
     if key not in header.metadata and hidden < heads:
         raise CheckpointError(
-            f"the GGUF file is damaged: its '{architecture}.attention.head_count' of {heads} is above its "
+            f"the model file is damaged: its '{architecture}.attention.head_count' of {heads} is above its "
             f"'{architecture}.embedding_length' of {hidden}"
         )
     return _count_or(header, key, hidden // heads)
 
 
-def _feed_forward(header: GgufHeader, architecture: str) -> int:
+def _feed_forward(header: Checkpoint, architecture: str) -> int:
     """A model that has nothing but experts may state the size of one expert alone."""
     key, expert_key = f"{architecture}.feed_forward_length", f"{architecture}.expert_feed_forward_length"
     stated_key = expert_key if key not in header.metadata and expert_key in header.metadata else key
     return read.count(header.metadata, stated_key, SIZE_MAX)
 
 
-def _vocabulary(header: GgufHeader, architecture: str, hidden: int) -> int:
+def _vocabulary(header: Checkpoint, architecture: str, hidden: int) -> int:
     """Rows of the embedding; they must agree with what the metadata says, since the tokens index them."""
     embedding = header.tensors.get(_EMBEDDING)
     if embedding is None:
-        raise CheckpointError(f"the GGUF file has no tensor {_EMBEDDING!r}, so it is no complete language model")
+        raise CheckpointError(f"the model file has no tensor {_EMBEDDING!r}, so it is no complete language model")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden:  # noqa: PLR2004  # rows and columns
         raise CheckpointError(
-            f"the GGUF file is damaged: {_EMBEDDING!r} measures {embedding.shape}, which does not fit its "
+            f"the model file is damaged: {_EMBEDDING!r} measures {embedding.shape}, which does not fit its "
             f"'{architecture}.embedding_length' of {hidden}"
         )
     stated = _count_or(header, f"{architecture}.vocab_size", embedding.shape[0])
     if stated != embedding.shape[0]:
         raise CheckpointError(
-            f"the GGUF file is damaged: its '{architecture}.vocab_size' is {stated} but {_EMBEDDING!r} has "
+            f"the model file is damaged: its '{architecture}.vocab_size' is {stated} but {_EMBEDDING!r} has "
             f"{embedding.shape[0]} rows"
         )
     return stated
@@ -160,7 +160,7 @@ def _belongs_to_last(name: str) -> bool:
 def _layer_index(name: str, layer: int, layer_count: int) -> int:
     if layer >= layer_count:
         raise CheckpointError(
-            f"the GGUF file is damaged: it has a tensor {name!r} but its metadata ('block_count') says that it has "
+            f"the model file is damaged: it has a tensor {name!r} but its metadata ('block_count') says that it has "
             f"{layer_count} layers"
         )
     return layer
@@ -169,7 +169,7 @@ def _layer_index(name: str, layer: int, layer_count: int) -> int:
 def _expect_no_gap(layers: list[int]) -> None:
     if 0 in layers:
         raise CheckpointError(
-            f"the GGUF file is damaged: its metadata ('block_count') says that it has {len(layers)} layers, "
+            f"the model file is damaged: its metadata ('block_count') says that it has {len(layers)} layers, "
             f"but layer {layers.index(0)} has no tensors"
         )
 

@@ -18,7 +18,8 @@ from msgspec import Struct
 
 from covey.checkpoints import mistaken
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.checkpoint import CheckpointError
+from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
 from covey.schema.model import HubSource, ModelCard, PackageSource
 
@@ -130,7 +131,7 @@ def _refusal(name: str, reason: str) -> ModelNameError:
     names = ", ".join(card.model_id for card in listed())
     return _mistake(
         name,
-        f"{reason}; name a listed model ({names}), a path to a GGUF file, "
+        f"{reason}; name a listed model ({names}), a path to a GGUF file or a folder of safetensors, "
         f"or a hub's file as hf:OWNER/REPO/FILE or hf:OWNER/REPO/FILE@REVISION",
     )
 

@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file and the bytes of single tensors, touching nothing else of the file.
+"""Reads the header of a GGUF file, touching nothing else of the file.
 
 The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 Files come from strangers: every length is checked against the file's size before anything is allocated, and whatever
@@ -11,11 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
+
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -82,33 +83,12 @@ _NUMBERS: Final[dict[int, np.dtype[Any]]] = {
 }
 
 
-class CheckpointError(Exception):
-    """A model file can't be used; the message is one sentence for a person."""
-
-
 class HeaderIncompleteError(CheckpointError):
     """The data ends before the header does, though the file goes on: `bytes_needed` or more are needed."""
 
     def __init__(self, bytes_needed: int) -> None:
         super().__init__(f"the header of the GGUF file needs at least {bytes_needed} bytes")
         self.bytes_needed = bytes_needed
-
-
-class TensorEntry(Struct, frozen=True):
-    """Where one tensor lies in the file."""
-
-    name: str
-    type: str  # for example "Q4_1"
-    shape: tuple[int, ...]  # NumPy's order: (rows out, columns in)
-    offset: int  # from the start of the file
-    byte_count: int
-
-
-class GgufHeader(Struct, frozen=True):
-    version: int
-    metadata: dict[str, Any]  # numbers, strings, booleans and lists of them
-    tensors: dict[str, TensorEntry]
-    file_bytes: int
 
 
 ReadOn = Callable[[int], bytes]  # gives the next bytes of the file, at least so many
@@ -217,7 +197,7 @@ class _Cursor:
         return entries
 
 
-def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
+def parse_header(data: bytes | memoryview, file_bytes: int) -> Checkpoint:
     """The header at the start of a file of `file_bytes`, of which `data` is the beginning.
 
     Raises `HeaderIncompleteError` when `data` ends too early but the file goes on, else `CheckpointError`.
@@ -225,17 +205,17 @@ def parse_header(data: bytes | memoryview, file_bytes: int) -> GgufHeader:
     return _parse(_Cursor(data, file_bytes))
 
 
-def _parse(cursor: _Cursor) -> GgufHeader:
+def _parse(cursor: _Cursor) -> Checkpoint:
     file_bytes = cursor.file_bytes
-    version = _read_version(cursor)
+    _expect_version(cursor)
     tensor_count, metadata_count = cursor.uint64(), cursor.uint64()
     metadata = cursor.counted(metadata_count, 13, lambda: (cursor.name(), cursor.value(cursor.uint32())))
     entries = cursor.counted(tensor_count, 32, lambda: _read_entry(cursor))
     tensors = _place(entries, _data_start(cursor.position, metadata), metadata, file_bytes)
-    return GgufHeader(version, metadata, tensors, file_bytes)
+    return Checkpoint(metadata, tensors, file_bytes)
 
 
-def read_header(path: str | Path) -> GgufHeader:
+def read_header(path: str | Path) -> Checkpoint:
     """Reads no more of the file than its header needs. Raises `CheckpointError`, `OSError`."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
         raise CheckpointError("it is not a regular file")
@@ -248,20 +228,6 @@ def read_header(path: str | Path) -> GgufHeader:
             raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_tensor(file: BinaryIO, entry: TensorEntry) -> NDArray[np.uint8]:
-    """Exactly the bytes of the tensor. Raises `CheckpointError` when the file ends within it, `OSError`."""
-    content = np.empty(entry.byte_count, np.uint8)
-    view = memoryview(content)  # pyright: ignore[reportArgumentType]  # is a buffer, though undeclared before 3.12
-    file.seek(entry.offset)
-    filled = 0
-    while filled < entry.byte_count:
-        count = file.readinto(view[filled:])  # pyright: ignore[reportAttributeAccessIssue]  # BinaryIO lacks it
-        if not count:
-            raise CheckpointError(f"the file ends within its tensor {entry.name!r}; fetch it again")
-        filled += count
-    return content
-
-
 def _read_on(file: FileIO, byte_count: int) -> bytes:
     data = bytearray()
     while len(data) < byte_count:
@@ -272,7 +238,7 @@ def _read_on(file: FileIO, byte_count: int) -> bytes:
     return bytes(data)
 
 
-def _read_version(cursor: _Cursor) -> int:
+def _expect_version(cursor: _Cursor) -> None:
     if cursor.file_bytes < len(MAGIC) or bytes(cursor.take(len(MAGIC))) != MAGIC:
         raise CheckpointError("this is not a GGUF file (it does not begin with the letters GGUF)")
     raw = cursor.take(4)
@@ -281,7 +247,6 @@ def _read_version(cursor: _Cursor) -> int:
         if int.from_bytes(raw, "big") in VERSIONS:
             raise CheckpointError("this GGUF file is big-endian; only little-endian files can be read")
         raise CheckpointError(f"this GGUF file has version {version}; versions 2 and 3 can be read")
-    return version
 
 
 class _RawEntry(Struct, frozen=True):

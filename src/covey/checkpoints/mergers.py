@@ -1,16 +1,17 @@
-"""From a plain text to the ids of a vocabulary, by merging, and back from ids to bytes: the two ways that GGUF knows.
+"""From a plain text to the ids of a vocabulary, by merging, and back: the two ways that GGUF knows, and the hub's.
 
 Markup is not known here: `tokenizer` has taken it out of the text before.
 """
 
 import re
 from collections.abc import Set as AbstractSet
+from enum import Enum
 from typing import Any, Final, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.pretokenizers import WordSplitter, pre_tokenizer
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary
 
@@ -20,9 +21,17 @@ _LOST: Final = "a byte that is no token"  # has spaces, which no word has after 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+class Before(Enum):
+    """What a piece of text comes after: some ways of merging put a space before it, and not after each."""
+
+    NOTHING = "nothing"
+    MARKUP = "markup"
+    TEXT = "text"
+
+
 class Merger(Protocol):
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        """Token ids of `text`, which `begins` a text or comes after markup."""
+    def encode(self, text: str, after: Before) -> list[int]:
+        """Token ids of `text`, which comes after nothing, after markup, or goes on where another text ended."""
         ...
 
     def token_bytes(self, text: str, kind: int) -> bytes:
@@ -43,8 +52,8 @@ class ByteLevelMerger:
         self._tokenizer = _tokenizer(tokens, pairs, ignore_merges=splitter.whole_words_first, unk_token=_LOST)
         self._tokenizer.pre_tokenizer = pre_tokenizer(splitter)  # pyright: ignore[reportAttributeAccessIssue]  # settable
 
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        del begins  # only SentencePiece cares
+    def encode(self, text: str, after: Before) -> list[int]:
+        del after  # only a SentencePiece puts something before it
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [each for each in ids if each != self._lost] if self._lost in ids else ids
 
@@ -63,19 +72,35 @@ class SentencePieceMerger:
             tokens[unknown] = vocabulary.ids[unknown]
         self._tokenizer = _tokenizer(tokens, _pairs(vocabulary, scores), byte_fallback=True, unk_token=unknown)
 
-    def encode(self, text: str, *, begins: bool) -> list[int]:
-        spaced = " " + text if begins and self._space_first else text
+    def encode(self, text: str, after: Before) -> list[int]:
+        spaced = " " + text if self._space_first and after is not Before.TEXT else text
         return self._tokenizer.encode(spaced.replace(" ", _SPACE), add_special_tokens=False).ids
 
     def token_bytes(self, text: str, kind: int) -> bytes:
         return text.replace(_SPACE, " ").encode() if kind == TokenKind.NORMAL else _bytes_of_odd(text, kind)
 
 
+class HubMerger:
+    """Whatever a `tokenizer.json` says, without its added tokens."""
+
+    def __init__(self, tokenizers: dict[Before, Tokenizer], *, is_byte_level: bool) -> None:
+        self._tokenizers = tokenizers
+        self._is_byte_level = is_byte_level
+
+    def encode(self, text: str, after: Before) -> list[int]:
+        return self._tokenizers[after].encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, text: str, kind: int) -> bytes:
+        if kind != TokenKind.NORMAL:
+            return _bytes_of_odd(text, kind)
+        return _from_printable(text) if self._is_byte_level else text.replace(_SPACE, " ").encode()
+
+
 def _tokenizer(tokens: dict[str, int], pairs: list[Pair], **options: Any) -> Tokenizer:
     try:
         return Tokenizer(BPE(tokens, pairs, **options))
     except Exception as error:  # noqa: BLE001  # the library raises nothing narrower for a merge that names no token
-        raise CheckpointError(f"the GGUF file is damaged: its merges don't fit its tokens ({error})") from None
+        raise CheckpointError(f"the model file is damaged: its merges don't fit its tokens ({error})") from None
 
 
 def _mergeable(vocabulary: Vocabulary, words: AbstractSet[str] = frozenset()) -> dict[str, int]:
@@ -91,7 +116,7 @@ def merge_pairs(merges: list[str]) -> list[Pair]:
     """Each merge is written `LEFT RIGHT`. Raises `CheckpointError`."""
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     if not all(left and right for left, right in pairs):
-        raise CheckpointError("the GGUF file is damaged: an entry of its 'tokenizer.ggml.merges' is no pair")
+        raise CheckpointError("the model file is damaged: an entry of its 'tokenizer.ggml.merges' is no pair")
     return pairs
 
 

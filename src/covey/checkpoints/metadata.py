@@ -5,7 +5,7 @@ Every refusal is a `CheckpointError` that names the key, so that a person can lo
 
 from typing import Any, Final
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 
 _SHOWN_CHARACTERS: Final = 40  # of a wrong value, in an error
 
@@ -68,7 +68,7 @@ def numbers(metadata: Metadata, key: str, length: int) -> list[Any]:
 
 def _present(metadata: Metadata, key: str) -> Any:
     if key not in metadata:
-        raise CheckpointError(f"the GGUF file lacks {key!r} in its metadata, so it is no complete language model")
+        raise CheckpointError(f"the model file lacks {key!r} in its metadata, so it is no complete language model")
     return metadata[key]
 
 
@@ -78,7 +78,7 @@ def _is_count(value: object) -> bool:
 
 def _implausible(key: str, value: object, expected: str) -> CheckpointError:
     shown = f"a list of {len(value)}" if isinstance(value, list) else _shortened(repr(value))  # pyright: ignore[reportUnknownArgumentType]
-    return CheckpointError(f"the GGUF file is damaged: its {key!r} should be {expected} but is {shown}")
+    return CheckpointError(f"the model file is damaged: its {key!r} should be {expected} but is {shown}")
 
 
 def _shortened(shown: str) -> str:

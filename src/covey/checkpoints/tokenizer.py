@@ -13,8 +13,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
-from covey.checkpoints.mergers import ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
+from covey.checkpoints.hub_tokenizer import read_hub_tokenizer
+from covey.checkpoints.mergers import Before, ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
 from covey.checkpoints.vocabulary import MARKUP_KINDS, TokenKind, Vocabulary, read_vocabulary
@@ -96,7 +98,7 @@ class TextTokenizer:
 
     def encode_within(self, text: str) -> list[int]:
         """Token ids of a plain text that goes on where another one ended: nothing is put before it."""
-        return self._encode_parts([TextPart(text, is_markup=False)], begins=False)
+        return self._encode_parts([TextPart(text, is_markup=False)], Before.TEXT)
 
     def control_positions(self, text: str) -> list[int]:
         """Where in `text` the text of a control token begins."""
@@ -127,13 +129,13 @@ class TextTokenizer:
     def _ends(wanted: bool, token_id: int | None) -> list[int]:  # noqa: FBT001  # private and read in place
         return [token_id] if wanted and token_id is not None else []
 
-    def _encode_parts(self, parts: Iterable[tuple[str, bool]], *, begins: bool = True) -> list[int]:
+    def _encode_parts(self, parts: Iterable[tuple[str, bool]], after: Before = Before.NOTHING) -> list[int]:
         """Parts are joined before they are cut into words, as a word may reach from one part into the next."""
         text, markup = _joined(parts)
         ids: list[int] = []
         for piece in self._pieces(text, markup):
-            ids += self._merger.encode(piece, begins=begins) if isinstance(piece, str) else [piece]
-            begins = not isinstance(piece, str)
+            ids += self._merger.encode(piece, after) if isinstance(piece, str) else [piece]
+            after = Before.TEXT if isinstance(piece, str) else Before.MARKUP
         return ids
 
     def _pieces(self, text: str, markup: list[Span]) -> Iterator[str | int]:
@@ -145,27 +147,45 @@ class TextTokenizer:
             if isinstance(match, int):
                 position = match + 1
                 continue
-            if match.start() > done:
-                yield text[done : match.start()]
-            yield self._vocabulary.ids[match[0]]
-            done = position = match.end()
+            token_id = self._vocabulary.ids[match[0]]
+            start, end = self._span(token_id, text, match.span())
+            if start > done:
+                yield text[done:start]
+            yield token_id
+            done = position = end
         if done < len(text):
             yield text[done:]
+
+    def _span(self, token_id: int, text: str, span: Span) -> Span:
+        """With the blanks around the token that it swallows."""
+        strips_before, strips_behind = self._vocabulary.strips.get(token_id, (False, False))
+        start, end = span
+        if strips_before:
+            start = len(text[:start].rstrip())
+        if strips_behind:
+            end = len(text) - len(text[end:].lstrip())
+        return start, end
 
     def _is_control(self, text: str) -> bool:
         return self._vocabulary.kinds[self._vocabulary.ids[text]] in MARKUP_KINDS
 
 
-def load_tokenizer(header: GgufHeader) -> TextTokenizer:
+def load_tokenizer(header: Checkpoint) -> TextTokenizer:
     """The tokenizer that the file carries. Raises `CheckpointError`."""
     metadata = header.metadata
+    if TOKENIZER_CONFIG in metadata:  # a folder
+        if TOKENIZER not in metadata:
+            raise CheckpointError("the model's folder has no tokenizer.json, without which no text can be read")
+        vocabulary, merger, adds_bos, adds_eos = read_hub_tokenizer(metadata)
+        template = read.optional_text(metadata, "tokenizer.chat_template")
+        return TextTokenizer(vocabulary, merger, _Options(adds_bos, adds_eos, template))
     model = read.text(metadata, "tokenizer.ggml.model")
     if model == "gpt2":
         return _byte_level(metadata)
     if model == "llama":
         return _sentence_piece(metadata)
     raise CheckpointError(
-        f"the GGUF file has a tokenizer of type {model!r} ('tokenizer.ggml.model'), which is not known here; "
+        f"the model file has a tokenizer of type {model!r} ('tokenizer.ggml.model'), which is not known here; "
         f"known are gpt2 and llama"
     )
 
@@ -197,7 +217,7 @@ def _splitter(metadata: Metadata) -> WordSplitter:
     name = read.optional_text(metadata, "tokenizer.ggml.pre") or "default"
     if name not in SPLITTERS:
         raise CheckpointError(
-            f"the GGUF file cuts words in a way that is not known here, {name!r} ('tokenizer.ggml.pre'); "
+            f"the model file cuts words in a way that is not known here, {name!r} ('tokenizer.ggml.pre'); "
             f"known are {', '.join(sorted(SPLITTERS))}"
         )
     return SPLITTERS[name]

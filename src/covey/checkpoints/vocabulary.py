@@ -11,11 +11,12 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.metadata import Metadata
 
 TOKENS_MAX: Final = 1 << 24
 
+STOP_IDS: Final = "covey.stop_token_ids"
 _TURN_ENDS: Final = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
     "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
@@ -54,6 +55,7 @@ class Vocabulary(Struct, frozen=True):
     eos_id: int | None
     unknown_id: int | None
     stop_ids: frozenset[int]
+    strips: dict[int, tuple[bool, bool]] = {}  # tokens that swallow the blanks before them, behind them
 
 
 def read_vocabulary(metadata: Metadata, words: AbstractSet[str] = frozenset()) -> Vocabulary:
@@ -63,7 +65,7 @@ def read_vocabulary(metadata: Metadata, words: AbstractSet[str] = frozenset()) -
     """
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(read.texts(metadata, "tokenizer.ggml.tokens"))]
     if len(texts) > TOKENS_MAX:
-        raise CheckpointError(f"the GGUF file is damaged: its 'tokenizer.ggml.tokens' has {len(texts)} entries")
+        raise CheckpointError(f"the model file is damaged: its 'tokenizer.ggml.tokens' has {len(texts)} entries")
     ids = {text: i for i, text in enumerate(texts)}
     kinds = _kinds(metadata, len(texts))
     stop_ids = _stop_ids(metadata, {text: i for text, i in ids.items() if text not in words}, len(texts))
@@ -95,7 +97,15 @@ def _stop_ids(metadata: Metadata, ids: dict[str, int], count: int) -> set[int]:
         known = next((ids[text] for text in texts if text in ids), None)
         file_end = _special_id(metadata, name, count)
         stated.append(known if file_end is None else file_end)
-    return stop | {each for each in stated if each is not None}
+    return stop | {each for each in stated if each is not None} | _listed_stop_ids(metadata, count)
+
+
+def _listed_stop_ids(metadata: Metadata, count: int) -> set[int]:
+    """Those of a hub's folder, which may state several."""
+    listed = metadata.get(STOP_IDS, [])
+    if any(each >= count for each in listed):
+        raise CheckpointError(f"the model is damaged: its eos_token_id is {listed}, but it has {count} tokens")
+    return set(listed)
 
 
 def _no_ends(ids: dict[str, int]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from covey.cli import bench, chat, keys, service, tables
+from covey.cli import bench, chat, keys, models, service, tables
 from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys")
 app.add_typer(service.app, name="service")
+app.add_typer(models.app, name="models")
 app.command()(bench.bench)
 
 
@@ -292,18 +293,6 @@ def events(
         print_json(happened)
     else:
         out.print(tables.events_table(happened))
-
-
-@app.command()
-@explained
-def models(url: Url = DEFAULT_URL, as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a flag)
-    """List the models that can be named."""
-    with NodeClient(url) as node:
-        listed = node.models()
-    if as_json:
-        print_json(listed)
-    else:
-        out.print(tables.models_table(listed))
 
 
 @app.command()

@@ -165,6 +165,27 @@ def models_table(models: Sequence[Row]) -> Listing:
     )
 
 
+def tensors_table(kinds: Sequence[Row]) -> Listing:
+    drawn = [
+        (
+            kind["name"],
+            str(kind["count"]),
+            kind["type"],
+            " x ".join(map(str, kind["shape"])),
+            size(kind["file_bytes"]),
+            size(kind["held_bytes"]),
+            kind["held_as"] if kind["error"] is None else f"{kind['held_as']}, off by {kind['error']:.2%}",
+        )
+        for kind in kinds
+    ]
+    return Listing(
+        titles=("tensor", "count", "type", "shape", "in the file", "in memory", "held"),
+        rows=drawn,
+        folded=("tensor", "held"),
+        spared=("count", "in the file", "shape"),
+    )
+
+
 def events_table(events: Sequence[Row]) -> Listing:
     drawn = [(event["at"].replace("T", " ")[:19], with_short_ids(event["text"])) for event in events]
     return Listing(titles=("when (UTC)", "what"), rows=drawn, folded=("what",))

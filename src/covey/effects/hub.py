@@ -31,7 +31,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 from msgspec import Struct
 
-from covey.checkpoints.gguf_file import GgufHeader, HeaderIncompleteError, parse_header
+from covey.checkpoints.checkpoint import Checkpoint
+from covey.checkpoints.gguf_file import HeaderIncompleteError, parse_header
 from covey.effects.fetching import HubError, expect_no_folder, expect_space
 from covey.schema.model import HubSource
 
@@ -72,7 +73,7 @@ async def locate(source: HubSource) -> HubFile:
     return HubFile(pinned, found.size, sha256)
 
 
-async def fetch_header(file: HubFile) -> GgufHeader:
+async def fetch_header(file: HubFile) -> Checkpoint:
     """The file's header, by as few bytes as it takes. Raises `HubError`, `CheckpointError`."""
     data = bytearray()
     wanted = HEADER_BYTES_FIRST

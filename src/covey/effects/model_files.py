@@ -15,7 +15,8 @@ import msgspec
 
 from covey.checkpoints import catalogue, mistaken
 from covey.checkpoints.card import card_from_header
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.opening import open_checkpoint, weight_bytes
 from covey.checkpoints.quantization import is_known, known_types
 from covey.checkpoints.tokenizer import load_tokenizer
 from covey.effects import package_index
@@ -56,7 +57,8 @@ class ModelFiles:
         return self._folder / catalogue.file_name(source)
 
     def is_on_disk(self, card: ModelCard) -> bool:
-        return is_present(self.path_of(card.source), card.file_bytes)
+        path = self.path_of(card.source)
+        return _has_bytes(path, card.file_bytes) if path.is_dir() else is_present(path, card.file_bytes)
 
     def known(self) -> list[ModelCard]:
         """The listed models, then those of a hub that were looked up here, in a stable order."""
@@ -143,7 +145,7 @@ class ModelFiles:
                     await anyio.to_thread.run_sync(self._remember, card)
         return path
 
-    async def text_source(self, card: ModelCard) -> Path | GgufHeader:
+    async def text_source(self, card: ModelCard) -> Path | Checkpoint:
         """What the model's tokenizer can be read from: its file, which is fetched if it is not there; but of a hub's
         file no more than the header. Raises `FetchError`.
         """
@@ -152,7 +154,7 @@ class ModelFiles:
         return await self.ensure(card, _ignore_progress)
 
 
-async def _header_on_hub(card: ModelCard, source: HubSource) -> GgufHeader:
+async def _header_on_hub(card: ModelCard, source: HubSource) -> Checkpoint:
     from covey.effects import hub  # noqa: PLC0415 - as above
 
     try:
@@ -185,7 +187,7 @@ def _ignore_progress(_: int, __: int) -> None:
     """A file for the tokenizer alone is nobody's placement, so no report tells of it."""
 
 
-def _expect_runnable(header: GgufHeader) -> None:
+def _expect_runnable(header: Checkpoint) -> None:
     """Says before anything is placed or fetched what no runner could do. Raises `CheckpointError`, `EngineError`."""
     read_settings(header)
     unknown = sorted({entry.type for entry in header.tensors.values() if not is_known(entry.type)})
@@ -198,7 +200,7 @@ def _expect_runnable(header: GgufHeader) -> None:
 def _card_of_file(name: str) -> ModelCard:
     path = Path(os.path.expanduser(name)).absolute()  # noqa: PTH111 - that of pathlib raises for unknown users
     try:
-        header = read_header(path)
+        header = open_checkpoint(path)
         _expect_runnable(header)
         return card_from_header(header, ModelId(str(path)), FileSource(str(path)))
     except (CheckpointError, EngineError) as error:
@@ -211,13 +213,21 @@ def _card_of_file(name: str) -> ModelCard:
         raise ModelNotFoundError(f"{path} can't be read: {error.strerror or error}", 400) from None
 
 
-def _expect_file(path: Path, card: ModelCard) -> None:
-    """A file that a person named is never fetched: it must lie at its path on each node that holds a part of it."""
-    if path.exists() and not path.is_file():
-        raise FetchError(f"{path} is not a regular file on this node", is_final=True)
+def _has_bytes(path: Path, file_bytes: int) -> bool:
     try:
-        with path.open("rb") as file:
-            file_bytes = file.seek(0, 2)
+        return weight_bytes(path) == file_bytes
+    except (CheckpointError, OSError):
+        return False
+
+
+def _expect_file(path: Path, card: ModelCard) -> None:
+    """What a person named by its path is never fetched: it must lie there on each node that holds a part of it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FetchError(f"{path} is neither a regular file nor a folder on this node", is_final=True)
+    try:
+        file_bytes = weight_bytes(path)
+    except CheckpointError as error:
+        raise FetchError(f"{path} is no model on this node: {error}", is_final=True) from None
     except OSError as error:
         raise FetchError(
             f"{path} can't be read on this node ({error.strerror or error}); a model named by its path must lie "

@@ -10,14 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.checkpoint import CheckpointError
+from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
 from covey.engine.grammar import (
     ConstraintError,
@@ -137,7 +137,7 @@ def _prepare(model_path: str, vocabulary_size: int, constraint: Constraint, gene
 @lru_cache(1)  # of the one model that a process runs
 def _tree(model_path: str, vocabulary_size: int) -> LLTokenizer:
     """Raises `CheckpointError`, `OSError`."""
-    return token_tree(model_tokens(load_tokenizer(read_header(Path(model_path))), vocabulary_size))
+    return token_tree(model_tokens(load_tokenizer(open_checkpoint(model_path)), vocabulary_size))
 
 
 def model_tokens(tokenizer: TextTokenizer, size: int) -> Tokens:

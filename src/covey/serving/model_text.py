@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader, read_header
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
 from covey.schema.generation import ChatMessage
 from covey.schema.ids import ModelId
@@ -73,12 +74,12 @@ class FileText:
         return self._tokenizer.token_text(token_id)
 
 
-def load_model_text(source: Path | GgufHeader) -> ModelText:
-    """Of a GGUF file, or of its header. Raises `RefusedError`."""
+def load_model_text(source: Path | Checkpoint) -> ModelText:
+    """Of a model's file or folder, or of its header. Raises `RefusedError`."""
     try:
-        return FileText(load_tokenizer(source if isinstance(source, GgufHeader) else read_header(source)))
+        return FileText(load_tokenizer(source if isinstance(source, Checkpoint) else open_checkpoint(source)))
     except (CheckpointError, OSError) as error:
-        place = "the model's header" if isinstance(source, GgufHeader) else source.name
+        place = "the model's header" if isinstance(source, Checkpoint) else source.name
         raise RefusedError(f"The tokenizer in {place} can't be read: {error}.", SERVER_ERROR) from None
 
 
@@ -89,8 +90,8 @@ class ModelTexts:
 
     def __init__(
         self,
-        source_of: Callable[[ModelCard], Awaitable[Path | GgufHeader]],
-        load: Callable[[Path | GgufHeader], ModelText] = load_model_text,
+        source_of: Callable[[ModelCard], Awaitable[Path | Checkpoint]],
+        load: Callable[[Path | Checkpoint], ModelText] = load_model_text,
     ) -> None:
         self._source_of = source_of
         self._load = load

@@ -12,7 +12,8 @@ import pytest
 import tiny_families
 from tiny_families import CONTEXT, FAMILIES, TOKENS
 
-from covey.checkpoints.gguf_file import CheckpointError, read_header
+from covey.checkpoints.checkpoint import CheckpointError, TensorReader
+from covey.checkpoints.gguf_file import read_header
 from covey.engine.contract import EngineError, Piece
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.stage import OnnxStage
@@ -180,9 +181,9 @@ def test_the_graphs_of_a_stage_share_their_rotary_tables(tmp_path):
     """With a context of 131,072 tokens and heads of 128 they take 67 MB, and a mixture of experts has many graphs."""
     header = read_header(tiny_families.write(FAMILIES["gemma3"], tmp_path / "tiny.gguf"))
     architecture = read_settings(header)
-    with (tmp_path / "tiny.gguf").open("rb", buffering=0) as file:
+    with TensorReader(tmp_path / "tiny.gguf") as reader:
         first, second = (
-            StageFile(file, header, architecture, Shard(start, start + 1, 7), CONTEXT).read_rotary_tables()
+            StageFile(reader, header, architecture, Shard(start, start + 1, 7), CONTEXT).read_rotary_tables()
             for start in (0, 1)
         )
     for rotary, tables in first.items():

@@ -7,8 +7,17 @@ import gguf
 import numpy as np
 
 HIDDEN, HEADS, KV_HEADS, HEAD, FEED_FORWARD, LAYERS, VOCABULARY = 256, 4, 2, 64, 512, 3, 320
-# Where a block's float16 numbers lie; the reference package can't quantise to these types, but any bytes are valid.
-K_SCALES = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
+# Where a block's float16 numbers lie, and one for each that gives weights of a usual size. The reference package can't
+# quantise to these types, but any bytes are valid.
+SCALES = {
+    "Q2_K": {80: 7e-3, 82: 1e-2},
+    "Q3_K": {108: 1.5e-3},
+    "Q4_K": {0: 4e-4, 2: 3e-3},
+    "Q5_K": {0: 2e-4, 2: 3e-3},
+    "Q6_K": {208: 3e-5},
+    "IQ4_NL": {0: 1e-3},
+    "IQ4_XS": {0: 5e-5},
+}
 
 
 def write_tiny_llama(
@@ -74,19 +83,18 @@ def shapes(*, tied: bool) -> dict[str, tuple[int, ...]]:
 
 def random_tensor(generator: np.random.Generator, tensor_type: str, shape: tuple[int, ...]) -> np.ndarray:
     """Weights of about the size that training gives: 1 / sqrt(columns)."""
-    if tensor_type in K_SCALES:
-        return random_k_blocks(generator, tensor_type, shape)
+    if tensor_type in SCALES:
+        return random_blocks(generator, tensor_type, shape)
     weights = generator.standard_normal(shape).astype(np.float32) / np.sqrt(shape[-1])
     if tensor_type == "Q4_1":
         weights += np.float32(0.02)  # a minimum that matters
     return gguf.quants.quantize(weights, gguf.GGMLQuantizationType[tensor_type])
 
 
-def random_k_blocks(generator: np.random.Generator, tensor_type: str, shape: tuple[int, ...]) -> np.ndarray:
-    size, places = K_SCALES[tensor_type]
+def random_blocks(generator: np.random.Generator, tensor_type: str, shape: tuple[int, ...]) -> np.ndarray:
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor_type]]
     rows = int(np.prod(shape[:-1]))
-    content = generator.integers(0, 256, (rows, shape[-1] // 256, size), np.uint8)
-    steps = {"Q4_K": (4e-4, 3e-3), "Q5_K": (2e-4, 3e-3), "Q6_K": (3e-5,)}[tensor_type]
-    for place, step in zip(places, steps, strict=True):
+    content = generator.integers(0, 256, (rows, shape[-1] // elements, size), np.uint8)
+    for place, step in SCALES[tensor_type].items():
         content[..., place : place + 2] = np.array([step], np.float16).view(np.uint8)
     return content.reshape(rows, -1)

@@ -4,13 +4,13 @@ A stage that takes on layers of a lost neighbour gets them as another segment, a
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from msgspec import Struct
 
-from covey.checkpoints.gguf_file import GgufHeader, read_header
+from covey.checkpoints.checkpoint import Checkpoint, TensorReader
+from covey.checkpoints.opening import open_checkpoint, weight_files
 from covey.engine.contract import Activations, EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.graph import ModelGraph
@@ -33,7 +33,7 @@ class Footing(Struct, frozen=True):
     """What the segments of one stage have in common. Where it changes, none can be kept."""
 
     model_path: str
-    file_mark: tuple[int, ...]  # which file that was
+    file_mark: tuple[int, ...]  # which files those were
     context_length: int
     slot_count: int
     thread_count: int
@@ -44,7 +44,7 @@ class Model(Struct, frozen=True):
     """A model file that can be read from."""
 
     footing: Footing
-    header: GgufHeader
+    header: Checkpoint
     architecture: Architecture
 
     def portions(self, shard: Shard) -> list[Shard]:
@@ -79,7 +79,7 @@ class Segment:
 
 def open_model(spec: RunnerSpec) -> Model:
     """Raises `EngineError`, `CheckpointError`, `OSError`."""
-    header = read_header(spec.model_path)
+    header = open_checkpoint(spec.model_path)
     architecture = read_settings(header)
     if architecture.layer_count != spec.shard.layer_count:
         expected = spec.shard.layer_count
@@ -90,8 +90,8 @@ def open_model(spec: RunnerSpec) -> Model:
 def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`, `OSError`."""
     footing, architecture = model.footing, model.architecture
-    with Path(footing.model_path).open("rb", buffering=0) as opened:
-        file = StageFile(opened, model.header, architecture, shard, footing.context_length)
+    with TensorReader(footing.model_path) as reader:
+        file = StageFile(reader, model.header, architecture, shard, footing.context_length)
         table, head = file.read_ends()
         graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
         told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
@@ -114,10 +114,10 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
 
 
 def _footing(spec: RunnerSpec) -> Footing:
-    found = Path(spec.model_path).stat()
+    found = [file.stat() for file in weight_files(spec.model_path)]
     return Footing(
         model_path=spec.model_path,
-        file_mark=(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns),
+        file_mark=tuple(mark for each in found for mark in (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns)),
         context_length=spec.context_length,
         slot_count=spec.slot_count,
         thread_count=spec.thread_count,

@@ -6,7 +6,7 @@ The names are those of the GGUF specification; files that ask for something the 
 from collections.abc import Callable
 from typing import Final
 
-from covey.checkpoints.gguf_file import GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.families.gemma import gemma2, gemma3
@@ -33,7 +33,7 @@ FAMILIES: Final[dict[str, Callable[[Stated], Architecture]]] = {
 }
 
 
-def read_settings(header: GgufHeader) -> Architecture:
+def read_settings(header: Checkpoint) -> Architecture:
     """Raises `EngineError` for what this engine can't run, `CheckpointError` for what is missing."""
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:

@@ -5,13 +5,13 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys are given withou
 
 from typing import Any, Final
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 
 REQUIRED: Final = object()
 
 
 class Stated:
-    def __init__(self, header: GgufHeader, architecture: str) -> None:
+    def __init__(self, header: Checkpoint, architecture: str) -> None:
         self.architecture = architecture
         self._header = header
 
@@ -41,6 +41,15 @@ class Stated:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"the model file is damaged: its metadata gives {key} as {value!r}")
         return float(value)
+
+    def own_flags(self, key: str, length: int) -> tuple[bool, ...] | None:
+        """One for each of `length` layers; None where it is not stated."""
+        value: Any = self._header.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length or {type(each) for each in value} != {bool}:
+            raise CheckpointError(f"the model file is damaged: its metadata gives {key} as {value!r}")
+        return tuple(value)
 
     def text(self, key: str, default: str) -> str:
         value: Any = self._value(key, default)

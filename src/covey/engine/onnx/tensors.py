@@ -7,7 +7,7 @@ is read.
 from collections.abc import Iterable
 from typing import Final
 
-from covey.checkpoints.gguf_file import CheckpointError, GgufHeader
+from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.quantization import is_known, known_types
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture, Experts, LongFactors, Rotary
@@ -36,7 +36,7 @@ def bias_shapes(architecture: Architecture) -> dict[str, Shape]:
     }
 
 
-def needed(header: GgufHeader, architecture: Architecture, shard: Shard, context_length: int) -> list[str]:
+def needed(header: Checkpoint, architecture: Architecture, shard: Shard, context_length: int) -> list[str]:
     """The names of all tensors that the stage reads."""
     inner = list(layer_shapes(architecture))
     biases = bias_shapes(architecture)
@@ -54,7 +54,7 @@ def needed(header: GgufHeader, architecture: Architecture, shard: Shard, context
     return names
 
 
-def output_name(header: GgufHeader) -> str:
+def output_name(header: Checkpoint) -> str:
     """Many models tie embedding and output."""
     return OUTPUT if OUTPUT in header.tensors else EMBEDDING
 
@@ -65,7 +65,7 @@ def factor_tensors(rotaries: Iterable[Rotary], context_length: int) -> list[str]
     return sorted({name for name in found if isinstance(name, str)})
 
 
-def check(header: GgufHeader, architecture: Architecture, names: list[str]) -> None:
+def check(header: Checkpoint, architecture: Architecture, names: list[str]) -> None:
     """Raises `CheckpointError`, `EngineError` for what is missing, of another size or unknown."""
     shapes = layer_shapes(architecture) | bias_shapes(architecture) | _outside(architecture)
     for name in names:
@@ -81,7 +81,7 @@ def check(header: GgufHeader, architecture: Architecture, names: list[str]) -> N
     _refuse_unknown(header, architecture)
 
 
-def _refuse_unknown(header: GgufHeader, architecture: Architecture) -> None:
+def _refuse_unknown(header: Checkpoint, architecture: Architecture) -> None:
     """A layer with a tensor that the graph would leave out would compute something else, and nobody would see."""
     known = {*layer_shapes(architecture), *bias_shapes(architecture)}
     for name in header.tensors:

@@ -1,13 +1,11 @@
 """Reads a stage's tensors from a GGUF file, and no others, into the forms that the graph takes."""
 
-from typing import BinaryIO
-
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from covey.checkpoints.gguf_file import GgufHeader, read_tensor
+from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
@@ -63,10 +61,10 @@ class StageFile:
     """The part of a model file that one stage is made of."""
 
     def __init__(
-        self, file: BinaryIO, header: GgufHeader, architecture: Architecture, shard: Shard, context_length: int
+        self, reader: TensorReader, header: Checkpoint, architecture: Architecture, shard: Shard, context_length: int
     ) -> None:
-        """`file`: opened without a buffer, so that no byte is read twice. Raises `CheckpointError`, `EngineError`."""
-        self._file = file
+        """Raises `CheckpointError`, `EngineError`."""
+        self._reader = reader
         self._header = header
         self._architecture = architecture
         self._shard = shard
@@ -162,7 +160,7 @@ class StageFile:
     def _read(self, name: str) -> NDArray[np.uint8]:
         entry = self._header.tensors[name]
         self.bytes_read += entry.byte_count
-        return read_tensor(self._file, entry)
+        return self._reader.read(entry)
 
     def _floats(self, name: str) -> Floats:
         return dequantize(self._header.tensors[name], self._read(name))

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from covey.checkpoints.gguf_file import CheckpointError
+from covey.checkpoints.checkpoint import CheckpointError
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import (
     Architecture,
@@ -40,11 +40,12 @@ def llama(stated: Stated) -> Architecture:
 
 def smollm3(stated: Stated) -> Architecture:
     found = plain(stated, is_interleaved=True)
-    layers = [
-        replace(layer, rotary=None) if (index + 1) % SMOLLM3_PERIOD == 0 else layer
-        for index, layer in enumerate(found.layers)
-    ]
-    return replace(found, layers=tuple(layers))
+    usual = tuple((index + 1) % SMOLLM3_PERIOD != 0 for index in range(found.layer_count))
+    turned = stated.own_flags("covey.rotary_layers", found.layer_count) or usual
+    layers = zip(found.layers, turned, strict=True)
+    return replace(
+        found, layers=tuple(layer if is_turned else replace(layer, rotary=None) for layer, is_turned in layers)
+    )
 
 
 def plain(stated: Stated, *, is_interleaved: bool = False, **changes: Any) -> Architecture:

@@ -1,0 +1,73 @@
+"""`covey models inspect`: a person sees what was done to the weights, and what it would cost to round them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_folders import LLAMA, bfloat16, llama_tensors, write_folder
+from typer.testing import CliRunner
+
+from covey.checkpoints.checkpoint import TensorReader
+from covey.checkpoints.inspection import TensorKind, kinds_of, quantized_kinds
+from covey.checkpoints.opening import open_checkpoint
+from covey.cli.main import app
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "mlx.npz")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tensors = {name: bfloat16(each) for name, each in llama_tensors().items()}
+    return write_folder(tmp_path / "model", LLAMA, tensors)
+
+
+def by_name(kinds: list[TensorKind]) -> dict[str, TensorKind]:
+    return {kind.name: kind for kind in kinds}
+
+
+def test_full_precision(folder):
+    kinds = by_name(kinds_of(open_checkpoint(folder)))
+    assert kinds["blk.*.attn_k.weight"] == TensorKind(
+        name="blk.*.attn_k.weight", type="BF16", shape=(32, 64), count=2, file_bytes=2 * 32 * 64 * 2,
+        held_bytes=2 * 32 * 64 * 4, held_as="exact: float32",
+    )  # fmt: skip
+
+
+def test_full_precision_made_small(folder):
+    with TensorReader(folder) as reader:
+        kinds = by_name(quantized_kinds(open_checkpoint(folder), reader, "q4"))
+    rounded = kinds["blk.*.ffn_up.weight"]
+    assert rounded.held_as == "rounded: 4-bit codes in blocks of 32"
+    assert rounded.held_bytes == 2 * (128 * 64 // 2 + 128 * 64 // 32 * 4)
+    assert rounded.error == pytest.approx(0.085, rel=0.1)
+    assert kinds["output_norm.weight"].error is None
+    assert kinds["output_norm.weight"].held_as == "exact: float32"
+
+
+def test_codes_are_held_as_codes(tmp_path):
+    tensors = {name: each for name, each in llama_tensors().items() if "layers" not in name}
+    for name, kind in (("weight", "words"), ("scales", "scales"), ("biases", "biases")):
+        tensors[f"model.layers.0.mlp.up_proj.{name}"] = GOLDEN[f"6.64.{kind}"]
+    config = LLAMA | {"quantization": {"group_size": 64, "bits": 6}}
+    header = open_checkpoint(write_folder(tmp_path / "model", config, tensors))
+    kind = by_name(kinds_of(header))["blk.*.ffn_up.weight"]
+    assert kind.held_as == "exact: 8-bit codes in blocks of 64 with offsets"
+    assert kind.held_bytes == 3 * 256 + 3 * 4 * 8
+
+
+def test_the_command(folder, tmp_path):
+    run = CliRunner().invoke
+    lines = run(app, ["models", "inspect", str(folder)]).stdout.splitlines()
+    assert lines[0].split() == ["tensor", "count", "type", "shape", "in", "the", "file", "in", "memory", "held"]
+    assert any("blk.*.attn_q.weight" in line and "exact: float32" in line for line in lines)
+    rows = json.loads(run(app, ["models", "inspect", str(folder), "--quantize", "q8", "--json"]).stdout)
+    assert {row["name"]: row for row in rows}["blk.*.ffn_down.weight"]["error"] < 0.006
+    for arguments, said in (
+        ([str(folder), "--quantize", "q5"], "--quantize q5 is not known; known are q4, q8."),
+        ([str(tmp_path / "absent.gguf")], "absent.gguf can't be read: No such file or directory."),
+        ([str(tmp_path)], "can't be used: it has no config.json"),
+    ):
+        done = run(app, ["models", "inspect", *arguments], env={"COLUMNS": "300"})
+        assert done.exit_code == 1
+        assert said in done.stderr.replace("\n", " ")
