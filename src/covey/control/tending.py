@@ -5,7 +5,7 @@ move as possible, and the old assignment stays dormant (`dormancy`); if the wish
 the nodes' figures change. A stage whose node has had too little memory for a while, or can't end its former process, is
 mended alike, but until there is another place its instance goes on waiting. Of several instances whose nodes are all
 here (two leaders, apart for a while, each assigned the wish) one stays: a ready one if there is one, then one that
-serves requests, then the one that this leader has seen whole for longest.
+serves requests, then the one that this leader has seen whole for longest, then, as after a power cut, the latest.
 """
 
 import sys
@@ -86,8 +86,9 @@ class Tending:
         if any(wish_of(InstanceId(key.removeprefix(INSTANCE))) == wish.wish_id for key in self.cluster.unread):
             return ()
         mine = [each for each in self.cluster.instances.values() if each.wish_id == wish.wish_id]
+        mine.sort(key=self._version, reverse=True)
         whole = sorted((each for each in mine if not lacks(each, gone)), key=lambda each: self._rank(each, reports))
-        dormant = sorted((each for each in mine if lacks(each, gone)), key=self._version, reverse=True)
+        dormant = [each for each in mine if lacks(each, gone)]
         dropped = tuple(Written(INSTANCE + each.instance_id, None) for each in [*whole[1:], *dormant[DORMANT_MAX:]])
         if whole and whole[0].instance_id not in self.stuck:
             self.refused_with.pop(wish.wish_id, None)
@@ -103,11 +104,11 @@ class Tending:
             if not self.cluster.has(WISH + instance.wish_id)
         )
 
-    def _rank(self, instance: Instance, reports: Reports) -> tuple[bool, bool, int, InstanceId]:
-        """The one to keep comes first."""
+    def _rank(self, instance: Instance, reports: Reports) -> tuple[bool, bool, int]:
+        """The one to keep comes first; of equal ones, that which was assigned last."""
         is_idle = request_count(instance, reports) == 0
         since_ms = self.whole_since_ms.get(instance.instance_id, sys.maxsize)
-        return not is_ready(instance, reports), is_idle, since_ms, instance.instance_id
+        return not is_ready(instance, reports), is_idle, since_ms
 
     def _version(self, instance: Instance) -> Version:
         """The later it was assigned, the higher."""
