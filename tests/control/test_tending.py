@@ -103,7 +103,7 @@ def test_of_the_dormant_the_latest_assigned_are_kept_whatever_their_ids_and_whoe
 
 
 def test_after_a_power_cut_the_latest_assigned_is_kept_whatever_their_ids() -> None:
-    """Both may be whole, for all that is known yet: the node that the first one lost has not been missed long enough."""
+    """Both may be whole, for all that is known yet: the node that the first one lost has not been missed for long."""
     for marks in (("a", "b"), ("b", "a")):
         leader = Leader()
         for mark, node_id in zip(marks, (LOST, ADA), strict=True):
