@@ -77,7 +77,7 @@ def folder(wanted: Path, found: Folder, user: int) -> Finding:
     if found.owner != user:
         advice = "Run Covey as one user alone: files of two in one folder lock each other out."
         return warning("folder", f"{wanted} belongs to another user ({found.owner}; you are {user}).", advice)
-    if found.mode & OTHERS_BITS:
+    if found.mode & OTHERS_BITS and found.is_in_reach:
         strength = problem if found.mode & SHARED_WRITE_BITS else warning
         can = "write" if found.mode & SHARED_WRITE_BITS else "read"
         return strength("folder", f"Other users of this machine can {can} {wanted}.", f"Run `chmod 700 {wanted}`.")
