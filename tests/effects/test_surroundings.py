@@ -11,8 +11,8 @@ from covey.effects import surroundings
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """`models`, for all to read, in the folder of a user; above that all may pass."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # noqa: S108 (pytest's own is closed to others)
+    """`models`, for all to read, in the folder of a user; above that all may pass, which is not so in pytest's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
         made = Path(name) / "home" / "models"
         made.mkdir(parents=True)
         for folder in (Path(name), made.parent, made):
