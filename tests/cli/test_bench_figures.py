@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.cli.benching.asking import Sample
+from covey.cli.benching.cluster import Chosen, hardware
 from covey.cli.benching.figures import MEASURES, Case, Round, figures, medians, percentile, ratios
 from covey.cli.benching.measuring import Plan, Results
 from covey.cli.benching.picture import draw
 from covey.cli.benching.prompts import WORDS, Prompts, Tokens
-from covey.cli.benching.showing import notes, number, table
+from covey.cli.benching.showing import Setting, headings, missing, notes, number, table
 from covey.cli.client import CliError
+from covey.cli.tables import node_names
+from tests.api.fake_backend import FakeBackend
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -21,9 +24,15 @@ SVG = "{http://www.w3.org/2000/svg}"
 PLAN = Plan((Case(100, 11, 1), Case(100, 11, 8)), repeats=3, warm_ups=1)
 
 
-def sample(
-    *pieces_s: float, sent_s: float = 0.0, prompt: int = 100, cached: int = 0, new: int | None = None
-) -> Sample:
+def setting() -> Setting:
+    state = FakeBackend().current
+    model = Chosen(state.instances)
+    return Setting(
+        model=model, names=node_names(state), machines=hardware(state, model), plan=PLAN, seed=1, shared_tokens=0
+    )
+
+
+def sample(*pieces_s: float, sent_s: float = 0.0, prompt: int = 100, cached: int = 0, new: int | None = None) -> Sample:
     return Sample(
         sent_s=sent_s,
         pieces_s=pieces_s,
@@ -104,7 +113,7 @@ def test_the_picture_has_a_bar_for_each_figure_and_its_text_is_no_markup() -> No
     texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert texts[:2] == ["a < b & c", "on attic"]
     assert {"covey", "llama.cpp", str(case), str(many)} <= set(texts)
-    bars = [box for box in picture.iter(f"{SVG}rect") if box.get("x") == "250.0" and box.get("y") != "62.0"]
+    bars = [box for box in picture.iter(f"{SVG}rect") if box.get("x") == "250.0" and box.get("y") != "64.0"]
     assert len(bars) == 2 * 2 * len(MEASURES)
     _, _, width, height = map(float, picture.attrib["viewBox"].split())
     for box in picture.iter(f"{SVG}rect"):
@@ -131,22 +140,24 @@ def test_what_ended_early_says_so_in_table_and_picture() -> None:
     one, many = PLAN.cases
     done = [{"covey": measured(1)}] * 3
     assert missing(PLAN, {one: done, many: done}) == []
-    begun = {one: done, many: done[:2]}
-    assert missing(PLAN, begun) == ["Ended early: of 100 + 11 tokens, 8 at once there are 2 of 3 rounds."]
+    begun: Results = {one: done, many: done[:2]}
+    assert missing(PLAN, begun) == ["Ended early, with 2 of 3 rounds of 100 + 11 tokens, 8 at once."]
     assert [row[0] for row in table(PLAN, begun).rows if row[0]] == [str(one), "3 rounds", str(many), "2 of 3 rounds"]
-    assert missing(PLAN, {one: done}) == ["Ended early: of 100 + 11 tokens, 8 at once there are 0 of 3 rounds."]
+    assert missing(PLAN, {one: done}) == ["Ended early, with 0 of 3 rounds of 100 + 11 tokens, 8 at once."]
     assert table(PLAN, {one: done}).rows[-1] == (str(many), "0 of 3 rounds", "-")
-    texts = headings(setting(), begun)
-    assert missing(PLAN, begun)[0] in texts
+    assert missing(PLAN, begun)[0] in headings(setting(), begun)
     assert missing(PLAN, begun)[0] in notes(PLAN, begun, is_shared=False)
 
 
 def test_the_picture_says_what_was_measured_on_what() -> None:
-    texts = headings(setting(), {case: [{"covey": measured(1)}] * 3 for case in PLAN.cases})
-    assert texts[0] == "Tiny-Chat"
-    assert texts[1] == "on anna and berta: Tiny Processor, 2 cores"
-    assert texts[2] == "medians of 3 rounds; the thin line goes from the least of them to the most"
-    assert headings(setting(), {PLAN.cases[0]: [{"covey": measured(1)}]})[2].startswith("medians of the rounds; ")
+    """Two machines that are alike."""
+    whole: Results = {case: [{"covey": measured(1)}] * 3 for case in PLAN.cases}
+    assert headings(setting(), whole) == [
+        "Tiny-Chat",
+        "on anna and berta",
+        "2 machines: Test CPU, 2 cores",
+        "bars: medians of 3 rounds; thin lines: from the least of them to the most",
+    ]
 
 
 def test_the_table_tells_the_worst_and_the_best_round() -> None:
