@@ -22,7 +22,7 @@ COLORS: Final = ("#2f7d5b", "#b0763a")  # of the servers, in their order
 WHITE, INK, PALE = "#ffffff", "#222222", "#8a8a8a"
 FONT: Final = "font: 12px sans-serif"
 LINE_CHARACTERS: Final = 105  # that fit above the panels
-FIRM_SPACE: Final = "\u00a0"  # any other may be dropped where an element begins
+GAP: Final = 4  # before a word of another style: some programs drop a space where an element begins, firm or not
 
 
 class Bar(Struct, frozen=True):
@@ -43,7 +43,7 @@ def draw(headings: Sequence[str], results: Results) -> bytes:
     panels = [(measure, bars) for measure, bars in panels if bars]
     servers = list(next(iter(results.values()))[0])
     title, *others = [line for heading in headings for line in wrap(heading, LINE_CHARACTERS)]
-    y = MARGIN + LINE * (len(others) + (len(servers) > 1) + 1)  # below all that stands above the panels
+    y = MARGIN + LINE * (2 + len(others) + (len(servers) > 1))  # below all that stands above the panels
     height = y + MARGIN + LINE * sum(2 + len(bars) for _, bars in panels)
     picture = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height}"})
     picture.set("style", FONT)
@@ -53,7 +53,7 @@ def draw(headings: Sequence[str], results: Results) -> bytes:
     for place, line in enumerate(others, start=2):
         _text(picture, MARGIN, MARGIN + place * LINE, line)
     if len(servers) > 1:
-        _legend(picture, servers, y)
+        _legend(picture, servers, y - LINE)
     for measure, bars in panels:
         _panel(picture, y, measure, bars)
         y += LINE * (2 + len(bars))
@@ -80,7 +80,8 @@ def _values(rounds: Sequence[Round], measure: Measure) -> tuple[float, ...]:
 def _panel(picture: Element, y: float, measure: Measure, bars: Sequence[Bar]) -> None:
     better = "more" if measure.more_is_better else "less"
     heading = _text(picture, MARGIN, y + LINE, f"{measure.title}, {measure.unit}", weight="bold")
-    SubElement(heading, "tspan", {"font-weight": "normal", "fill": PALE}).text = f"{FIRM_SPACE}({better} is better)"
+    pale = {"dx": f"{GAP}", "font-weight": "normal", "fill": PALE}
+    SubElement(heading, "tspan", pale).text = f" ({better} is better)"
     most = max(bar.values[-1] for bar in bars)
     scale = (WIDTH - LABELS - NUMBERS - MARGIN) / most
     for place, bar in enumerate(bars, start=2):
