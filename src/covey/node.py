@@ -127,6 +127,8 @@ def run_node(options: NodeOptions, announce: Callable[[NodeReady], None], tell: 
         options = structs.replace(options, limits=options.limits or time_limits(os.environ))
         with ExitStack() as held:
             folder = paths.node_folder(options.data_dir)
+            if not os.access(folder, os.F_OK):
+                listen(options.host, options.port).close()  # else a start that is refused would leave an identity
             mine = held.enter_context(identity.claimed(folder))
             leftovers.end_leftovers(folder)
             listener = held.enter_context(listen(options.host, options.port))

@@ -66,6 +66,8 @@ def test_figures_table_file_and_picture(served: tuple[NodeProcess, Path], tmp_pa
     assert done.exit_code == 0, done.output
     assert "200 + 12 tokens, 3 at once" in done.stdout
     assert "prefix cache" not in done.output
+    assert "Medians of the rounds; `covey bench --help` says what each figure is." in done.stderr
+    assert done.stdout.count("3 rounds") == 2
 
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["model_id"], found["is_complete"], found["repeats"]) == (str(model), True, 3)
@@ -98,6 +100,13 @@ def check_sums(server: dict[str, Any], concurrency: int) -> None:
         assert measured["first_token"] >= 5  # a step takes 5 ms
         assert measured["memory"] > 1
     assert server["medians"]["total"] == sorted(measured["total"] for measured in rounds)[1]
+
+
+def test_help_says_what_each_figure_is() -> None:
+    shown = bench("", "--help").stdout
+    for measure in MEASURES.values():
+        assert f"- {measure.title.partition(',')[0]}: " in shown
+    assert "`covey ps` tells what is set aside for them" in shown
 
 
 def test_a_shared_prefix_is_in_the_cache_and_other_prompts_are_not(
@@ -192,9 +201,11 @@ def test_interrupted_it_tells_what_it_has(endless: subprocess.Popen[str], tmp_pa
     """By Ctrl-C: pairs of rounds that are whole count, and the other server ends."""
     (other,) = psutil.Process(endless.pid).children()
     endless.send_signal(signal.SIGINT)
-    out, _ = endless.communicate(timeout=END_S_MAX)
+    out, told = endless.communicate(timeout=END_S_MAX)
     assert endless.returncode == 130
     assert "total, tokens/s" in out
+    assert "of 1000 rounds" in out
+    assert "Ended early, with " in told
     found = json.loads((tmp_path / "found.json").read_text())
     assert not found["is_complete"]
     (case,) = found["cases"]

@@ -8,23 +8,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.cli.benching.asking import Sample
+from covey.cli.benching.cluster import Chosen, hardware
 from covey.cli.benching.figures import MEASURES, Case, Round, figures, medians, percentile, ratios
-from covey.cli.benching.measuring import Results
+from covey.cli.benching.measuring import Plan, Results
 from covey.cli.benching.picture import draw
 from covey.cli.benching.prompts import WORDS, Prompts, Tokens
-from covey.cli.benching.showing import number, table
+from covey.cli.benching.showing import Setting, headings, missing, notes, number, table
 from covey.cli.client import CliError
+from covey.cli.tables import node_names
+from tests.api.fake_backend import FakeBackend
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def sample(*pieces_s: float, sent_s: float = 0.0, prompt: int = 100, new: int | None = None) -> Sample:
+PLAN = Plan((Case(100, 11, 1), Case(100, 11, 8)), repeats=3, warm_ups=1)
+
+
+def setting() -> Setting:
+    state = FakeBackend().current
+    model = Chosen(state.instances)
+    return Setting(
+        model=model, names=node_names(state), machines=hardware(state, model), plan=PLAN, seed=1, shared_tokens=0
+    )
+
+
+def sample(*pieces_s: float, sent_s: float = 0.0, prompt: int = 100, cached: int = 0, new: int | None = None) -> Sample:
     return Sample(
         sent_s=sent_s,
         pieces_s=pieces_s,
         ended_s=pieces_s[-1] if pieces_s else sent_s + 1,
         prompt_tokens=prompt,
-        cached_tokens=0,
+        cached_tokens=cached,
         new_tokens=len(pieces_s) if new is None else new,
     )
 
@@ -66,6 +80,14 @@ def test_two_requests_at_once() -> None:
     assert found["memory"] is None
 
 
+def test_what_came_from_a_cache_was_not_read() -> None:
+    """A short prompt, of which the template takes the most: it would else look several times as fast as it is."""
+    found = figures(Round((sample(0.5, cached=75),), memory_bytes=0))
+    assert found["prefill"] == pytest.approx(25 / 0.5)
+    assert found["total"] == pytest.approx(101 / 0.5)  # what was done for whoever asked, however
+    assert figures(Round((sample(0.5, cached=100),), memory_bytes=0))["prefill"] is None
+
+
 def test_what_has_no_time_between_two_tokens_says_so() -> None:
     one = Round((sample(1.0),), memory_bytes=1)
     assert [figures(one)[name] for name in ("decode", "token_p50", "token_p99")] == [None] * 3
@@ -87,11 +109,11 @@ def test_rounds_are_compared_in_pairs_and_more_than_one_is_always_better() -> No
 def test_the_picture_has_a_bar_for_each_figure_and_its_text_is_no_markup() -> None:
     case, many = Case(100, 11, 1), Case(100, 11, 8)
     results: Results = {each: [{"covey": measured(2), "llama.cpp": measured(1)}] * 3 for each in (case, many)}
-    picture = ET.fromstring(draw("a < b & c", results))  # noqa: S314 (our own)
+    picture = ET.fromstring(draw(["a < b & c", "on attic"], results))  # noqa: S314 (our own)
     texts = [text.text for text in picture.iter(f"{SVG}text")]
-    assert texts[0] == "a < b & c"
+    assert texts[:2] == ["a < b & c", "on attic"]
     assert {"covey", "llama.cpp", str(case), str(many)} <= set(texts)
-    bars = [box for box in picture.iter(f"{SVG}rect") if box.get("x") == "250.0" and box.get("y") != "44.0"]
+    bars = [box for box in picture.iter(f"{SVG}rect") if box.get("x") == "250.0" and box.get("y") != "64.0"]
     assert len(bars) == 2 * 2 * len(MEASURES)
     _, _, width, height = map(float, picture.attrib["viewBox"].split())
     for box in picture.iter(f"{SVG}rect"):
@@ -100,18 +122,51 @@ def test_the_picture_has_a_bar_for_each_figure_and_its_text_is_no_markup() -> No
 
 
 def test_the_picture_leaves_out_what_nobody_measured() -> None:
-    picture = draw("one", {Case(100, 1, 1): [{"covey": Round((sample(1.0),), memory_bytes=0)}]}).decode()
+    picture = draw(["one"], {Case(100, 1, 1): [{"covey": Round((sample(1.0),), memory_bytes=0)}]}).decode()
     assert "prefill" in picture
     assert "decode" not in picture
     assert "memory" not in picture
 
 
+def test_words_of_another_style_stand_apart_by_more_than_a_space() -> None:
+    """Some programs that draw drop a space where an element begins."""
+    picture = ET.fromstring(draw(["one"], {Case(100, 11, 1): [{"covey": measured(1)}]}))  # noqa: S314 (our own)
+    spans = list(picture.iter(f"{SVG}tspan"))
+    assert len(spans) == len(MEASURES)
+    assert all(float(span.attrib["dx"]) > 0 for span in spans)
+
+
+def test_what_ended_early_says_so_in_table_and_picture() -> None:
+    """The second of two cases came to its second round of three; and in another run to none."""
+    one, many = PLAN.cases
+    done = [{"covey": measured(1)}] * 3
+    assert missing(PLAN, {one: done, many: done}) == []
+    begun: Results = {one: done, many: done[:2]}
+    assert missing(PLAN, begun) == ["Ended early, with 2 of 3 rounds of 100 + 11 tokens, 8 at once."]
+    assert [row[0] for row in table(PLAN, begun).rows if row[0]] == [str(one), "3 rounds", str(many), "2 of 3 rounds"]
+    assert missing(PLAN, {one: done}) == ["Ended early, with 0 of 3 rounds of 100 + 11 tokens, 8 at once."]
+    assert table(PLAN, {one: done}).rows[-1] == (str(many), "0 of 3 rounds", "-")
+    assert missing(PLAN, begun)[0] in headings(setting(), begun)
+    assert missing(PLAN, begun)[0] in notes(PLAN, begun, is_shared=False)
+
+
+def test_the_picture_says_what_was_measured_on_what() -> None:
+    """Two machines that are alike."""
+    whole: Results = {case: [{"covey": measured(1)}] * 3 for case in PLAN.cases}
+    assert headings(setting(), whole) == [
+        "Tiny-Chat",
+        "on anna and berta",
+        "2 machines: Test CPU, 2 cores",
+        "bars: medians of 3 rounds; thin lines: from the least of them to the most",
+    ]
+
+
 def test_the_table_tells_the_worst_and_the_best_round() -> None:
     rounds = [{"covey": measured(2 * speed), "llama.cpp": measured(1)} for speed in (1, 2, 3)]
-    listing = table({Case(100, 11, 8): rounds})
+    listing = table(Plan((Case(100, 11, 8),), 3, 1), {Case(100, 11, 8): rounds})
     assert listing.titles == ("case", "measure", "covey", "llama.cpp", "times as good")
     assert listing.rows[2] == ("", "total, tokens/s", "222", "55.5", "4.00 (2.00 to 6.00)")
-    assert [row[0] for row in listing.rows] == ["100 + 11 tokens, 8 at once", *[""] * 7]
+    assert [row[0] for row in listing.rows] == ["100 + 11 tokens, 8 at once", "3 rounds", *[""] * 6]
 
 
 # ---- prompts ----

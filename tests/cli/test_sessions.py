@@ -36,7 +36,7 @@ from covey.schema.cluster import (
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
-from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster
+from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster, hardware
 from tests.cli.served_node import ServedNode
 from tests.golden import check
 
@@ -119,7 +119,9 @@ def starting(state: RunnerState, done: int) -> Any:
 def disk_is_full() -> Any:
     first, second = EMPTY.members
     assert second.report is not None
-    report = msgspec.structs.replace(second.report, notices=("nothing can be kept in [/data]; free some space",))
+    full = msgspec.structs.replace(hardware("berta"), disk_bytes_available=3_000_000)
+    notices = ("nothing can be kept in [/data]; free some space",)
+    report = msgspec.structs.replace(second.report, hardware=full, notices=notices)
     members = (first, msgspec.structs.replace(second, report=report))
     return msgspec.structs.replace(EMPTY, members=members, notices=("no multicast",))
 

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from covey.control.activity import EVENTS_MAX, TEXT_CHARACTERS_MAX, Activity
+from covey.control.activity import EVENTS_MAX, TEXT_CHARACTERS_MAX, Activity, enumerated
 from covey.schema.activity import EventKind
 from covey.schema.cluster import (
     Accepted,
@@ -59,6 +59,14 @@ def test_the_first_look_is_where_the_account_begins() -> None:
         "Tiny-Chat is ready as inst-1.",
     ]
     assert {event.at_ms for event in activity.page(0, 99).events} == {5}
+
+
+def test_names_are_told_as_in_a_sentence() -> None:
+    assert [enumerated(["attic", "second", "third"][:count]) for count in (1, 2, 3)] == [
+        "attic",
+        "attic and second",
+        "attic, second and third",
+    ]
 
 
 def test_a_node_comes_goes_away_returns_and_leaves() -> None:

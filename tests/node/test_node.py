@@ -73,10 +73,10 @@ def test_a_node_that_leaves_is_gone_at_once(tmp_path: Path) -> None:
 def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(tmp_path, "a") as (a,):
         port = int(a.url.rpartition(":")[2])
-        busy, free = tmp_path / "a", tmp_path / "b"
+        busy, free, new = tmp_path / "a", tmp_path / "b", tmp_path / "c"
         for options, sentence in [
             (NodeOptions(data_dir=busy), f"the data folder {busy} is in use by process {a.process.pid}; stop "),
-            (NodeOptions(data_dir=free, port=port), f"port {port} of 127.0.0.1 is in use; end "),
+            (NodeOptions(data_dir=new, port=port), f"port {port} of 127.0.0.1 is in use; end "),
             (NodeOptions(data_dir=free, host="192.0.2.77"), "192.0.2.77 is no address of this machine; name "),
             (NodeOptions(data_dir=free, port=0, peers=("host:",)), "'host:' is not the address of a peer; write "),
         ]:
@@ -85,6 +85,7 @@ def test_what_fails_at_the_start_is_one_sentence(tmp_path: Path, capsys: pytest.
             assert errors.startswith(f"covey: {sentence}")
             assert errors.count("\n") == 1
             assert output == ""
+        assert not new.exists(), "a start that was refused leaves no identity behind"
 
 
 def test_ctrl_c_ends_a_node_in_the_middle_of_an_answer(tmp_path: Path) -> None:

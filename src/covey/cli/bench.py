@@ -13,6 +13,23 @@ CONCURRENCY_MAX: Final = 256
 PROMPT_TOKENS: Final = 512
 NEW_TOKENS: Final = 128
 
+HELP: Final = """Measure how fast a model answers, over HTTP. Ctrl-C ends it, and shows what was measured so far.
+
+Each figure is of a round, which is so many requests at once:
+
+- prefill: tokens of prompts, without what a prefix cache held, by the time
+  from sending until the last answer begins
+- decode: tokens of answers, all but each one's first, of all requests
+  together, by the time from the first piece of text to the last
+- total: tokens of whole prompts and of answers, of all requests together,
+  by the time of the round
+- first token: from sending to the first piece of text; the median request's
+- each token: between two pieces of text of one answer, which are mostly
+  tokens; 95 % took no longer than p95
+- memory: what the model's runners hold on all nodes, as these reported last;
+  `covey ps` tells what is set aside for them, full caches included
+"""
+
 
 class Against(StrEnum):
     LLAMA_CPP = "llama.cpp"
@@ -46,7 +63,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Of llama-server; default: as our runners have.")] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Measure how fast a model answers, over HTTP. Ctrl-C ends it, and shows what was measured so far."""
+    """Measures, and shows what came of it."""
     from covey.cli.benching.figures import Case  # noqa: PLC0415 (the other commands start faster so; so do the next)
     from covey.cli.benching.measuring import Plan  # noqa: PLC0415
     from covey.cli.benching.running import Asked, Rival, run  # noqa: PLC0415

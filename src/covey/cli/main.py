@@ -28,7 +28,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(service.app, name="service")
 app.add_typer(models.app, name="models")
-app.command()(bench.bench)
+app.command(help=bench.HELP)(bench.bench)
 
 
 join_code_app = typer.Typer(help="Show or change the code by which devices join.")

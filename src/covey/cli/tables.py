@@ -1,15 +1,16 @@
 """What the listing commands show, as tables for people and as plain data for `--json`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from covey.cli.console import harmless, size
 from covey.cli.listing import Listing
 from covey.cli.naming import asked_for, id_of, short_ids, with_short_ids
 from covey.control.routing import instance_status, wish_status
-from covey.schema.cluster import ClusterState, Instance, Member, Visibility, Wish
+from covey.schema.cluster import ClusterState, Instance, Member, NodeReport, Visibility, Wish
 
 Row = dict[str, Any]
+DISK_BYTES_LEAST: Final = 64_000_000  # for what a node notes of its cluster, and its logs
 
 
 def node_names(state: ClusterState) -> dict[str, str]:
@@ -116,7 +117,12 @@ def notices(state: ClusterState) -> list[str]:
     """What a person should know: of the network as this node sees it, then of each node, as it says itself."""
     reports = [each.report for each in state.members if each.report and each.visibility is Visibility.VISIBLE]
     said = [f"{report.name}: {harmless(sentence)}" for report in reports for sentence in report.notices]
-    return [*state.notices, *said]
+    return [*state.notices, *said, *(sentence for report in reports for sentence in _full_disk(report))]
+
+
+def _full_disk(report: NodeReport) -> list[str]:
+    free = report.hardware.disk_bytes_available if report.hardware else DISK_BYTES_LEAST
+    return [f"{report.name}: the disk of its models has {size(free)} left; free some space"] * (free < DISK_BYTES_LEAST)
 
 
 def nodes_table(rows: Sequence[Row]) -> Listing:

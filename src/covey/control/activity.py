@@ -4,7 +4,7 @@ It watches and decides nothing. Each node tells what it saw itself, so two nodes
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -155,7 +155,7 @@ def _instances(before: Seen, after: Seen) -> Iterator[Note]:
     were_ready = _ready(before.state)
     for instance_id, instance in new.items():
         if instance_id not in old:
-            names = " and ".join(_name(after.state, stage.node_id) for stage in instance.stages)
+            names = enumerated([_name(after.state, stage.node_id) for stage in instance.stages])
             text = f"{instance.card.model_id} is placed on {names} as {instance_id}."
             yield EventKind.INSTANCE_PLACED, instance_id, text
     for instance_id in _ready(after.state):
@@ -165,6 +165,12 @@ def _instances(before: Seen, after: Seen) -> Iterator[Note]:
         if instance_id not in new:
             text = f"{instance.card.model_id} is not placed as {instance_id} any more."
             yield EventKind.INSTANCE_REMOVED, instance_id, text
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """As in a sentence: "attic, second and third". At least one."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _ready(state: ClusterState) -> list[InstanceId]:

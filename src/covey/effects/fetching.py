@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from covey.effects.durable import LockedError, locked, sync_folder
+from covey.effects.paths import make_private
 
 POLL_MS: Final = 200  # of the lock, and of what has grown
 # Of a disk: full, not ours, or not to be written to.
@@ -117,7 +118,7 @@ async def _fetch_alone(path: Path, file_bytes: int, fetch: Fetch) -> None:
     lock, work = path.parent / "lock", _work_folder(path)
     _expect_no_file(path.parent, work)
     expect_no_folder(path, lock)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     with ExitStack() as held:
         await _lock(held, lock)
         if is_present(path, file_bytes):  # another process fetched it while we waited

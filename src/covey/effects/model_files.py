@@ -22,6 +22,7 @@ from covey.checkpoints.tokenizer import load_tokenizer
 from covey.effects import package_index
 from covey.effects.durable import write_durably
 from covey.effects.fetching import FetchError, HubError, Progress, is_present, make_present
+from covey.effects.paths import make_private
 from covey.engine.contract import EngineError
 from covey.engine.onnx.settings import read_settings
 from covey.schema.ids import ModelId
@@ -107,7 +108,7 @@ class ModelFiles:
     def _remember(self, card: ModelCard) -> None:
         path = self.path_of(card.source).with_name(CARD_FILE)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             write_durably(path, msgspec.json.encode(card))
         except OSError as error:
             _log.warning("the card of %s can't be stored, so it is looked up each time: %s", card.model_id, error)

@@ -17,6 +17,7 @@ UFW_FILE: Final = Path("/etc/ufw/ufw.conf")
 FIREWALL_PROGRAMS: Final = ("firewalld", "opensnitchd")
 MAC_FIREWALL: Final = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 ANSWER_S_MAX: Final = 5.0
+PASSING_BITS: Final = 0o011  # of a folder: its group, or all, reach what is in it by name
 
 
 class Folder(Struct, frozen=True, kw_only=True):
@@ -27,6 +28,7 @@ class Folder(Struct, frozen=True, kw_only=True):
     is_writable: bool
     owner: int  # user id
     mode: int  # permission bits
+    is_in_reach: bool  # for other users: the folders above let somebody else pass
     device: int  # equal for folders on one disk
     bytes_free: int
     files_free: int | None  # None where the file system sets no limit
@@ -44,6 +46,7 @@ def folder(wanted: Path) -> Folder:
         is_writable=os.access(path, os.W_OK | os.X_OK) and not disk.f_flag & os.ST_RDONLY,
         owner=status.st_uid,
         mode=status.st_mode & 0o777,
+        is_in_reach=all(each.stat().st_mode & PASSING_BITS for each in path.resolve().parents),
         device=status.st_dev,
         bytes_free=disk.f_bavail * disk.f_frsize,
         files_free=disk.f_favail if disk.f_files else None,

@@ -27,6 +27,7 @@ FOLDER = Folder(
     is_writable=True,
     owner=1000,
     mode=0o700,
+    is_in_reach=True,
     device=1,
     bytes_free=10**11,
     files_free=None,
@@ -82,6 +83,7 @@ def test_the_disk(change: dict[str, int], level: Level) -> None:
         ({"owner": 0}, Level.WARNING),
         ({"mode": 0o755}, Level.WARNING),
         ({"mode": 0o777}, Level.PROBLEM),
+        ({"mode": 0o777, "is_in_reach": False}, Level.OK),
     ],
 )
 def test_the_folder(change: dict[str, object], level: Level) -> None:

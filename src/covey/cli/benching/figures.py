@@ -73,13 +73,13 @@ def total_speed(measured: Round) -> float | None:
 def prefill_speed(measured: Round) -> float | None:
     """Tokens of prompts by the time until all have been read, which is when the last answer begins.
 
-    Whole prompts count, so a prefix cache that holds a part of them makes it higher.
+    What a prefix cache held of them was not read, and does not count.
     """
     if not all(each.pieces_s for each in measured.samples):
         return None
     began = min(each.sent_s for each in measured.samples)
     answering = max(each.pieces_s[0] for each in measured.samples)
-    return _rate(sum(each.prompt_tokens for each in measured.samples), answering - began)
+    return _rate(sum(each.prompt_tokens - each.cached_tokens for each in measured.samples), answering - began)
 
 
 def decode_speed(measured: Round) -> float | None:

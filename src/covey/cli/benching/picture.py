@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import median
+from textwrap import wrap
 from typing import Final
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -20,6 +21,8 @@ BAR: Final = 12
 COLORS: Final = ("#2f7d5b", "#b0763a")  # of the servers, in their order
 WHITE, INK, PALE = "#ffffff", "#222222", "#8a8a8a"
 FONT: Final = "font: 12px sans-serif"
+LINE_CHARACTERS: Final = 105  # that fit above the panels
+GAP: Final = 4  # before a word of another style: some programs drop a space where an element begins, firm or not
 
 
 class Bar(Struct, frozen=True):
@@ -31,20 +34,26 @@ class Bar(Struct, frozen=True):
     values: tuple[float, ...]
 
 
-def draw(title: str, results: Results) -> bytes:
-    """A panel for each measure, in it a bar for each case and server, with a line from the least round to the most."""
+def draw(headings: Sequence[str], results: Results) -> bytes:
+    """A panel for each measure, in it a bar for each case and server, with a line from the least round to the most.
+
+    The first of `headings` is the title.
+    """
     panels = [(measure, _bars(results, name)) for name, measure in MEASURES.items()]
     panels = [(measure, bars) for measure, bars in panels if bars]
     servers = list(next(iter(results.values()))[0])
-    height = 2 * MARGIN + LINE * (2 + sum(2 + len(bars) for _, bars in panels))
+    title, *others = [line for heading in headings for line in wrap(heading, LINE_CHARACTERS)]
+    y = MARGIN + LINE * (2 + len(others) + (len(servers) > 1))  # below all that stands above the panels
+    height = y + MARGIN + LINE * sum(2 + len(bars) for _, bars in panels)
     picture = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height}"})
     picture.set("style", FONT)
     SubElement(picture, "title").text = title
     _box(picture, 0, 0, WIDTH, height, WHITE)
     _text(picture, MARGIN, MARGIN + LINE, title, weight="bold")
+    for place, line in enumerate(others, start=2):
+        _text(picture, MARGIN, MARGIN + place * LINE, line)
     if len(servers) > 1:
-        _legend(picture, servers)
-    y = MARGIN + 2 * LINE
+        _legend(picture, servers, y - LINE)
     for measure, bars in panels:
         _panel(picture, y, measure, bars)
         y += LINE * (2 + len(bars))
@@ -71,7 +80,8 @@ def _values(rounds: Sequence[Round], measure: Measure) -> tuple[float, ...]:
 def _panel(picture: Element, y: float, measure: Measure, bars: Sequence[Bar]) -> None:
     better = "more" if measure.more_is_better else "less"
     heading = _text(picture, MARGIN, y + LINE, f"{measure.title}, {measure.unit}", weight="bold")
-    SubElement(heading, "tspan", {"font-weight": "normal", "fill": PALE}).text = f" ({better} is better)"
+    pale = {"dx": f"{GAP}", "font-weight": "normal", "fill": PALE}
+    SubElement(heading, "tspan", pale).text = f" ({better} is better)"
     most = max(bar.values[-1] for bar in bars)
     scale = (WIDTH - LABELS - NUMBERS - MARGIN) / most
     for place, bar in enumerate(bars, start=2):
@@ -89,11 +99,12 @@ def _bar(picture: Element, y: float, bar: Bar, scale: float) -> None:
     _text(picture, LABELS + scale * bar.values[-1] + 6, y, number(bar.value))
 
 
-def _legend(picture: Element, servers: Sequence[str]) -> None:
+def _legend(picture: Element, servers: Sequence[str], y: float) -> None:
+    """`y` is the line that its words stand on."""
     for place, (name, color) in enumerate(zip(servers, COLORS, strict=False)):
         x = LABELS + place * (WIDTH - LABELS) / len(COLORS)
-        _box(picture, x, MARGIN + LINE + 6, BAR, BAR, color)
-        _text(picture, x + BAR + 6, MARGIN + LINE + BAR + 4, name)
+        _box(picture, x, y - BAR + 2, BAR, BAR, color)
+        _text(picture, x + BAR + 6, y, name)
 
 
 def _box(picture: Element, x: float, y: float, width: float, height: float, color: str) -> None:

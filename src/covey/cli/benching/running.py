@@ -18,7 +18,7 @@ from covey.cli.benching.figures import Case
 from covey.cli.benching.measuring import Plan, Results, Side, measure
 from covey.cli.benching.picture import draw
 from covey.cli.benching.prompts import Prompts
-from covey.cli.benching.showing import Setting, notes, report, table
+from covey.cli.benching.showing import Setting, headings, notes, report, table
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.tables import node_names
@@ -130,14 +130,13 @@ def _progress(plan: Plan) -> Generator[Callable[[Case], None]]:
 def _show(measured: Measured, asked: Asked) -> None:
     """Raises `CliError` where a file can't be written."""
     setting, results = measured.setting, measured.results
-    out.print(table(results))
-    for sentence in notes(results, is_shared=asked.shared_tokens > 0):
+    out.print(table(setting.plan, results))
+    for sentence in notes(setting.plan, results, is_shared=asked.shared_tokens > 0):
         err.print(sentence, style="dim", soft_wrap=True, markup=False)
     if asked.json_file:
         _write(asked.json_file, json.dumps(report(setting, results), indent=1).encode())
     if asked.plot_file:
-        name = setting.model.model_id.rpartition("/")[2]
-        _write(asked.plot_file, draw(f"{name}, medians of the rounds", results))
+        _write(asked.plot_file, draw(headings(setting, results), results))
 
 
 def _write(path: Path, data: bytes) -> None:

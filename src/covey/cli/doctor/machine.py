@@ -7,6 +7,7 @@ from typing import Final
 
 from covey.cli.console import size
 from covey.cli.doctor.finding import Finding, ok, problem, warning
+from covey.cli.tables import DISK_BYTES_LEAST
 from covey.control import join_code
 from covey.control.join_code import JoinCodeError
 from covey.control.placement.memory import USABLE_PERCENT, Load, shard_bytes, whole_bytes
@@ -18,7 +19,6 @@ from covey.schema.model import ModelCard, Shard
 
 BEFORE_COVEY_S: Final = int(dt.datetime(2025, 1, 1, tzinfo=dt.UTC).timestamp())  # no clock that is set shows less
 AHEAD_S_MAX: Final = 300  # of another node's clock before this one's: few protocols stand more
-DISK_BYTES_LEAST: Final = 64_000_000  # for what a node notes of its cluster, and its logs
 DISK_BYTES_FEW: Final = 2_000_000_000  # for a small model
 FILES_LEAST: Final = 1000
 OPEN_FILES_LEAST: Final = 256
@@ -77,7 +77,7 @@ def folder(wanted: Path, found: Folder, user: int) -> Finding:
     if found.owner != user:
         advice = "Run Covey as one user alone: files of two in one folder lock each other out."
         return warning("folder", f"{wanted} belongs to another user ({found.owner}; you are {user}).", advice)
-    if found.mode & OTHERS_BITS:
+    if found.mode & OTHERS_BITS and found.is_in_reach:
         strength = problem if found.mode & SHARED_WRITE_BITS else warning
         can = "write" if found.mode & SHARED_WRITE_BITS else "read"
         return strength("folder", f"Other users of this machine can {can} {wanted}.", f"Run `chmod 700 {wanted}`.")
