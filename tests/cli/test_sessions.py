@@ -43,7 +43,9 @@ from tests.golden import check
 GOLDEN = Path(__file__).parent / "golden"
 EMPTY = cluster()
 LOADING = cluster(RunnerState.READY, RunnerState.LOADING)
-FAILED = cluster(RunnerState.READY, RunnerState.FAILED, reason="berta has no memory left.")
+FAILED = cluster(
+    RunnerState.READY, RunnerState.FAILED, reason="the runner ended: exit status 3\nTraceback (most recent call last):\nlast"
+)
 
 
 def away() -> Any:

@@ -267,7 +267,7 @@ def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None
     assert bench.say(PhaseFailed("load", "the file is cut short")) == [StopRunner(MINE, 1, 3_000)]
     assert bench.advance(100_000) == []
     bench.exit()
-    assert bench.mine.reason == "load: the file is cut short\nout of memory"
+    assert bench.mine.reason == "load: the file is cut short"  # it has said why: its log has no more to tell
     [start] = bench.advance(1_000)
     assert isinstance(start, StartRunner)
 
