@@ -44,7 +44,9 @@ GOLDEN = Path(__file__).parent / "golden"
 EMPTY = cluster()
 LOADING = cluster(RunnerState.READY, RunnerState.LOADING)
 FAILED = cluster(
-    RunnerState.READY, RunnerState.FAILED, reason="the runner ended: exit status 3\nTraceback (most recent call last):\nlast"
+    RunnerState.READY,
+    RunnerState.FAILED,
+    reason="the runner ended: exit status 3\nTraceback (most recent call last):\nlast",
 )
 
 
@@ -376,6 +378,14 @@ def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode)
     assert (done.exit_code, node.backend.commands) == (0, [])
     invoke(node, "place", "Tiny-Chat", "--another", "--nodes", "2", "--context", "512", "--slots", "3")
     assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
+
+
+@pytest.mark.parametrize("option", ["--slots", "--nodes", "--context"])
+def test_an_option_out_of_range_is_told_of_by_its_own_name(node: ServedNode, option: str) -> None:
+    done = invoke(node, "place", "Tiny-Chat", option, "5000000000")
+    assert (done.exit_code, node.backend.commands) == (2, [])
+    assert f"'{option}'" in done.stderr
+    assert "less than or equal to" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_exact_is_asked_for_and_checked(node: ServedNode) -> None:

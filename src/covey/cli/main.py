@@ -17,7 +17,7 @@ from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
 from covey.control.routing import instance_status
-from covey.schema.cluster import ClusterState, InstancePhase
+from covey.schema.cluster import NODES_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
 
 app = typer.Typer(
     name="covey",
@@ -178,9 +178,13 @@ def run(
 @explained
 def place(
     model: str,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Spread it over at least so many nodes.")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="How many requests run at a time.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=NODES_MAX, help="Spread it over at least so many nodes.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, max=TOKENS_MAX, help="Tokens of prompt and answer together.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(min=1, max=SLOTS_MAX, help="How many requests run at a time.")] = None,
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     exact: Exact = False,  # noqa: FBT002
     url: Url = DEFAULT_URL,
