@@ -60,11 +60,12 @@ Each of the variables takes a number of seconds from 1 to 86400, which is a day.
 
 A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later, or after half of
 `COVEY_SHUTDOWN_TIMEOUT_S` if that is less; where it does not even beat, 0.2 s later. What it was at, how far it had
-come, how it ended and the last lines of its log are the reason that API errors and `GET /cluster` show; `covey ps` shows
-the first line of it. Where a process said itself why it failed, its log is left out.
+come, how it ended and the last lines of its log are the reason that API errors and `GET /cluster` show; `covey ps`
+shows the first line of it. Where a process said itself why it failed, its log is left out.
 
 What has failed is tried again after 1, 4 and 16 s, and then it has failed for good. A runner that was well until it
-failed is tried again at once and has all three tries back: it was well if it had served for 60 s, or ended steps for 10 s.
+failed is tried again at once and has all three tries back: it was well if it had served for 60 s, or ended steps for
+10 s.
 `covey place` of a model that has failed for good places it anew.
 The next one starts when it is reaped and the memory was looked at without it. While one is Stuck its memory counts as
 taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is

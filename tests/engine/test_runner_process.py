@@ -378,6 +378,7 @@ def test_a_terminated_head_tells_its_clients() -> None:
         last = client.events_until(is_end)[-1]
         assert isinstance(last, Broken)
         assert (last.status, runners[0].wait_end()) == (503, 0)
+        assert last.message == "The node is being stopped, or its part of the model is."
         assert "Traceback" not in runners[0].close()
 
 

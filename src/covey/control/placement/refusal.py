@@ -57,9 +57,7 @@ def unknown_nodes(missing: Sequence[str]) -> Refused:
     return Refused(f"these nodes are not here: {', '.join(missing)}. `covey nodes` lists those that are.", CONFLICT)
 
 
-def too_little_memory(
-    load: Load, nodes: Sequence[Candidate], stage_count: int, fitting: Load | None = None
-) -> Refused:
+def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, fitting: Load | None = None) -> Refused:
     """Says what is missing in all, or that no single node can take its part, and lists the machines. `fitting`: what
     would not be too much.
     """
