@@ -120,8 +120,10 @@ def _reading(path: str) -> Generator[None]:
     """What the system has against the file, in a sentence. Raises `EngineError`."""
     try:
         yield
-    except FileNotFoundError:
-        raise EngineError(f"the model file {path} is gone; put it back, then place the model again") from None
+    except FileNotFoundError as error:
+        raise EngineError(
+            f"the model file {error.filename or path} is gone; put it back, then place the model again"
+        ) from None
     except OSError as error:
         reason = error.strerror or error
         raise EngineError(
