@@ -235,7 +235,8 @@ def test_a_runner_that_is_tried_again_is_waited_for_and_one_that_is_not_ends_the
     event = awaited(client, "model_id=Tiny-Chat&timeout_seconds=0")
     assert event == {
         "type": "failed",
-        "message": "Tiny-Chat failed: load: no memory left\n`covey stop inst-1` gives up on it.",
+        "message": "Tiny-Chat failed: load: no memory left\n"
+        "`covey place Tiny-Chat` tries again, and `covey stop inst-1` gives up on it.",
     }
 
 

@@ -43,7 +43,11 @@ from tests.golden import check
 GOLDEN = Path(__file__).parent / "golden"
 EMPTY = cluster()
 LOADING = cluster(RunnerState.READY, RunnerState.LOADING)
-FAILED = cluster(RunnerState.READY, RunnerState.FAILED, reason="berta has no memory left.")
+FAILED = cluster(
+    RunnerState.READY,
+    RunnerState.FAILED,
+    reason="the runner ended: exit status 3\nTraceback (most recent call last):\nlast",
+)
 
 
 def away() -> Any:
@@ -281,6 +285,43 @@ def test_a_first_failure_does_not_end_the_wait(node: ServedNode) -> None:
     assert (done.exit_code, done.stdout) == (0, "Hello, world – 🐦\n")
 
 
+@pytest.mark.parametrize("command", [["place", "tiny-chat"], ["run", "tiny-chat", "Hi"]])
+def test_what_failed_for_good_is_placed_anew_as_it_was(
+    node: ServedNode, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's file was deleted, and is there again."""
+    ready = node.backend.current
+    failed = cluster(RunnerState.READY, RunnerState.FAILED, reason="loading: the model file is gone\nlog")
+    node.backend.current = failed
+
+    async def submit(command: Any) -> CommandResult:
+        node.backend.commands.append(command)
+        is_placed = isinstance(command, PlaceModel)
+        node.backend.current = msgspec.structs.replace(ready if is_placed else EMPTY, revision=8)
+        return CommandResult("command-1", node.backend.outcome)
+
+    monkeypatch.setattr(node.backend, "submit", submit)
+    done = invoke(node, *command)
+    assert done.exit_code == 0
+    assert done.stderr.startswith("Tiny-Chat failed: loading: the model file is gone. It is placed anew.\n")
+    placed = PlaceModel(card=CARD, node_count_min=2, context_length=1024, slot_count=2)
+    assert node.backend.commands == [DeleteInstance(InstanceId("inst-1")), placed]
+
+
+def test_what_failed_gives_way_to_what_is_asked_for_now(node: ServedNode) -> None:
+    node.backend.current = FAILED
+    invoke(node, "place", "Tiny-Chat", "--slots", "3")
+    assert node.backend.commands == [DeleteInstance(InstanceId("inst-1")), PlaceModel(card=CARD, slot_count=3)]
+
+
+def test_what_failed_is_not_rebalanced(node: ServedNode) -> None:
+    node.backend.current = FAILED
+    done = invoke(node, "rebalance", "Tiny-Chat")
+    assert (done.exit_code, node.backend.commands, done.stdout) == (1, [], "")
+    assert done.stderr.startswith("Tiny-Chat failed: the runner ended")
+    assert "`covey place Tiny-Chat` tries again" in done.stderr
+
+
 def later(node: ServedNode, *states: Any) -> None:
     """What the node sees after each next change; the last stays."""
     coming = iter(states)
@@ -339,6 +380,14 @@ def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode)
     assert (done.exit_code, node.backend.commands) == (0, [])
     invoke(node, "place", "Tiny-Chat", "--another", "--nodes", "2", "--context", "512", "--slots", "3")
     assert node.backend.commands == [PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3)]
+
+
+@pytest.mark.parametrize("option", ["--slots", "--nodes", "--context"])
+def test_an_option_out_of_range_is_told_of_by_its_own_name(node: ServedNode, option: str) -> None:
+    done = invoke(node, "place", "Tiny-Chat", option, "5000000000")
+    assert (done.exit_code, node.backend.commands) == (2, [])
+    assert f"'{option}'" in done.stderr
+    assert "less than or equal to" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_exact_is_asked_for_and_checked(node: ServedNode) -> None:

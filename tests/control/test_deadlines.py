@@ -51,7 +51,7 @@ def in_state(state: RunnerState, stage_count: int = 1) -> Bench:
             LIMITS.warm_up_ms,
             "warming up took longer than 120 s (COVEY_WARM_UP_TIMEOUT_S allows more)",
         ),
-        (RunnerState.READY, 10_000, "it gave no sign of life for 10 s while Ready"),
+        (RunnerState.READY, 10_000, "it gave no sign of life for 10 s while it served"),
     ],
 )
 def test_a_process_that_does_not_get_on_is_ended_and_its_story_kept(
@@ -126,7 +126,7 @@ def test_a_stopped_process_is_found_also_while_it_answers() -> None:
     bench.say(Beat(3, is_busy=True))
     assert bench.advance(9_999) == []
     assert bench.advance(1) == [IS_SILENT]
-    assert bench.mine.reason == "it gave no sign of life for 10 s while Running"
+    assert bench.mine.reason == "it gave no sign of life for 10 s while it served"
 
 
 @pytest.mark.parametrize(("step_ms", "silent_ms"), [(1_000, 6_000), (8_000, 8_000), (10**9, 10_000)])

@@ -193,10 +193,12 @@ def test_a_runner_that_is_tried_again_is_loading_and_one_that_is_not_has_failed(
         texts.append(f"{status.phase.value}: {status.text}")
         world.run_until(world.now_ms + pause_ms)
     again = "loading: node0 tries again after a failure (load: the file is cut short)"
-    assert texts == [again, again, again, "failed: failed: load: the file is cut short\nthe last line"]
+    assert texts == [again, again, again, "failed: failed: load: the file is cut short"]
     refused = pick(state(ada), SMALL.model_id)
     assert isinstance(refused, Refused)
-    assert refused.reason.endswith(f"\n`covey stop {instance.instance_id}` gives up on it.")
+    assert refused.reason.endswith(
+        f"\n`covey place {instance.card.model_id}` tries again, and `covey stop {instance.instance_id}` gives up on it."
+    )
 
 
 def test_a_download_that_is_tried_again_is_going_on_and_one_that_no_other_try_cures_has_failed() -> None:

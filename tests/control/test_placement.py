@@ -239,6 +239,21 @@ def test_a_refusal_says_how_much_is_missing_and_where() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("context", "slots", "hint"),
+    [
+        (1024, 1000, "With 62 slots it would fit; else free memory, add a node, or choose a smaller model."),
+        (8192, 64, "With 8 slots it would fit; else free memory, add a node, or choose a smaller model."),
+        (131072, 1, "With a context of 65536 tokens it would fit; else free memory, add a node, or choose a "),
+        (131072, 4, "With a context of 16384 tokens it would fit; else free memory, add a node, or choose a "),
+    ],
+)
+def test_a_refusal_says_first_what_would_fit(context: int, slots: int, hint: str) -> None:
+    model = replace(card((10 * MB,) * 32), context_length_max=131_072)
+    refused = reason(place(model, [node("desk", 6 * GB)], Options(context_length=context, slot_count=slots)))
+    assert hint in refused
+
+
 def test_too_few_nodes_and_too_many() -> None:
     two = [node("a", 8 * GB), node("b", 8 * GB)]
     model = card((2 * MB,) * 4)

@@ -52,12 +52,21 @@ progress begins the time anew, and so does a sleep of the machine.
 | WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
 | Ready, Running | the end of a step, while it is busy with one | 300 s | `COVEY_STEP_TIMEOUT_S` |
 | Ready, Running | a beat every 2 s | 10 s, or less if a step has less | |
+| Idle, once its neighbours have left it | a beat every 2 s, while it ends its step | 5 s | |
 | ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
 | ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
 
+Each of the variables takes a number of seconds from 1 to 86400, which is a day.
+
 A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later, or after half of
-`COVEY_SHUTDOWN_TIMEOUT_S` if that is less. What it was at, how far it had come, how it ended and the last lines of its
-log are the reason that `covey ps`, API errors and `GET /cluster` show.
+`COVEY_SHUTDOWN_TIMEOUT_S` if that is less; where it does not even beat, 0.2 s later. What it was at, how far it had
+come, how it ended and the last lines of its log are the reason that API errors and `GET /cluster` show; `covey ps`
+shows the first line of it. Where a process said itself why it failed, its log is left out.
+
+What has failed is tried again after 1, 4 and 16 s, and then it has failed for good. A runner that was well until it
+failed is tried again at once and has all three tries back: it was well if it had served for 60 s, or ended steps for
+10 s.
+`covey place` of a model that has failed for good places it anew.
 The next one starts when it is reaped and the memory was looked at without it. While one is Stuck its memory counts as
 taken, the rest of its instance gives its own back, `covey nodes` names the process, and after a minute the model is
 placed on other nodes if it fits there.
@@ -267,7 +276,7 @@ def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None
     assert bench.say(PhaseFailed("load", "the file is cut short")) == [StopRunner(MINE, 1, 3_000)]
     assert bench.advance(100_000) == []
     bench.exit()
-    assert bench.mine.reason == "load: the file is cut short\nout of memory"
+    assert bench.mine.reason == "load: the file is cut short"  # it has said why: its log has no more to tell
     [start] = bench.advance(1_000)
     assert isinstance(start, StartRunner)
 
@@ -579,7 +588,7 @@ def test_a_regrouped_process_may_end_its_step_first_while_it_beats() -> None:
     assert bench.advance(4_999) == []
     [stop] = bench.advance(1)
     assert isinstance(stop, StopRunner)
-    assert bench.mine.reason == "it gave no sign of life for 5 s while Idle"
+    assert bench.mine.reason == "it gave no sign of life for 5 s when it was to begin anew"
 
 
 def moved(stages: int, layers: tuple[int, int], memory_bytes: int = 100) -> Instance:

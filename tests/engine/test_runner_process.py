@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -377,6 +378,7 @@ def test_a_terminated_head_tells_its_clients() -> None:
         last = client.events_until(is_end)[-1]
         assert isinstance(last, Broken)
         assert (last.status, runners[0].wait_end()) == (503, 0)
+        assert last.message == "The node is being stopped, or its part of the model is."
         assert "Traceback" not in runners[0].close()
 
 
@@ -389,6 +391,24 @@ def test_a_shut_down_need_not_wait_for_a_phase() -> None:
     assert shut_down([runner]) == [0]
     assert time.monotonic() - started < 2
     runner.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gone.gguf", "is gone; put it back, then place the model again"),
+        ("file/model.gguf", "can't be read (Not a directory); see to that, then place the model again"),
+    ],
+)
+def test_a_model_file_that_cannot_be_read_is_told_in_a_sentence(tmp_path: Path, name: str, told: str) -> None:
+    """It was there when the model was placed; a person deleted it since, and then the runner was killed."""
+    (tmp_path / "file").touch()
+    runner = Runner(make_spec(engine="onnx", model_path=str(tmp_path / name)))
+    runner.tell(ConnectTo((Address(HOST, 1),)))
+    runner.tell(Load())
+    assert wait_failure(runner) == PhaseFailed("loading", f"the model file {tmp_path / name} {told}")
+    assert runner.wait_end() == 1
+    assert "Traceback" not in runner.close()
 
 
 def test_an_engine_that_cannot_load_is_told_in_a_sentence() -> None:

@@ -11,6 +11,9 @@ from covey.api.body import DialectBody, fields, json_object
 from covey.api.case import camel_case, snake_case
 from covey.api.errors import RequestError, sentence
 from covey.schema.cluster import (
+    NODES_MAX,
+    SLOTS_MAX,
+    TOKENS_MAX,
     Accepted,
     ClusterState,
     CommandOutcome,
@@ -24,9 +27,6 @@ from covey.schema.cluster import (
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
 
-NODES_MAX = 1024
-TOKENS_MAX = 2**31 - 1
-SLOTS_MAX = 1024
 AWAIT_S_MAX = 300
 RECEIVED = "Command received."
 

@@ -16,7 +16,8 @@ from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
-from covey.schema.cluster import ClusterState
+from covey.control.routing import instance_status
+from covey.schema.cluster import NODES_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
 
 app = typer.Typer(
     name="covey",
@@ -177,9 +178,13 @@ def run(
 @explained
 def place(
     model: str,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Spread it over at least so many nodes.")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="How many requests run at a time.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=NODES_MAX, help="Spread it over at least so many nodes.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, max=TOKENS_MAX, help="Tokens of prompt and answer together.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(min=1, max=SLOTS_MAX, help="How many requests run at a time.")] = None,
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     exact: Exact = False,  # noqa: FBT002
     url: Url = DEFAULT_URL,
@@ -245,6 +250,9 @@ def rebalance(
     with NodeClient(url) as node:
         state = node.cluster()
         chosen = named_instance(state.instances, local_path(instance))
+        status = instance_status(state, chosen)
+        if status.phase is InstancePhase.FAILED:
+            raise CliError(status.explanation)
         moved = node.rebalance(chosen.instance_id)
         stays = moved["instance_id"] == chosen.instance_id
         out.print(f"{chosen.card.model_id} {'stays where it is' if stays else 'is being moved'}.", markup=False)

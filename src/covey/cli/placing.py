@@ -53,7 +53,9 @@ class Ready(Struct, frozen=True):
 
 
 def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
-    """An instance of the model that answers; placed if there is none. Raises `CliError`."""
+    """An instance of the model that answers; placed if there is none, and anew where it has failed for good. Raises
+    `CliError`.
+    """
     wanted, state = wanted or Wanted(), node.cluster()
     there = _placed(state, model, wanted)
     waiting = next((each for each in asked_for(state) if isinstance(each, Wish) and is_of(each, model)), None)
@@ -61,6 +63,8 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
         return Ready(wait_ready(node, waiting.wish_id), is_new=False)
     if there is None:
         return make_ready(node, model, wanted)
+    if _has_failed(state, there):
+        return _make_anew(node, state, there, wanted)
     if not wanted.is_met_by(there):
         short_id = short_ids([each.instance_id for each in state.instances])[there.instance_id]
         raise CliError(
@@ -81,13 +85,34 @@ def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Re
 
 
 def _placed(state: ClusterState, model: str, wanted: Wanted) -> Instance | None:
-    """One that is as asked for and ready, if there is; else one that is as asked for."""
+    """One that is as asked for and ready, if there is; else one that is as asked for and may become so."""
 
-    def rank(instance: Instance) -> tuple[bool, bool]:
+    def rank(instance: Instance) -> tuple[bool, bool, bool]:
         is_ready = instance_status(state, instance).phase is InstancePhase.READY
-        return not wanted.is_met_by(instance), not is_ready
+        return not wanted.is_met_by(instance), not is_ready, _has_failed(state, instance)
 
     return min(instances_of(state.instances, model), key=rank, default=None)
+
+
+def _has_failed(state: ClusterState, instance: Instance) -> bool:
+    return instance_status(state, instance).phase is InstancePhase.FAILED
+
+
+def _make_anew(node: NodeClient, state: ClusterState, failed: Instance, wanted: Wanted) -> Ready:
+    """In the place of one that failed; as that was asked for, unless something else is now. What it failed of may be
+    mended since then, and else it fails again with its reason.
+    """
+    asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
+    before = Wanted(
+        node_count=asked.get(failed.wish_id, len(failed.stages)),
+        context_length=failed.context_length,
+        slot_count=failed.slot_count,
+        exact=failed.exact or None,
+    )
+    reason = instance_status(state, failed).text.partition("\n")[0].rstrip(".")
+    err.print(f"{failed.card.model_id} {reason}. It is placed anew.", style="dim", soft_wrap=True, markup=False)
+    node.delete(failed.instance_id)
+    return make_ready(node, failed.card.model_id, before if wanted == Wanted() else wanted)
 
 
 def _counted(instance: Instance) -> str:

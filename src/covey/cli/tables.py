@@ -75,9 +75,11 @@ def instances_table(rows: Sequence[Row]) -> Listing:
 
 
 def _status_cell(row: Row) -> str:
-    """Also that it is placed on fewer nodes than somebody asked for, since no more are left."""
-    count, asked = len(row["nodes"]), row["nodes_asked_for"]
-    return row["status"] if count >= asked or not count else f"{row['status']} (on {count} of {asked} nodes asked for)"
+    """Without the log of what failed; and that it is placed on fewer nodes than somebody asked for, since no more are
+    left.
+    """
+    status, count, asked = row["status"].partition("\n")[0], len(row["nodes"]), row["nodes_asked_for"]
+    return status if count >= asked or not count else f"{status} (on {count} of {asked} nodes asked for)"
 
 
 def layers_table(rows: Sequence[Row]) -> Listing:

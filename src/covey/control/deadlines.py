@@ -88,7 +88,8 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
     phase = PHASES[runner.state]
     beats = runner.state in SERVING_STATES or _ends_its_step(runner)
     if beats and now_ms >= _silent_ms(runner, limits):
-        told = f"it gave no sign of life for {_silence_ms(runner, limits) // 1000} s while {runner.state}"
+        at = "when it was to begin anew" if _ends_its_step(runner) else "while it served"
+        told = f"it gave no sign of life for {_silence_ms(runner, limits) // 1000} s {at}"
         return Overdue(told, is_silent=True)
     return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
 

@@ -76,7 +76,8 @@ def instance_status(state: ClusterState, instance: Instance) -> InstanceStatus:
     phase, text = _progress(state, instance)
     name = instance.card.model_id
     if phase is InstancePhase.FAILED:
-        explanation = f"{name} {text}\n`covey stop {instance.instance_id}` gives up on it."
+        again = f"`covey place {name}` tries again, and `covey stop {instance.instance_id}` gives up on it."
+        explanation = f"{name} {text}\n{again}"
     else:
         explanation = f"{name} is {text}." if phase is InstancePhase.READY else f"{name} is not ready: {text}."
     return InstanceStatus(phase, text, explanation)

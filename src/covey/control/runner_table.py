@@ -400,9 +400,10 @@ def _forget_process(runner: Runner) -> None:
 
 
 def _close_reason(runner: Runner, news: RunnerExited) -> None:
-    """How the process ended is no news where it said itself why it would."""
-    ended = f"; its process was ended: {news.description}" if runner.is_overdue else ""
-    runner.reason = _with_log(runner.reason + ended, news.log_tail)
+    """How the process ended, and its log, are no news where it said itself why it would."""
+    if runner.is_overdue:
+        ended = f"{runner.reason}; its process was ended: {news.description}"
+        runner.reason = _with_log(ended, news.log_tail)
 
 
 def _with_log(sentence: str, log_tail: str) -> str:

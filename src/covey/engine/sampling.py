@@ -40,7 +40,10 @@ def pick(logits: Row, sampling: Sampling, position: int) -> int:
     """
     best = int(logits.argmax())  # the first not-a-number counts as the largest
     if not math.isfinite(logits[best]):
-        raise EngineError("The model computed logits that are not numbers: its weights overflow on this prompt.")
+        raise EngineError(
+            "The model computed logits that are not numbers: its weights overflow on this prompt, or its file is "
+            "damaged."
+        )
     if not sampling.temperature > 0:
         return best
     ids = _top_k(logits, sampling.top_k)

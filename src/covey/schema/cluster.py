@@ -5,6 +5,7 @@ node's own word about itself: the latest wins, it is never stored, and it vanish
 """
 
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 
@@ -204,6 +205,11 @@ class IntentKept(Struct, frozen=True, tag=True):
     node_id: NodeId
     target: NodeId
     write: tuple[int, int]
+
+
+NODES_MAX: Final = 1024  # of what may be asked for: far more than a home has, and far from what a number can't hold
+SLOTS_MAX: Final = 1024
+TOKENS_MAX: Final = 2**31 - 1
 
 
 class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):

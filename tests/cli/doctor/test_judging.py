@@ -14,7 +14,9 @@ from covey.effects.multicast_trial import Groups, Trial
 from covey.effects.surroundings import Folder
 from covey.schema.cluster import Visibility
 from covey.schema.mesh import MESH_PROTOCOL, Beacon
+from covey.schema.runner import RunnerState
 from tests.api.fake_backend import FakeBackend, hardware
+from tests.api.fake_backend import cluster as failed
 from tests.credentials import CODE
 
 NAMES = ("attic", "anna", "berta")  # as people wrote them
@@ -41,6 +43,14 @@ def told(finding: Finding) -> tuple[Level, str]:
         assert sentence.endswith((".", "?")), sentence
         assert sentence[0].upper() == sentence[0] or sentence.startswith(NAMES), sentence
     return finding.level, finding.seen
+
+
+def test_a_model_that_failed_is_told_of_without_its_log() -> None:
+    log = "Traceback (most recent call last):\nlast"
+    state = failed(RunnerState.READY, RunnerState.FAILED, reason=f"the runner ended: exit status 3\n{log}")
+    [found] = cluster.cluster(state, "0.1.0", "linux", ())
+    assert told(found) == (Level.PROBLEM, "Tiny-Chat failed: the runner ended: exit status 3.")
+    assert found.advice == "`covey place Tiny-Chat` tries again, and `covey stop Tiny-Chat` gives up on it."
 
 
 @pytest.mark.parametrize(

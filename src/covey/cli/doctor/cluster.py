@@ -64,8 +64,9 @@ def _models(state: ClusterState) -> Iterator[Finding]:
     for instance in state.instances:
         status = instance_status(state, instance)
         if status.phase is InstancePhase.FAILED:
-            advice = "`covey stop` removes it, and `covey place` tries again."
-            yield problem("models", f"{instance.card.model_id}: {_whole(status.explanation)}", advice)
+            name, reason = instance.card.model_id, status.text.partition("\n")[0]  # what follows is its log
+            advice = f"`covey place {name}` tries again, and `covey stop {name}` gives up on it."
+            yield problem("models", _whole(f"{name} {reason}"), advice)
     served = {instance.wish_id for instance in state.instances}
     for wish in state.wishes:
         if wish.wish_id not in served:

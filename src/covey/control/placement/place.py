@@ -10,6 +10,7 @@ from itertools import combinations, islice
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from covey.control.placement import refusal
 from covey.control.placement.memory import Load, shard_bytes, whole_bytes
@@ -64,8 +65,24 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
         found = _place_with(Load(card, length, slot_count), allowed, options)
         if found:
             return Placement(found, length, slot_count)
-    stage_count = max(options.node_count_min, 1)
-    return refusal.too_little_memory(Load(card, lengths[-1], slot_count), allowed, stage_count)
+    least = Load(card, lengths[-1], slot_count)
+    fitting = next((each for each in _smaller(least) if _place_with(each, allowed, options)), None)
+    return refusal.too_little_memory(least, allowed, max(options.node_count_min, 1), fitting)
+
+
+def _smaller(load: Load) -> Iterator[Load]:
+    """Of half the slots, and half of that; then of half the context; then of that in one slot."""
+    lengths = list(_halves(load.context_length, CONTEXT_LENGTH_LEAST))
+    yield from (replace(load, slot_count=count) for count in _halves(load.slot_count, 1))
+    yield from (replace(load, context_length=length) for length in lengths)
+    if load.slot_count > 1:
+        yield from (replace(load, context_length=length, slot_count=1) for length in lengths)
+
+
+def _halves(count: int, least: int) -> Iterator[int]:
+    while count // 2 >= least:
+        count //= 2
+        yield count
 
 
 def _refuse_load(load: Load) -> Refused | None:
@@ -97,11 +114,7 @@ def _context_lengths(card: ModelCard, options: Options) -> list[int]:
     if options.context_length is not None:
         return [options.context_length]
     length = min(card.context_length_max, CONTEXT_LENGTH_DEFAULT)
-    lengths = [length]
-    while length // 2 >= CONTEXT_LENGTH_LEAST:
-        length //= 2
-        lengths.append(length)
-    return lengths
+    return [length, *_halves(length, CONTEXT_LENGTH_LEAST)]
 
 
 def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tuple[Part, ...] | None:

@@ -57,21 +57,36 @@ def unknown_nodes(missing: Sequence[str]) -> Refused:
     return Refused(f"these nodes are not here: {', '.join(missing)}. `covey nodes` lists those that are.", CONFLICT)
 
 
-def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int) -> Refused:
-    """Says what is missing in all, or that no single node can take its part, and lists the machines."""
+def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, fitting: Load | None = None) -> Refused:
+    """Says what is missing in all, or that no single node can take its part, and lists the machines. `fitting`: what
+    would not be too much.
+    """
     needed, usable = (
         whole_bytes(load, stage_count),
         sum(each.memory_bytes_usable for each in machines(nodes).values()),
     )
     each = "; ".join(_machine_lines(nodes))
-    slots = "1 slot" if load.slot_count == 1 else f"{load.slot_count} slots"
-    size = f"a context of {load.context_length} tokens in {slots}"
+    size = f"a context of {load.context_length} tokens in {_slots(load)}"
     opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count)} with {size}"
     if needed > usable:
         lack = f"the cluster has {amount(usable)} to give, so {amount(needed - usable)} are missing"
     else:
         lack = f"the cluster has {amount(usable)} to give, but its nodes can't each hold their part"
-    return Refused(f"{opening}; {lack}: {each}. Free memory, add a node, or choose a smaller model.", CONFLICT)
+    advice = "free memory, add a node, or choose a smaller model."
+    advice = f"With {_smaller(fitting, load)} it would fit; else {advice}" if fitting else advice.capitalize()
+    return Refused(f"{opening}; {lack}: {each}. {advice}", CONFLICT)
+
+
+def _smaller(fitting: Load, load: Load) -> str:
+    """What of it is smaller than asked for."""
+    context = f"a context of {fitting.context_length} tokens"
+    if fitting.context_length == load.context_length:
+        return _slots(fitting)
+    return context if fitting.slot_count == load.slot_count else f"{context} in {_slots(fitting)}"
+
+
+def _slots(load: Load) -> str:
+    return "1 slot" if load.slot_count == 1 else f"{load.slot_count} slots"
 
 
 def amount(count_bytes: int) -> str:

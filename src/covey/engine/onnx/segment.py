@@ -3,7 +3,8 @@
 A stage that takes on layers of a lost neighbour gets them as another segment, and its weights stay where they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -78,19 +79,20 @@ class Segment:
 
 
 def open_model(spec: RunnerSpec) -> Model:
-    """Raises `EngineError`, `CheckpointError`, `OSError`."""
-    header = open_checkpoint(spec.model_path)
+    """Raises `EngineError`, `CheckpointError`."""
+    with _reading(spec.model_path):
+        header, footing = open_checkpoint(spec.model_path), _footing(spec)
     architecture = read_settings(header)
     if architecture.layer_count != spec.shard.layer_count:
         expected = spec.shard.layer_count
         raise EngineError(f"the model file has {architecture.layer_count} layers, not {expected}; place it again")
-    return Model(_footing(spec), header, architecture)
+    return Model(footing, header, architecture)
 
 
 def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`, `OSError`."""
     footing, architecture = model.footing, model.architecture
-    with TensorReader(footing.model_path) as reader:
+    with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
         file = StageFile(reader, model.header, architecture, shard, footing.context_length)
         table, head = file.read_ends()
         graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
@@ -111,6 +113,22 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
         vocabulary_size=None if table is None else row_count(table),
         result_size=result_size,
     )
+
+
+@contextmanager
+def _reading(path: str) -> Generator[None]:
+    """What the system has against the file, in a sentence. Raises `EngineError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise EngineError(
+            f"the model file {error.filename or path} is gone; put it back, then place the model again"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise EngineError(
+            f"the model file {path} can't be read ({reason}); see to that, then place the model again"
+        ) from None
 
 
 def _footing(spec: RunnerSpec) -> Footing:
