@@ -31,3 +31,10 @@ def demo_model() -> Path:
     card = catalogue.find(DEMO_MODEL)
     assert card is not None
     return anyio.run(ModelFiles(models_folder()).ensure, card, lambda _done, _total: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is long on purpose may be: its loops have their own ends."""
+    for item in items:
+        if item.get_closest_marker("faults") or item.get_closest_marker("seeds"):
+            item.add_marker(pytest.mark.timeout(0))

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from covey.api import event_stream
 from covey.api.errors import RequestError
 from covey.cli import placing, tables
 from covey.cli.client import CliError, NodeClient, address
@@ -375,6 +376,16 @@ def test_a_wait_ends_when_there_is_no_place_any_more(node: ServedNode, monkeypat
     assert done.stderr.replace("\n", " ").endswith("It is placed as soon as there is one; `covey ps` shows it. ")
 
 
+def test_a_wait_for_what_never_comes_ends_though_nothing_changes(
+    node: ServedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "ASSIGN_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(event_stream, "SILENCE_S_MAX", 0.1)
+    node.backend.current = EMPTY
+    done = invoke(node, "place", "Tiny-Chat")
+    assert (done.exit_code, done.stderr) == (1, "The instance was removed while it was being made ready.\n")
+
+
 def test_what_is_placed_is_not_placed_a_second_time_by_mistake(node: ServedNode) -> None:
     done = invoke(node, "place", "TINY-chat")
     assert (done.exit_code, node.backend.commands) == (0, [])
@@ -699,6 +710,7 @@ def test_what_a_node_says_of_an_instance_is_told_with_its_short_id(node: ServedN
     assert f"Removing {short} was refused: there is no instance {short}: `covey" in invoke(node, "events").stdout
     failed = cluster(RunnerState.READY, RunnerState.FAILED, reason="It broke.")
     node.backend.current = msgspec.structs.replace(failed, instances=(as_failed(failed, first.instance_id),))
+    node.backend.outcome = Accepted(first.instance_id)  # what is placed anew fails again
     assert f"`covey stop {short}` gives up on it." in invoke(node, "run", "Tiny-Chat", "Hi").stderr
 
 

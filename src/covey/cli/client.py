@@ -117,15 +117,16 @@ class NodeClient:
             return msgspec.json.decode(self._checked(self._http.get("/cluster")).content, type=ClusterState)
 
     def changes(self) -> Iterator[ClusterState]:
-        """The cluster now, and again after each change; ends when the node does."""
+        """The cluster now, and again after each change and every 10 s without one; ends when the node does."""
         state: ClusterState | None = None
         with self._explained():
             for name, data in self._stream("GET", "/cluster/stream", None):
-                if state is None or name == "state":
-                    state = msgspec.json.decode(data, type=ClusterState)
-                else:
+                if data and state and name != "state":
                     state = applied(state, msgspec.json.decode(data, type=ClusterChange))
-                yield state
+                elif data:
+                    state = msgspec.json.decode(data, type=ClusterState)
+                if state:
+                    yield state
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """What happened lately, oldest first, at most `limit`."""
@@ -170,7 +171,8 @@ class NodeClient:
         """The answer, event by event. Closing the iterator cancels it."""
         with self._explained():
             for _, data in self._stream("POST", "/generate", body):
-                yield msgspec.json.decode(data, type=GenerationEvent)
+                if data:
+                    yield msgspec.json.decode(data, type=GenerationEvent)
 
     def _ask(self, method: str, path: str, shape: type[Struct], **options: Any) -> Any:
         """The answer as it came, which has at least the fields of `shape`. Raises `CliError`."""
@@ -180,7 +182,7 @@ class NodeClient:
             return answer
 
     def _stream(self, method: str, path: str, body: dict[str, Any] | None) -> Iterator[tuple[str, bytes]]:
-        """Name and data of each server-sent event."""
+        """Name and data of each server-sent event; a comment, which says that the node lives, has neither."""
         timeout = httpx2.Timeout(ANSWER_SECONDS_MAX, connect=CONNECT_SECONDS_MAX, read=SILENCE_SECONDS_MAX)
         with self._explained(), self._http.stream(method, path, json=body, timeout=timeout) as response:
             if response.is_error:
@@ -192,6 +194,8 @@ class NodeClient:
                     name = line.removeprefix("event:").strip()
                 elif line.startswith("data:") and line != "data: [DONE]":
                     yield name, line.removeprefix("data:").strip().encode()
+                elif line.startswith(":"):
+                    yield "", b""
 
     @contextmanager
     def _explained(self) -> Generator[None]:
