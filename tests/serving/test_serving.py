@@ -1,6 +1,7 @@
 """A request goes to a head over a real socket and comes back as text; whoever leaves early leaves nothing running."""
 
 import asyncio
+import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -232,7 +233,7 @@ def test_a_model_that_may_not_end_its_turn_has_its_stop_tokens_banned() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
         await all_of(serving, request())
         await all_of(serving, request(without_end=True))
-        assert [admit.sampling.banned_ids for admit in head.admits] == [(), (0, 3)]
+        assert [admit.sampling.logit_bias for admit in head.admits] == [{}, {0: -math.inf, 3: -math.inf}]
 
     with_head(FakeHead(says("Hey")), story)
 

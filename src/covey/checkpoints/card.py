@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints import metadata as read
-from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, CheckpointError, TensorEntry
 from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard, ModelSource
@@ -23,9 +23,7 @@ SIZE_MAX: Final = 1 << 24  # hidden, feed-forward and vocabulary sizes, and head
 CONTEXT_MAX: Final = 1 << 40
 
 _LAYER_TENSOR: Final = re.compile(r"blk\.(\d{1,6})\.")
-_EMBEDDING: Final = "token_embd.weight"
 _EMBEDDING_PREFIXES: Final = ("token_embd", "position_embd", "token_types")
-_OUTPUT: Final = "output.weight"
 
 
 def card_from_header(header: Checkpoint, model_id: ModelId, source: ModelSource) -> ModelCard:
@@ -112,18 +110,18 @@ def _feed_forward(header: Checkpoint, architecture: str) -> int:
 
 def _vocabulary(header: Checkpoint, architecture: str, hidden: int) -> int:
     """Rows of the embedding; they must agree with what the metadata says, since the tokens index them."""
-    embedding = header.tensors.get(_EMBEDDING)
+    embedding = header.tensors.get(EMBEDDING)
     if embedding is None:
-        raise CheckpointError(f"the model file has no tensor {_EMBEDDING!r}, so it is no complete language model")
+        raise CheckpointError(f"the model file has no tensor {EMBEDDING!r}, so it is no complete language model")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden:  # noqa: PLR2004  # rows and columns
         raise CheckpointError(
-            f"the model file is damaged: {_EMBEDDING!r} measures {embedding.shape}, which does not fit its "
+            f"the model file is damaged: {EMBEDDING!r} measures {embedding.shape}, which does not fit its "
             f"'{architecture}.embedding_length' of {hidden}"
         )
     stated = _count_or(header, f"{architecture}.vocab_size", embedding.shape[0])
     if stated != embedding.shape[0]:
         raise CheckpointError(
-            f"the model file is damaged: its '{architecture}.vocab_size' is {stated} but {_EMBEDDING!r} has "
+            f"the model file is damaged: its '{architecture}.vocab_size' is {stated} but {EMBEDDING!r} has "
             f"{embedding.shape[0]} rows"
         )
     return stated
@@ -138,12 +136,12 @@ def _bytes_by_place(tensors: Collection[TensorEntry], layer_count: int) -> tuple
         if match:
             layers[_layer_index(tensor.name, int(match[1]), layer_count)] += held_bytes(tensor)
         else:
-            held = held_in_table_bytes(tensor) if tensor.name == _EMBEDDING else held_bytes(tensor)
+            held = held_in_table_bytes(tensor) if tensor.name == EMBEDDING else held_bytes(tensor)
             first += held if _belongs_to_first(tensor.name) else 0
             last += held if _belongs_to_last(tensor.name) else 0
     named = {tensor.name: tensor for tensor in tensors}
-    if _OUTPUT not in named:
-        last += held_bytes(named[_EMBEDDING])
+    if OUTPUT not in named:
+        last += held_bytes(named[EMBEDDING])
     _expect_no_gap(layers)
     return tuple(layers), first, last
 

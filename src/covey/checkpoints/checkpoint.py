@@ -11,11 +11,14 @@ from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Final, Self
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
+
+EMBEDDING: Final = "token_embd.weight"
+OUTPUT: Final = "output.weight"  # a file without it uses the embedding's
 
 
 class CheckpointError(Exception):

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from covey.checkpoints.checkpoint import Checkpoint, TensorEntry, TensorReader
+from covey.checkpoints.checkpoint import EMBEDDING, Checkpoint, TensorEntry, TensorReader
 from covey.checkpoints.quantization import (
     dequantize,
     form_of,
@@ -18,7 +19,6 @@ from covey.checkpoints.quantization import (
 )
 from covey.checkpoints.quantizing import BITS, BLOCK_SIZE, error_of
 
-EMBEDDING: Final = "token_embd.weight"
 _LAYER: Final = re.compile(r"blk\.\d+\.")
 
 
@@ -90,12 +90,8 @@ def _quantized(entries: list[TensorEntry], reader: TensorReader, bits: int) -> T
     if not can_be_quantized(first):
         return kind
     weights = math.prod(first.shape)
-    return TensorKind(
-        name=kind.name,
-        type=kind.type,
-        shape=kind.shape,
-        count=kind.count,
-        file_bytes=kind.file_bytes,
+    return replace(
+        kind,
         held_bytes=len(entries) * (weights * bits // 8 + 4 * weights // BLOCK_SIZE),
         held_as=f"rounded: {bits}-bit codes in blocks of {BLOCK_SIZE}",
         error=error_of(dequantize(first, reader.read(first)), bits),

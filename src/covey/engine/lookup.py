@@ -3,7 +3,8 @@
 An answer that quotes its prompt, rewrites a file or repeats itself is guessed well, and one pass over the weights then
 yields several tokens ("prompt lookup decoding", Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding; the
 check is that of Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023). Each guess is
-kept only if it is the very token that the sampler picks, so what is said is what would have been said. Pure.
+kept only if it is the very token that the sampler picks by the logits of its own place, so nothing is said that the
+model would not say. (Engines round the logits of several tokens in a step and of one a little differently.) Pure.
 
 How many are guessed depends on how well it went lately. Where nothing is guessed, what would have been is compared all
 the same, which costs nothing: so text that can't be guessed is not slowed down to find that out.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from covey.engine.contract import EngineError, Logits, Piece
 from covey.engine.likelihood import likelihood
 from covey.engine.plan import Remark, SamplingStart, StepOutcome, StepPlan
-from covey.engine.sampling import History, Mask, Row, pick, without
+from covey.engine.sampling import History, Mask, Row, pick
 from covey.schema.generation import Likelihood, Sampling
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SlotSampling:
             weighed = self._counted(logits.size).penalize(weighed, sampling)
         if allowed is not None:
             weighed = np.where(allowed, weighed, np.float32(-np.inf))
-        token_id = pick(without(weighed, sampling.banned_ids), sampling, position)
+        token_id = pick(weighed, sampling, position)
         if self._history:
             self._history.add(token_id)
         if self.guide:

@@ -53,15 +53,6 @@ def pick(logits: Row, sampling: Sampling, position: int) -> int:
     return int(ids[(scaled + gumbel_noise(sampling.seed, position, ids)).argmax()])
 
 
-def without(logits: Row, banned_ids: Sequence[int]) -> Row:
-    """The logits where none of these tokens can be picked: a copy, unless there are none."""
-    if not banned_ids:
-        return logits
-    left = logits.copy()
-    left[[each for each in banned_ids if each < logits.size]] = -np.inf
-    return left
-
-
 def gumbel_noise(seed: int, position: int, ids: Ids) -> NDArray[np.float64]:
     """Standard Gumbel noise of each token, the same whenever and wherever it is asked for."""
     uniform = (_hash(_mix(_mix(seed) + position), ids) >> np.uint64(11)) + 0.5

@@ -44,8 +44,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0  # always set once a request is admitted
-    banned_ids: tuple[int, ...] = ()  # tokens that are never picked
-    logit_bias: dict[int, float] = {}  # of a token id: what is added to its logit
+    logit_bias: dict[int, float] = {}  # of a token id: what is added to its logit; -infinity: it is never picked
     top_logprobs: int | None = None  # None: no log probabilities; else of how many tokens beside the picked one
     constraint: Constraint | None = None
 

@@ -10,6 +10,7 @@ told twice and none is missing.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -219,7 +220,7 @@ def begin(
         token_ids=tuple(token_ids),
         prompt_length=len(token_ids),
         sampling=msgspec.structs.replace(
-            request.sampling, seed=seed, banned_ids=stop_token_ids if request.without_end else ()
+            request.sampling, seed=seed, logit_bias=_bias(request, stop_token_ids, instance)
         ),
         token_count_max=token_count_max(request, len(token_ids), instance),
         stop_token_ids=stop_token_ids,
@@ -227,6 +228,12 @@ def begin(
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids), Names(text))
     return Progress(admit, answer, time.monotonic)
+
+
+def _bias(request: GenerationRequest, stop_token_ids: tuple[int, ...], instance: Instance) -> dict[int, float]:
+    """What was asked for; and an end that may not come is never picked. A tokenizer may know ids that no logit has."""
+    ends = [each for each in stop_token_ids if each < instance.card.vocabulary_size]
+    return request.sampling.logit_bias | dict.fromkeys(ends if request.without_end else (), -math.inf)
 
 
 def needs_of(progress: Progress, instance: Instance, unreached: Collection[InstanceId] = ()) -> Needs:

@@ -22,12 +22,9 @@ from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
 
 EXACT: Final = ("exact", "1")  # the engine option that leaves activations as they are
+EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 Told = Callable[[int, int, int], None]  # layers read of this segment, and bytes read of how many
-
-
-# Of all layers of one graph. ONNX Runtime takes 1 s to load the branches of 512 experts, and 90 s for 6,000.
-EXPERTS_MAX: Final = 512
 
 
 class Footing(Struct, frozen=True):
@@ -90,7 +87,7 @@ def open_model(spec: RunnerSpec) -> Model:
 
 
 def load(model: Model, shard: Shard, told: Told) -> Segment:
-    """Raises `EngineError`, `CheckpointError`, `OSError`."""
+    """Raises `EngineError`, `CheckpointError`."""
     footing, architecture = model.footing, model.architecture
     with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
         file = StageFile(reader, model.header, architecture, shard, footing.context_length)

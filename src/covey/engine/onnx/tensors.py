@@ -7,15 +7,13 @@ is read.
 from collections.abc import Iterable
 from typing import Final
 
-from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
+from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, CheckpointError
 from covey.checkpoints.quantization import is_known, known_types
 from covey.engine.contract import EngineError
 from covey.engine.onnx.architecture import Architecture, Experts, LongFactors, Rotary
 from covey.engine.onnx.rotary import factors_for
 from covey.schema.model import Shard
 
-EMBEDDING: Final = "token_embd.weight"
-OUTPUT: Final = "output.weight"
 OUTPUT_NORM: Final = "output_norm.weight"
 
 Shape = tuple[int | None, ...]  # None where the file alone says it

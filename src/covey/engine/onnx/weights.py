@@ -1,16 +1,16 @@
-"""Reads a stage's tensors from a GGUF file, and no others, into the forms that the graph takes."""
+"""Reads a stage's tensors from a model's files, and no others, into the forms that the graph takes."""
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from covey.checkpoints.checkpoint import Checkpoint, TensorReader
+from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, TensorReader
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
-from covey.engine.onnx.tensors import EMBEDDING, OUTPUT, OUTPUT_NORM
+from covey.engine.onnx.tensors import OUTPUT_NORM
 from covey.schema.model import Shard
 
 Floats = NDArray[np.float32]
