@@ -47,4 +47,5 @@ def test_no_weight_is_off_by_more_than_a_step(weights, bits):
     blocks = rounded(weights, bits)
     off = np.abs(values_of(blocks).reshape(2, 2, 32).astype(np.float64) - weights.reshape(2, 2, 32))
     step = np.abs(blocks.scales)[..., np.newaxis].astype(np.float64)
-    assert (off <= step * (1 + 1e-5)).all()  # at the end opposite to the largest weight a whole one, else half
+    lost = 8 * np.finfo(np.float32).tiny  # a scale that is smaller than normal numbers is not precise, or 0
+    assert (off <= step * (1 + 1e-5) + lost).all()  # at the end opposite to the largest weight a whole one, else half
