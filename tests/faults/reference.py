@@ -1,9 +1,9 @@
 """What the model says, computed in this process by one stage that holds all of it: nothing is split, lost or resumed.
 
 A row of logits is the same, bit for bit, whatever is computed beside it, on however many threads and stages; only
-whether its token was read alone (decode) or with others (prefill) matters: these differ by up to 1.7, measured. So
-an answer that went on elsewhere is led along its own tokens: what the new holder read at once is read at once here,
-and each later token has to be the best of these logits.
+whether its token was read alone (decode) or with others (prefill, guesses) matters: these differ by up to 1.7,
+measured. So an answer that went on elsewhere, or of which some tokens were guessed, is led along its own tokens: what
+the new holder read at once is read at once here, and each later token has to be the best of these logits, or nearly so.
 """
 
 from collections.abc import Sequence
@@ -101,10 +101,10 @@ def judge(
         return Judgement()
     parts = lengths_read(len(token_ids), len(reference.prompt_ids(prompt)), read_again)
     until = parts[0][1] if parts else 0
-    if list(token_ids[:until]) != list(undisturbed[:until]):
-        return Judgement(f"what was sent before the fault is not what is said without one: {list(token_ids[:until])}")
+    if list(token_ids[:until]) == list(undisturbed[:until]):
+        parts = parts[1:]
     near = 0
-    for first, last in parts[1:]:
+    for first, last in parts:
         lacks = reference.lacks(prompt, token_ids, first, last)
         worst = max(range(len(lacks)), key=lacks.__getitem__)
         near += sum(lack > 0 for lack in lacks)

@@ -32,6 +32,23 @@ def test_an_answer_that_went_on_is_right(
     assert judge(questions.reference, prompt, undisturbed, undisturbed[:70], []).wrong == ""
 
 
+def test_an_answer_may_part_from_another_between_tokens_that_are_equally_good(questions: Questions) -> None:
+    """As happens where some of its tokens were guessed, and so read together with others."""
+    reference, prompts = questions.reference, questions.of_round(0)
+    parted = (nearly(questions, prompt, place) for prompt in prompts for place in range(20, BREAK))
+    prompt, told = next(each for each in parted if each is not None)
+    judged = judge(reference, prompt, questions.answers[prompt], told, [])
+    assert (judged.wrong, judged.near) == ("", 1)
+
+
+def nearly(questions: Questions, prompt: str, place: int) -> tuple[str, list[int]] | None:
+    """The beginning of an answer that ends with the second best token, where that is nearly as good."""
+    told = questions.answers[prompt][:place]
+    row = questions.reference._read(0, [*questions.reference.prompt_ids(prompt), *told])
+    second = int(row.argsort()[-2])
+    return (prompt, [*told, second]) if row.max() - row[second] < 0.2 else None
+
+
 MISTAKES: dict[str, Callable[[list[int]], list[int]]] = {
     "a token is lost": lambda told: told[:BREAK] + told[BREAK + 1 :],
     "a token is doubled": lambda told: told[: BREAK + 1] + told[BREAK:-1],
