@@ -17,7 +17,7 @@ from covey.schema.model import Quantizing
 
 BLOCK_SIZE: Final = 32
 BITS: Final = {Quantizing.Q4: 4, Quantizing.Q8: 8}
-PIECE_WEIGHTS: Final = 1 << 20  # that are floats at a time
+PIECE_WEIGHTS: Final = 1 << 17  # that are floats at a time
 ROUTER: Final = "ffn_gate_inp.weight"  # small, and if it were rounded, other experts would be chosen
 
 
