@@ -1,6 +1,7 @@
-"""Matrices in full precision that are rounded when they are loaded: right numbers, the memory that was said, no more."""
+"""Matrices in full precision that are rounded when they are loaded: right numbers, in the memory that was said."""
 
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ TOKENS = np.random.default_rng(3).integers(0, tiny_families.VOCABULARY, 40).asty
 
 def logits(path: Path, layers: int, *cuts: int, **engine_options: str) -> np.ndarray:
     """After every token, from one stage for each pair of neighbouring bounds."""
-    values, bounds = TOKENS, (0, *cuts, layers)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    values = TOKENS
+    for start, end in pairwise((0, *cuts, layers)):
         stage = OnnxStage()
         spec = make_spec(
             engine="onnx", engine_options=engine_options, model_path=str(path), shard=Shard(start, end, layers),
@@ -56,11 +57,11 @@ def rounded_weights(path: Path, weights: dict[str, np.ndarray], quantize: Quanti
     }
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("output", ["tied", "of its own"])
 @pytest.mark.parametrize("quantize", Quantizing)
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_the_numbers_are_those_of_rounded_weights(kind: str, quantize: Quantizing, tied: bool, tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "tiny.gguf", {}, default=kind, tied=tied)
+def test_the_numbers_are_those_of_rounded_weights(kind: str, quantize: Quantizing, output: str, tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf", {}, default=kind, tied=output == "tied")
     twin = LlamaTwin(path)
     twin.weights = rounded_weights(path, twin.weights, quantize)
     expected = twin.logits(TOKENS.tolist())
