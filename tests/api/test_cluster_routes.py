@@ -20,6 +20,7 @@ from covey.schema.cluster import (
     Visibility,
 )
 from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import Quantizing
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member, runner
 
@@ -137,7 +138,11 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
     asked = PlaceModel(card=CARD, node_count_min=2, context_length=512, slot_count=3, node_ids=(NodeId(FIRST),))
     assert backend.commands == [asked]
     client.post("/place_instance", json={"model_id": "Tiny-Chat", "exact": True})
-    assert backend.commands[1:] == [PlaceModel(card=CARD, exact=True)]
+    client.post("/place_instance", json={"model_id": "Tiny-Chat", "quantize": "q4"})
+    assert backend.commands[1:] == [
+        PlaceModel(card=CARD, exact=True),
+        PlaceModel(card=CARD, quantize=Quantizing.Q4),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,8 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
         ({"model_id": "Tiny-Chat", "min_nodes": 0}, "min_nodes"),
         ({"model_id": "Tiny-Chat", "min_nodes": 10**9}, "min_nodes"),
         ({"model_id": "Tiny-Chat", "exact": "very"}, "exact"),
+        ({"model_id": "Tiny-Chat", "quantize": "q5"}, "quantize"),
+        ({"model_id": "Tiny-Chat", "quantize": 4}, "quantize"),
         ({"model_id": "Tiny-Chat", "sharding": "Tensor"}, "sharding"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
         ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),

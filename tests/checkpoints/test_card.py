@@ -9,13 +9,14 @@ import pytest
 from headers import llama_header, tensor
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from covey.checkpoints import catalogue
 from covey.checkpoints.card import card_from_header
 from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
-from covey.schema.model import FileSource, ModelCard
+from covey.schema.model import FileSource, ModelCard, Quantizing
 
 SOURCE = FileSource("/models/some.gguf")
 
@@ -54,6 +55,35 @@ def test_a_card_says_what_the_header_says() -> None:
 
 def test_an_output_of_its_own_replaces_the_tied_embedding() -> None:
     assert card_of(llama_header(tied=False)).output_bytes == 560
+
+
+def test_what_full_precision_takes_where_it_is_quantised() -> None:
+    """Of a layer's query 64 bytes of codes become 2 blocks of 32 weights; the router and what is narrow stay."""
+    header = llama_header(tied=False)
+    plain = [
+        tensor("blk.1.attn_q.weight", 8192, kind="F16", shape=(64, 64)),
+        tensor("blk.1.ffn_gate_inp.weight", 2048, kind="F32", shape=(8, 64)),
+        tensor("blk.1.attn_k.weight", 128, kind="F16", shape=(8, 8)),
+        tensor("token_embd.weight", 12800, kind="F16", shape=(100, 64)),
+    ]
+    card = card_of(replace(header, tensors=header.tensors | {each.name: each for each in plain}))
+    q4, q8 = card.quantized
+    routers_and_narrow = 4 * (8 * 64 + 8 * 8)
+    assert card.layer_bytes == (304, 256 + 4 * 64 * 64 + routers_and_narrow, 304)
+    assert (q4.quantize, q8.quantize) == (Quantizing.Q4, Quantizing.Q8)
+    assert q4.layer_bytes == (304, 256 + 128 * (16 + 4) + routers_and_narrow, 304)
+    assert q8.layer_bytes == (304, 256 + 128 * (32 + 4) + routers_and_narrow, 304)
+    assert card.embedding_bytes - q4.embedding_bytes == 12800 - 200 * (16 + 4)
+    assert (q4.output_bytes, q8.output_bytes) == (card.output_bytes, card.output_bytes)
+
+
+def test_a_tied_output_is_as_small_as_the_embedding() -> None:
+    embedding = tensor("token_embd.weight", 12800, kind="F16", shape=(100, 64))
+    header = llama_header()
+    card = card_of(replace(header, tensors=header.tensors | {embedding.name: embedding}))
+    [q4, _] = card.quantized
+    assert (card.embedding_bytes - q4.embedding_bytes) == 12800 - 200 * (16 + 4)  # a table stays in float16
+    assert (card.output_bytes - q4.output_bytes) == 25600 - 200 * (16 + 4)
 
 
 def test_what_may_be_missing_has_a_default() -> None:

@@ -12,6 +12,7 @@ from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.inspection import TensorKind, kinds_of, quantized_kinds
 from covey.checkpoints.opening import open_checkpoint
 from covey.cli.main import app
+from covey.schema.model import Quantizing
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "mlx.npz")
 
@@ -36,7 +37,7 @@ def test_full_precision(folder):
 
 def test_full_precision_made_small(folder):
     with TensorReader(folder) as reader:
-        kinds = by_name(quantized_kinds(open_checkpoint(folder), reader, "q4"))
+        kinds = by_name(quantized_kinds(open_checkpoint(folder), reader, Quantizing.Q4))
     rounded = kinds["blk.*.ffn_up.weight"]
     assert rounded.held_as == "rounded: 4-bit codes in blocks of 32"
     assert rounded.held_bytes == 2 * (128 * 64 // 2 + 128 * 64 // 32 * 4)
@@ -64,10 +65,11 @@ def test_the_command(folder, tmp_path):
     rows = json.loads(run(app, ["models", "inspect", str(folder), "--quantize", "q8", "--json"]).stdout)
     assert {row["name"]: row for row in rows}["blk.*.ffn_down.weight"]["error"] < 0.006
     for arguments, said in (
-        ([str(folder), "--quantize", "q5"], "--quantize q5 is not known; known are q4, q8."),
         ([str(tmp_path / "absent.gguf")], "absent.gguf can't be read: No such file or directory."),
         ([str(tmp_path)], "can't be used: it has no config.json"),
     ):
         done = run(app, ["models", "inspect", *arguments], env={"COLUMNS": "300"})
         assert done.exit_code == 1
         assert said in done.stderr.replace("\n", " ")
+    done = run(app, ["models", "inspect", str(folder), "--quantize", "q5"])
+    assert (done.exit_code, "'q5' is not one of 'q4', 'q8'" in done.stderr) == (2, True)

@@ -36,6 +36,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
+from covey.schema.model import Quantizing
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster, hardware
 from tests.cli.served_node import ServedNode
@@ -415,6 +416,30 @@ def test_exact_is_asked_for_and_checked(node: ServedNode) -> None:
     assert invoke(node, "place", "Tiny-Chat").exit_code == 0
     assert "Tiny-Chat (exact)" in " ".join(invoke(node, "ps").stdout.split())
     assert msgspec.json.decode(invoke(node, "ps", "--json").stdout)[0]["exact"]
+
+
+def test_quantising_is_asked_for_and_checked(node: ServedNode) -> None:
+    """As above, the instance that comes back first is as from a leader of an older version."""
+    done = invoke(node, "place", "Tiny-Chat", "--another", "--quantize", "q4")
+    assert node.backend.commands == [PlaceModel(card=CARD, quantize=Quantizing.Q4)]
+    assert (done.exit_code, "not as --quantize q4" in done.stderr) == (1, True)
+    quantized = [msgspec.structs.replace(each, quantize=Quantizing.Q4) for each in node.backend.current.instances]
+    node.backend.current = msgspec.structs.replace(node.backend.current, instances=tuple(quantized))
+    for command in (["place", "Tiny-Chat", "--quantize", "q8"], ["run", "Tiny-Chat", "Hi", "--quantize", "q8"]):
+        done = invoke(node, *command)
+        assert (done.exit_code, "otherwise than asked for" in done.stderr) == (1, True)
+        assert "slots, q4." in " ".join(done.stderr.split())
+    assert invoke(node, "place", "Tiny-Chat", "--quantize", "q4").exit_code == 0
+    assert invoke(node, "place", "Tiny-Chat").exit_code == 0
+    assert "Tiny-Chat (q4)" in " ".join(invoke(node, "ps").stdout.split())
+    assert msgspec.json.decode(invoke(node, "ps", "--json").stdout)[0]["quantize"] == "q4"
+
+
+def test_what_there_is_to_quantise_to_is_named(node: ServedNode) -> None:
+    for command in (["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]):
+        done = invoke(node, *command, "--quantize", "q5")
+        assert (done.exit_code, node.backend.commands) == (2, [])
+        assert "'q5' is not one of 'q4', 'q8'" in " ".join(done.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("command", [["run", "Hi"], ["place"]])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from covey.control.cluster import Cluster, Context, Decision, Written, assignment, encoded, wish_of
+from covey.control.cluster import Cluster, Context, Decision, Written, assignment, encoded, options_of, wish_of
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.settings import TOMBSTONES_MAX
@@ -25,9 +25,12 @@ from covey.schema.cluster import (
     Wish,
 )
 from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import QuantizedBytes, Quantizing
 from simulation.people import SMALL
 
 ADA = Candidate(node_id=NodeId("a"), name="ada", machine_id="box", memory_bytes_total=10**10, memory_bytes_free=10**10)
+
+QUANTIZABLE = replace(SMALL, quantized=(QuantizedBytes(Quantizing.Q4, (1,) * SMALL.layer_count, 1, 1),))
 
 
 def context(command_id: str = "command", mark: str = "a-1-1") -> Context:
@@ -171,17 +174,29 @@ def test_exactness_goes_from_the_command_to_the_instance() -> None:
     assert assignment(cluster.wishes[wish_of(made)], place_small(), context(mark="b-1-1")).exact  # placed again
 
 
+def test_quantising_goes_from_the_command_to_the_instance_and_where_that_is_placed_again() -> None:
+    cluster, wanted = Cluster(NodeId("a")), Quantizing.Q4
+    made = carry_out(cluster, PlaceModel(card=QUANTIZABLE, quantize=wanted))
+    wish = cluster.wishes[wish_of(made)]
+    assert (wish.quantize, cluster.instances[made].quantize) == (wanted, wanted)
+    assert options_of(wish, (ADA,)).quantize is wanted
+    assert assignment(wish, place_small(), context(mark="b-1-1")).quantize is wanted
+
+
 @pytest.mark.parametrize("value", [Wish, Instance])
-def test_versions_that_know_no_exactness_and_those_that_do_read_one_another(value: type[Wish | Instance]) -> None:
+def test_versions_that_know_these_ways_and_those_that_do_not_read_one_another(value: type[Wish | Instance]) -> None:
+    """The card keeps what full precision takes, so that an older leader counts rightly what it places in full."""
     cluster = Cluster(NodeId("a"))
-    made = carry_out(cluster, PlaceModel(card=SMALL, exact=True))
+    made = carry_out(cluster, PlaceModel(card=QUANTIZABLE, exact=True, quantize=Quantizing.Q4))
     mine = cluster.wishes[wish_of(made)] if value is Wish else cluster.instances[made]
-    fields = [(each.name, each.type) for each in msgspec.structs.fields(value) if each.name != "exact"]
+    later = ("exact", "quantize")
+    fields = [(each.name, each.type) for each in msgspec.structs.fields(value) if each.name not in later]
     config = value.__struct_config__
     older = msgspec.defstruct(value.__name__, fields, frozen=True, kw_only=True, tag=config.tag)
     read = msgspec.msgpack.decode(encoded(mine) or b"", type=older)
     back = msgspec.msgpack.decode(msgspec.msgpack.encode(read), type=value)
-    assert back == replace(mine, exact=False)
+    assert back == replace(mine, exact=False, quantize=None)
+    assert back.card.layer_bytes == SMALL.layer_bytes
 
 
 # ---- what a newer version wrote ----

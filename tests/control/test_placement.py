@@ -15,7 +15,7 @@ from covey.control.placement.place import Options, Placement, place
 from covey.control.placement.split import split
 from covey.schema.cluster import Refused
 from covey.schema.ids import ModelId, NodeId
-from covey.schema.model import FileSource, ModelCard, Shard
+from covey.schema.model import FileSource, ModelCard, QuantizedBytes, Quantizing, Shard
 
 MB = 10**6
 GB = 10**9
@@ -284,6 +284,29 @@ def test_a_card_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> N
     odd = replace(card((MB,) * 4), **changes)
     expected = f"the card of model names {odd.layer_count} layers and the sizes of {len(odd.layer_bytes)}"
     assert reason(place(odd, [node("a", 8 * GB)], Options())).startswith(expected)
+
+
+def quantizable(layer: int, quantized_layer: int) -> ModelCard:
+    small = QuantizedBytes(Quantizing.Q4, (quantized_layer,) * 4, 10 * MB, 20 * MB)
+    return replace(card((layer,) * 4), quantized=(small,))
+
+
+def test_quantised_weights_are_counted_as_they_will_be_held() -> None:
+    model, nodes, quantized = quantizable(GB, 250 * MB), [node("a", 3 * GB)], Options(quantize=Quantizing.Q4)
+    assert "needs 4" in reason(place(model, nodes, Options()))
+    placed, smaller = place(model, nodes, quantized), place(card((250 * MB,) * 4, 10 * MB, 20 * MB), nodes, Options())
+    assert isinstance(placed, Placement)
+    assert placed == smaller
+
+
+def test_what_could_not_be_quantised_is_told() -> None:
+    refused = place(card((MB,) * 4), [node("a", 8 * GB)], Options(quantize=Quantizing.Q8))
+    assert reason(refused) == "model has no matrices in full precision that could be rounded to q8: place it without."
+    assert isinstance(refused, Refused)
+    assert refused.status == 400
+    odd = replace(quantizable(GB, MB), quantized=(QuantizedBytes(Quantizing.Q4, (MB,), MB, MB),))
+    said = reason(place(odd, [node("a", 8 * GB)], Options(quantize=Quantizing.Q4)))
+    assert said.startswith("the card of model names 4 layers and the sizes of 1")
 
 
 def test_nobody_has_told_its_memory_yet() -> None:

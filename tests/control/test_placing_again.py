@@ -10,7 +10,7 @@ from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement
 from covey.schema.cluster import Instance, Refused, Stage
 from covey.schema.ids import InstanceId, NodeId, RunnerId
-from covey.schema.model import Shard
+from covey.schema.model import QuantizedBytes, Quantizing, Shard
 from simulation.people import LARGE
 
 GIGABYTE = 10**9
@@ -101,6 +101,17 @@ def test_two_gaps_are_filled_by_two_nodes() -> None:
 def test_nodes_that_were_not_chosen_get_nothing() -> None:
     chosen = replace(OPTIONS, node_ids=(NodeId("c"),))
     assert layers(place_again(former(8, 16, 24), [node("a"), node("c")], chosen)) == {"c": (0, 24)}
+
+
+def test_quantised_weights_stay_so() -> None:
+    small = QuantizedBytes(Quantizing.Q4, (LARGE.layer_bytes[0] // 4,) * COUNT, 0, 0)
+    quantized = replace(former(8, 16, 24), card=replace(LARGE, quantized=(small,)), quantize=Quantizing.Q4)
+    nodes, options = [node("a", room_for(0, 9)), node("c", room_for(15, 24))], replace(OPTIONS, quantize=Quantizing.Q4)
+    assert layers(place_again(quantized, nodes, options)) is not None
+    assert layers(place_again(former(8, 16, 24), nodes, OPTIONS)) is None
+    anew = place_anew(quantized, nodes, options)
+    assert isinstance(anew, Placement)
+    assert sum(part.memory_bytes for part in anew.parts) < sum(LARGE.layer_bytes)
 
 
 @given(

@@ -11,7 +11,7 @@ from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, Unexpe
 from covey.schema.cluster import Instance, Stage
 from covey.schema.ids import InstanceId, ModelId, RunnerId
 from covey.schema.machine import RegroupRunner, RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
-from covey.schema.model import Shard
+from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import (
     Activity,
     Address,
@@ -79,6 +79,14 @@ def test_the_engine_is_told_to_be_exact() -> None:
     [start] = bench.advance()
     assert isinstance(start, StartRunner)
     assert start.spec.engine_options == {"exact": "1"}
+
+
+def test_the_engine_is_told_to_quantise() -> None:
+    bench = Bench()
+    bench.instances[0] = replace(bench.instances[0], quantize=Quantizing.Q4)
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+    assert start.spec.engine_options == {"quantize": "q4"}
 
 
 def test_one_runner_from_assignment_to_ready() -> None:

@@ -41,7 +41,7 @@ from covey.schema.generation import (
     Usage,
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
-from covey.schema.model import ModelCard
+from covey.schema.model import ModelCard, Quantizing
 from covey.schema.runner import Address, RunnerState
 from covey.serving import choosing as choosing_module
 from covey.serving import head as head_module
@@ -675,6 +675,15 @@ def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
     assert serving_module.needs_of(progress, exact).are_met_by(exact)
     assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
     assert serving_module.needs_of(progress, rounding).are_met_by(exact)
+
+
+def test_an_answer_goes_on_with_the_weights_that_it_was_begun_with() -> None:
+    (full,) = cluster(READY, READY).instances
+    small = msgspec.structs.replace(full, quantize=Quantizing.Q4)
+    progress = serving_module.begin(request(), Letters(), [72, 105], small, NodeId("asked"))
+    assert serving_module.needs_of(progress, small).are_met_by(small)
+    assert not serving_module.needs_of(progress, small).are_met_by(full)
+    assert not serving_module.needs_of(progress, full).are_met_by(small)
 
 
 def test_an_answer_goes_on_rather_where_all_of_it_fits() -> None:

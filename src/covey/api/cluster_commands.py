@@ -1,7 +1,7 @@
 """exo's routes that place, await and delete an instance: parse what is asked, render what was decided. Pure."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Struct
 from pydantic import Field
@@ -25,7 +25,7 @@ from covey.schema.cluster import (
     TimedOut,
 )
 from covey.schema.ids import NodeId
-from covey.schema.model import ModelCard
+from covey.schema.model import ModelCard, Quantizing
 
 AWAIT_S_MAX = 300
 RECEIVED = "Command received."
@@ -44,6 +44,7 @@ class PlaceBody(DialectBody):
     slot_count: int | None = Field(default=None, ge=1, le=SLOTS_MAX)
     node_ids: list[str] = Field(default_factory=list)
     exact: bool = False
+    quantize: Annotated[Quantizing | None, Field(strict=False)] = None  # in JSON it is its text
 
     def command(self, card: ModelCard) -> PlaceModel:
         return PlaceModel(
@@ -53,6 +54,7 @@ class PlaceBody(DialectBody):
             slot_count=self.slot_count,
             node_ids=tuple(NodeId(node_id) for node_id in self.node_ids),
             exact=self.exact,
+            quantize=self.quantize,
         )
 
 

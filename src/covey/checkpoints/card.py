@@ -14,8 +14,9 @@ from msgspec import Struct
 from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, CheckpointError, TensorEntry
 from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
+from covey.checkpoints.quantizing import BITS, can_be_quantized, quantized_bytes
 from covey.schema.ids import ModelId
-from covey.schema.model import ModelCard, ModelSource
+from covey.schema.model import ModelCard, ModelSource, QuantizedBytes
 
 # More than any model has; a value beyond is damage, and would only fail later and less clearly.
 LAYERS_MAX: Final = 10_000
@@ -49,6 +50,7 @@ def card_from_header(header: Checkpoint, model_id: ModelId, source: ModelSource)
         layer_bytes=layers,
         embedding_bytes=embedding,
         output_bytes=output,
+        quantized=_quantized(header.tensors.values(), sizes.layer_count),
     )
 
 
@@ -127,23 +129,39 @@ def _vocabulary(header: Checkpoint, architecture: str, hidden: int) -> int:
     return stated
 
 
-def _bytes_by_place(tensors: Collection[TensorEntry], layer_count: int) -> tuple[tuple[int, ...], int, int]:
-    """Bytes held of each layer, of what the first stage needs besides, and of what the last needs besides."""
+def _quantized(tensors: Collection[TensorEntry], layer_count: int) -> tuple[QuantizedBytes, ...]:
+    if not any(can_be_quantized(tensor) for tensor in tensors):
+        return ()
+    return tuple(QuantizedBytes(each, *_bytes_by_place(tensors, layer_count, BITS[each])) for each in BITS)
+
+
+def _bytes_by_place(
+    tensors: Collection[TensorEntry], layer_count: int, bits: int | None = None
+) -> tuple[tuple[int, ...], int, int]:
+    """Bytes held of each layer, of what the first stage needs besides, and of what the last needs besides. `bits`: of
+    what can be quantised; None: nothing is.
+    """
     layers = [0] * layer_count
     first = last = 0
     for tensor in tensors:
         match = _LAYER_TENSOR.match(tensor.name)
         if match:
-            layers[_layer_index(tensor.name, int(match[1]), layer_count)] += held_bytes(tensor)
+            layers[_layer_index(tensor.name, int(match[1]), layer_count)] += _held(tensor, bits)
         else:
-            held = held_in_table_bytes(tensor) if tensor.name == EMBEDDING else held_bytes(tensor)
+            held = _held(tensor, bits, is_table=tensor.name == EMBEDDING)
             first += held if _belongs_to_first(tensor.name) else 0
             last += held if _belongs_to_last(tensor.name) else 0
     named = {tensor.name: tensor for tensor in tensors}
     if OUTPUT not in named:
-        last += held_bytes(named[EMBEDDING])
+        last += _held(named[EMBEDDING], bits)
     _expect_no_gap(layers)
     return tuple(layers), first, last
+
+
+def _held(tensor: TensorEntry, bits: int | None, *, is_table: bool = False) -> int:
+    if bits is not None and can_be_quantized(tensor):
+        return quantized_bytes(tensor, bits)
+    return held_in_table_bytes(tensor) if is_table else held_bytes(tensor)
 
 
 def _belongs_to_first(name: str) -> bool:

@@ -1,6 +1,5 @@
 """What a model's tensors are, kind by kind, and how they will be held when they are loaded."""
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -17,7 +16,8 @@ from covey.checkpoints.quantization import (
     is_known,
     stays_in_table,
 )
-from covey.checkpoints.quantizing import BITS, BLOCK_SIZE, error_of
+from covey.checkpoints.quantizing import BITS, BLOCK_SIZE, can_be_quantized, error_of, quantized_bytes
+from covey.schema.model import Quantizing
 
 _LAYER: Final = re.compile(r"blk\.\d+\.")
 
@@ -40,17 +40,12 @@ def kinds_of(header: Checkpoint) -> list[TensorKind]:
     return [_kind(entries) for entries in _groups(header.tensors.values())]
 
 
-def quantized_kinds(header: Checkpoint, reader: TensorReader, quantize: str) -> list[TensorKind]:
-    """The same, if full-precision matrices were made small by `quantize`, a key of `BITS`; the first of each kind is
-    read and measured. Raises `CheckpointError`, `OSError`.
+def quantized_kinds(header: Checkpoint, reader: TensorReader, quantize: Quantizing) -> list[TensorKind]:
+    """The same, if matrices in full precision were made small; the first of each kind is read and measured.
+
+    Raises `CheckpointError`, `OSError`.
     """
     return [_quantized(entries, reader, BITS[quantize]) for entries in _groups(header.tensors.values())]
-
-
-def can_be_quantized(entry: TensorEntry) -> bool:
-    """A matrix, or several, in full precision. A vector is small; its precision costs nothing."""
-    is_matrix = len(entry.shape) > 1 and entry.shape[-1] % BLOCK_SIZE == 0
-    return is_matrix and entry.name.endswith(".weight") and is_known(entry.type) and form_of(entry) is None
 
 
 def _groups(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:
@@ -89,10 +84,9 @@ def _quantized(entries: list[TensorEntry], reader: TensorReader, bits: int) -> T
     first, kind = entries[0], _kind(entries)
     if not can_be_quantized(first):
         return kind
-    weights = math.prod(first.shape)
     return replace(
         kind,
-        held_bytes=len(entries) * (weights * bits // 8 + 4 * weights // BLOCK_SIZE),
+        held_bytes=len(entries) * quantized_bytes(first, bits),
         held_as=f"rounded: {bits}-bit codes in blocks of {BLOCK_SIZE}",
         error=error_of(dequantize(first, reader.read(first)), bits),
     )

@@ -18,6 +18,7 @@ from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named
 from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
 from covey.control.routing import instance_status
 from covey.schema.cluster import NODES_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
+from covey.schema.model import Quantizing
 
 app = typer.Typer(
     name="covey",
@@ -44,6 +45,7 @@ Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max
 Exact = Annotated[
     bool, typer.Option("--exact", help="Slower, and an interrupted answer goes on as it would have gone.")
 ]
+Quantize = Annotated[Quantizing | None, typer.Option(help="Round matrices in full precision to 4 or 8 bits.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Tell only what is wrong, not what happens.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
@@ -154,6 +156,7 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the best that hold this share.")] = 0.9,
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
     exact: Exact = False,  # noqa: FBT002 (Typer's way to a flag)
+    quantize: Quantize = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
     from covey.cli.conversation import Conversation  # noqa: PLC0415
@@ -164,7 +167,8 @@ def run(
     with NodeClient(url) as node:
         node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
         question = chat.question(prompt or ())
-        ready = ensure_ready(node, model_to_place(model, node.url), Wanted(exact=exact or None))
+        wanted = Wanted(exact=exact or None, quantize=quantize)
+        ready = ensure_ready(node, model_to_place(model, node.url), wanted)
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
         model_id = ready.instance.card.model_id
@@ -187,13 +191,16 @@ def place(
     slots: Annotated[int | None, typer.Option(min=1, max=SLOTS_MAX, help="How many requests run at a time.")] = None,
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     exact: Exact = False,  # noqa: FBT002
+    quantize: Quantize = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
     from covey.cli import placing  # noqa: PLC0415
 
-    wanted = placing.Wanted(node_count=nodes, context_length=context, slot_count=slots, exact=exact or None)
+    wanted = placing.Wanted(
+        node_count=nodes, context_length=context, slot_count=slots, exact=exact or None, quantize=quantize
+    )
     with NodeClient(url) as node:
         ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)
         state = node.cluster()

@@ -14,6 +14,7 @@ from covey.control.cluster import wish_of
 from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, Wish
 from covey.schema.ids import InstanceId
+from covey.schema.model import Quantizing
 
 ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
 
@@ -25,13 +26,15 @@ class Wanted(Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     slot_count: int | None = None
     exact: bool | None = None
+    quantize: Quantizing | None = None
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, int | str]:
         given = {
             "min_nodes": self.node_count,
             "context_length": self.context_length,
             "slot_count": self.slot_count,
             "exact": self.exact,
+            "quantize": self.quantize,
         }
         return {key: value for key, value in given.items() if value is not None}
 
@@ -41,6 +44,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             and instance.context_length >= (self.context_length or 0)
             and instance.slot_count >= (self.slot_count or 0)
             and (instance.exact or not self.exact)
+            and self.quantize in {None, instance.quantize}
         )
 
 
@@ -79,8 +83,11 @@ def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Re
     wanted = wanted or Wanted()
     answer = node.place(model, **wanted.body())
     instance = wait_ready(node, wish_of(InstanceId(answer["instance_id"])))
-    if wanted.exact and not instance.exact:
-        raise CliError("It is placed, but not as --exact: the leader is an older version, which knows no such mode.")
+    missed = "--exact" if wanted.exact and not instance.exact else ""
+    if wanted.quantize not in {None, instance.quantize}:
+        missed = f"--quantize {wanted.quantize}"
+    if missed:
+        raise CliError(f"It is placed, but not as {missed}: the leader is an older version, which knows no such mode.")
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
 
 
@@ -108,6 +115,7 @@ def _make_anew(node: NodeClient, state: ClusterState, failed: Instance, wanted: 
         context_length=failed.context_length,
         slot_count=failed.slot_count,
         exact=failed.exact or None,
+        quantize=failed.quantize,
     )
     reason = instance_status(state, failed).text.partition("\n")[0].rstrip(".")
     err.print(f"{failed.card.model_id} {reason}. It is placed anew.", style="dim", soft_wrap=True, markup=False)
@@ -120,6 +128,7 @@ def _counted(instance: Instance) -> str:
     return (
         f"{nodes} node{'s' * (nodes > 1)} with a context of {instance.context_length} tokens in "
         f"{slots} slot{'s' * (slots > 1)}{', exact' * instance.exact}"
+        f"{f', {instance.quantize}' if instance.quantize else ''}"
     )
 
 

@@ -30,6 +30,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "context_length": each.context_length,
             "slots": each.slot_count,
             "exact": each.exact,
+            "quantize": each.quantize,
             "nodes_asked_for": asked.get(each.wish_id, 1),
             "nodes": stage_rows(each, names) if isinstance(each, Instance) else [],
         }
@@ -61,8 +62,7 @@ def instances_table(rows: Sequence[Row]) -> Listing:
     short = short_ids([row["instance_id"] for row in rows])
     drawn: list[tuple[str, ...]] = []
     for row in rows:
-        model = f"{row['model_id']}{' (exact)' * row['exact']}"
-        head = (short[row["instance_id"]], model, _status_cell(row), str(row["context_length"]))
+        head = (short[row["instance_id"]], _model_cell(row), _status_cell(row), str(row["context_length"]))
         for cells in [_layers_cells(node) for node in row["nodes"]] or [("", "", "")]:
             drawn.append((*head, *cells))
             head = ("",) * len(head)
@@ -72,6 +72,11 @@ def instances_table(rows: Sequence[Row]) -> Listing:
         folded=("model", "status", "node"),
         spared=("memory", "layers", "context", "node"),
     )
+
+
+def _model_cell(row: Row) -> str:
+    ways = ["exact"] * row["exact"] + [row["quantize"]] * bool(row["quantize"])
+    return f"{row['model_id']} ({', '.join(ways)})" if ways else row["model_id"]
 
 
 def _status_cell(row: Row) -> str:

@@ -201,6 +201,7 @@ class Cluster:
             context_length=command.context_length,
             slot_count=command.slot_count,
             node_ids=command.node_ids,
+            quantize=command.quantize,
             asked_at=context.asked_at,
         )
         placement = place(command.card, context.nodes, options)
@@ -214,6 +215,7 @@ class Cluster:
             slot_count=placement.slot_count,
             node_ids=command.node_ids,
             exact=command.exact,
+            quantize=command.quantize,
         )
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))
@@ -302,6 +304,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         engine=context.engine,
         stages=stages,
         exact=wish.exact,
+        quantize=wish.quantize,
     )
 
 
@@ -327,6 +330,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
         context_length=wish.context_length,
         slot_count=wish.slot_count,
         node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
+        quantize=wish.quantize,
     )
 
 

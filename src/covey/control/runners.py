@@ -391,7 +391,7 @@ class Runners:
             instance_id=instance.instance_id,
             generation=attempt,
             engine=instance.engine,
-            engine_options=self.settings.engine_options | ({"exact": "1"} if instance.exact else {}),
+            engine_options=self.settings.engine_options | _engine_options(instance),
             model_path=path,
             vocabulary_size=instance.card.vocabulary_size,
             shard=runner.stage.shard,
@@ -404,6 +404,11 @@ class Runners:
             listen_host=self.settings.listen_host,
             connect_ms=self.settings.limits.connect_ms * 2 // 3,  # so that it can say who was not reached
         )
+
+
+def _engine_options(instance: Instance) -> dict[str, str]:
+    exact = {"exact": "1"} if instance.exact else {}
+    return exact | ({"quantize": instance.quantize.value} if instance.quantize else {})
 
 
 def _keep_time(now_ms: int, runner: Runner) -> None:
@@ -449,7 +454,10 @@ def _has_failed(others: dict[int, Neighbour]) -> bool:
 
 def _is_alike(first: Instance, second: Instance) -> bool:
     """Whether what is loaded for one serves the other."""
-    kinds = [(each.card, each.engine, each.exact, each.context_length, each.slot_count) for each in (first, second)]
+    kinds = [
+        (each.card, each.engine, each.exact, each.quantize, each.context_length, each.slot_count)
+        for each in (first, second)
+    ]
     return kinds[0] == kinds[1]
 
 

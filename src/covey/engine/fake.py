@@ -5,7 +5,8 @@ layer of a model attends to its cache. The hash travels between stages in the fi
 wrong slot, a lost chunk or one that comes twice changes the answer, or is refused; the number of stages does not.
 
 `engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long),
-`load_delay_ms` (so does each layer's load), `exact`, which it is anyway, and `lookup`, which is the head's.
+`load_delay_ms` (so does each layer's load), and `lookup`, which is the head's. `exact` it is anyway, and there is
+nothing to `quantize`.
 """
 
 import time
@@ -25,9 +26,9 @@ DEFAULTS: Final = {
     "hidden_size": 8,
     "step_delay_ms": 0,
     "load_delay_ms": 0,
-    "exact": 0,
     "lookup": 1,
 }
+IGNORED: Final = ("exact", "quantize")
 LOGITS_SPAN: Final = 8.0  # of the best to the worst: a distribution with a clear best and a long tail
 LAYER_BYTES: Final = 4
 
@@ -114,11 +115,11 @@ class _Layer:
 
 
 def _options(given: dict[str, str]) -> dict[str, int]:
-    unknown = sorted(given.keys() - DEFAULTS.keys())
+    unknown = sorted(given.keys() - DEFAULTS.keys() - set(IGNORED))
     if unknown:
-        raise EngineError(f"The fake engine has no option {unknown[0]}; it has {', '.join(DEFAULTS)}.")
+        raise EngineError(f"The fake engine has no option {unknown[0]}; it has {', '.join((*DEFAULTS, *IGNORED))}.")
     try:
-        return DEFAULTS | {name: int(value) for name, value in given.items()}
+        return DEFAULTS | {name: int(value) for name, value in given.items() if name in DEFAULTS}
     except ValueError as error:
         raise EngineError(f"An option of the fake engine is not a whole number: {error}.") from error
 

@@ -10,7 +10,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
-from covey.schema.model import ModelCard, Shard
+from covey.schema.model import ModelCard, Quantizing, Shard
 from covey.schema.runner import Address, RunnerState
 
 # ---- intent ----
@@ -43,6 +43,7 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     slot_count: int
     node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
     exact: bool = False
+    quantize: Quantizing | None = None
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
@@ -56,6 +57,7 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     engine: str
     stages: tuple[Stage, ...]
     exact: bool = False  # activations are not rounded: a token's logits hardly depend on what is computed beside it
+    quantize: Quantizing | None = None  # matrices in full precision are rounded so when they are loaded
 
 
 class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
@@ -221,6 +223,7 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
     slot_count: int | None = None
     node_ids: tuple[NodeId, ...] = ()  # empty: any
     exact: bool = False  # slower, and answers that were interrupted go on as they would have
+    quantize: Quantizing | None = None  # round matrices in full precision; refused where there are none
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):

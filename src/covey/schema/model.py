@@ -3,6 +3,8 @@
 Only nouns. How a card is read from a file is knowledge of `checkpoints`; how a file is fetched, of `effects`.
 """
 
+from enum import StrEnum
+
 from msgspec import Struct
 
 from covey.schema.ids import ModelId
@@ -35,6 +37,22 @@ class HubSource(Struct, frozen=True, tag="hub"):
 ModelSource = PackageSource | FileSource | HubSource
 
 
+class Quantizing(StrEnum):
+    """What a runner may round matrices in full precision to, when it loads them: codes of 4 or 8 bits."""
+
+    Q4 = "q4"
+    Q8 = "q8"
+
+
+class QuantizedBytes(Struct, frozen=True):
+    """What a card says of the memory that weights take, where they are quantised at load."""
+
+    quantize: Quantizing
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    output_bytes: int
+
+
 class ModelCard(Struct, frozen=True, kw_only=True):
     """All that placement and a client need to know of a model, without its weights."""
 
@@ -55,6 +73,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     layer_bytes: tuple[int, ...]  # of the tensors of each layer
     embedding_bytes: int  # of what the first stage needs beside its layers
     output_bytes: int  # of what the last stage needs beside its layers (counts a tied embedding again)
+    quantized: tuple[QuantizedBytes, ...] = ()  # a choice each; none where no matrix is in full precision
 
 
 class Shard(Struct, frozen=True):

@@ -11,7 +11,7 @@ from covey.control import routing
 from covey.control.runner_table import LOADED_STATES
 from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
 from covey.schema.ids import InstanceId, ModelId
-from covey.schema.model import ModelCard
+from covey.schema.model import ModelCard, Quantizing
 from covey.schema.runner import RunnerState
 from covey.serving.refusal import RefusedError
 
@@ -36,11 +36,13 @@ class Needs(Struct, frozen=True):
     room: int  # tokens of context: those there are, and the next
     whole_room: int  # for as long an answer as is wanted
     exact: bool = False  # it was begun so, and must not go on otherwise
+    quantize: Quantizing | None = None  # the same
     unreached: frozenset[InstanceId] = frozenset()  # by this node, just now
 
     def are_met_by(self, instance: Instance) -> bool:
         is_exact_enough = instance.exact or not self.exact
-        return instance.card == self.card and instance.context_length >= self.room and is_exact_enough
+        has_same_weights = (instance.card, instance.quantize) == (self.card, self.quantize)
+        return has_same_weights and instance.context_length >= self.room and is_exact_enough
 
     def rank(self, instance: Instance) -> int:
         """The lower, the better."""
@@ -77,7 +79,7 @@ class Choosing:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""
         if instance.context_length >= room:
             return instance
-        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room, instance.exact))
+        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room, instance.exact, instance.quantize))
         picked = routing.pick(state, instance.card.model_id)
         return picked if isinstance(picked, Instance) else instance
 

@@ -121,6 +121,7 @@ def report(setting: Setting, results: Results) -> dict[str, Any]:
                 "context_length": each.context_length,
                 "slots": each.slot_count,
                 "exact": each.exact,
+                "quantize": each.quantize,
                 "nodes": stage_rows(each, setting.names),
             }
             for each in setting.model.instances

@@ -4,7 +4,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from covey.schema.model import ModelCard, Shard
+from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
@@ -18,6 +18,12 @@ class Load(Struct, frozen=True):
     card: ModelCard
     context_length: int  # tokens of one slot
     slot_count: int
+    quantize: Quantizing | None = None
+
+
+def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
+    """The card, or what it says of them where they are quantised."""
+    return next((each for each in load.card.quantized if each.quantize is load.quantize), load.card)
 
 
 def kv_bytes_of_layer(load: Load) -> int:
@@ -29,17 +35,17 @@ def kv_bytes_of_layer(load: Load) -> int:
 
 def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
-    return load.card.layer_bytes[layer] + kv_bytes_of_layer(load)
+    return weight_sizes(load).layer_bytes[layer] + kv_bytes_of_layer(load)
 
 
 def first_bytes(load: Load) -> int:
     """What the first stage holds beside its layers."""
-    return load.card.embedding_bytes
+    return weight_sizes(load).embedding_bytes
 
 
 def last_bytes(load: Load) -> int:
     """What the last stage holds beside its layers."""
-    return load.card.output_bytes
+    return weight_sizes(load).output_bytes
 
 
 def shard_bytes(load: Load, shard: Shard) -> int:

@@ -13,12 +13,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.placement import refusal
-from covey.control.placement.memory import Load, shard_bytes, whole_bytes
+from covey.control.placement.memory import Load, shard_bytes, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
 from covey.control.placement.split import split
 from covey.schema.cluster import Refused
 from covey.schema.ids import NodeId
-from covey.schema.model import ModelCard, Shard
+from covey.schema.model import ModelCard, Quantizing, Shard
 
 CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
@@ -34,6 +34,7 @@ class Options(Struct, frozen=True, kw_only=True):
     slot_count: int | None = None
     node_ids: tuple[NodeId, ...] = ()
     asked_at: NodeId | None = None
+    quantize: Quantizing | None = None
 
 
 class Part(Struct, frozen=True):
@@ -57,15 +58,15 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    load = Load(card, lengths[0], slot_count)
+    load = Load(card, lengths[0], slot_count, options.quantize)
     refused = _refuse_load(load) or _refuse_nodes(load, nodes, allowed, options)
     if refused:
         return refused
     for length in lengths:
-        found = _place_with(Load(card, length, slot_count), allowed, options)
+        found = _place_with(replace(load, context_length=length), allowed, options)
         if found:
             return Placement(found, length, slot_count)
-    least = Load(card, lengths[-1], slot_count)
+    least = replace(load, context_length=lengths[-1])
     fitting = next((each for each in _smaller(least) if _place_with(each, allowed, options)), None)
     return refusal.too_little_memory(least, allowed, max(options.node_count_min, 1), fitting)
 
@@ -86,8 +87,10 @@ def _halves(count: int, least: int) -> Iterator[int]:
 
 
 def _refuse_load(load: Load) -> Refused | None:
-    if not 0 < load.card.layer_count == len(load.card.layer_bytes):
-        return refusal.odd_card(load.card)
+    if load.quantize and weight_sizes(load) is load.card:
+        return refusal.nothing_to_quantize(load.card, load.quantize)
+    if not 0 < load.card.layer_count == len(weight_sizes(load).layer_bytes):
+        return refusal.odd_card(load)
     if not (refusal.CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
     return None

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Final
 
-from covey.control.placement.memory import Load, whole_bytes
+from covey.control.placement.memory import Load, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, machines
 from covey.schema.cluster import Refused
-from covey.schema.model import ModelCard
+from covey.schema.model import ModelCard, Quantizing
 
 CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
 
@@ -41,10 +41,19 @@ def odd_sizes(load: Load) -> Refused:
     )
 
 
-def odd_card(card: ModelCard) -> Refused:
+def odd_card(load: Load) -> Refused:
+    card = load.card
     return Refused(
-        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {len(card.layer_bytes)}: "
+        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of "
+        f"{len(weight_sizes(load).layer_bytes)}: "
         "place the model by the name of its file.",
+        BAD_REQUEST,
+    )
+
+
+def nothing_to_quantize(card: ModelCard, quantize: Quantizing) -> Refused:
+    return Refused(
+        f"{card.model_id} has no matrices in full precision that could be rounded to {quantize}: place it without.",
         BAD_REQUEST,
     )
 

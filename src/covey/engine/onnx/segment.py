@@ -12,16 +12,18 @@ from msgspec import Struct
 
 from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.opening import open_checkpoint, weight_files
+from covey.checkpoints.quantizing import BITS
 from covey.engine.contract import Activations, EngineError
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.graph import ModelGraph
 from covey.engine.onnx.session import KvCache, StageSession
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.weights import StageFile, row_count
-from covey.schema.model import Shard
+from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerSpec
 
 EXACT: Final = ("exact", "1")  # the engine option that leaves activations as they are
+QUANTIZE: Final = "quantize"  # the one whose value says what matrices in full precision are rounded to
 EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 Told = Callable[[int, int, int], None]  # layers read of this segment, and bytes read of how many
@@ -90,7 +92,7 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`."""
     footing, architecture = model.footing, model.architecture
     with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
-        file = StageFile(reader, model.header, architecture, shard, footing.context_length)
+        file = StageFile(reader, model.header, architecture, shard, footing.context_length, _bits(footing))
         table, head = file.read_ends()
         graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
         told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
@@ -110,6 +112,11 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
         vocabulary_size=None if table is None else row_count(table),
         result_size=result_size,
     )
+
+
+def _bits(footing: Footing) -> int | None:
+    asked = dict(footing.options).get(QUANTIZE)
+    return None if asked is None else BITS[Quantizing(asked)]
 
 
 @contextmanager

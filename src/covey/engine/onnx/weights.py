@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, TensorReader
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
+from covey.checkpoints.quantizing import can_be_quantized, quantize_tensor
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
@@ -61,14 +62,23 @@ class StageFile:
     """The part of a model file that one stage is made of."""
 
     def __init__(
-        self, reader: TensorReader, header: Checkpoint, architecture: Architecture, shard: Shard, context_length: int
+        self,
+        reader: TensorReader,
+        header: Checkpoint,
+        architecture: Architecture,
+        shard: Shard,
+        context_length: int,
+        bits: int | None = None,
     ) -> None:
-        """Raises `CheckpointError`, `EngineError`."""
+        """`bits`: what matrices in full precision are rounded to; None: they stay. Raises `CheckpointError`,
+        `EngineError`.
+        """
         self._reader = reader
         self._header = header
         self._architecture = architecture
         self._shard = shard
         self._context_length = context_length
+        self._bits = bits
         self._needed = tensors.needed(header, architecture, shard, context_length)
         self._in_layers = tensors.layer_shapes(architecture)
         self.bytes_read = 0
@@ -168,11 +178,13 @@ class StageFile:
     def _matrix(self, name: str) -> Matrix:
         entry = self._header.tensors[name]
         content = self._read(name)
+        if self._bits is not None and can_be_quantized(entry):
+            return quantize_tensor(entry, content, self._bits)
         return pack(entry, content) if is_blocked(entry.type) else dequantize(entry, content)
 
     def _table(self) -> Table:
         entry = self._header.tensors[EMBEDDING]
-        if stays_in_table(entry.type):
+        if stays_in_table(entry.type) and not (self._bits and can_be_quantized(entry)):
             return self._read(EMBEDDING).view("<f2").reshape(entry.shape)
         return self._matrix(EMBEDDING)
 
