@@ -1,6 +1,7 @@
 """How far the engine is from plain arithmetic: both are led along the same real text, and say what comes next.
 
-    python bench/exactness.py FILE.gguf ... [--tokens 2000] [--text FILE ...] [--decode] [--llama] [--threads 1] [--json]
+    python bench/exactness.py FILE.gguf ... [--tokens 2000] [--text FILE ...] [--decode] [--llama] [--threads 1]
+        [--json]
 
 The other side is a float64 twin in NumPy (`tests/engine/onnx/llama_twin.py`), on the weights as the `gguf` package
 dequantises them. The engine reads the text as it reads prompts, in chunks, as it is and in exact mode; with --decode
@@ -8,7 +9,8 @@ also token by token, as it answers. With --llama llama.cpp is led along, too, to
 bits as the engine does, and tells only its choice.
 
 Told are in how many of the places both name the same next token, the perplexity against the twin's, the differences of
-logits, and how close the twin's first two were where they part. The text is the opening of a book (`texts/`).
+logits, and how close the twin's first two were where they part. The text is the opening of "Alice's Adventures in
+Wonderland" by Lewis Carroll (1865, in the public domain).
 """
 
 import argparse
@@ -30,8 +32,9 @@ from covey.checkpoints.tokenizer import load_tokenizer
 from covey.engine.contract import Piece
 from covey.engine.scheduler import PREFILL_CHUNK_TOKENS
 
-TEXT: Final = Path(__file__).parent / "texts" / "alice.txt"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the twin lives with the tests
+ROOT: Final = Path(__file__).resolve().parent.parent
+TEXT: Final = ROOT / "tests" / "engine" / "onnx" / "alice.txt"
+sys.path.insert(0, str(ROOT))  # the twin lives with the tests
 
 from tests.engine.onnx.llama_twin import LlamaTwin, divergences, log_odds  # noqa: E402
 
