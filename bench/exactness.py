@@ -1,7 +1,7 @@
 """How far the engine is from plain arithmetic: both are led along the same real text, and say what comes next.
 
-    python bench/exactness.py FILE.gguf ... [--tokens 2000] [--text FILE ...] [--decode] [--llama] [--threads 1]
-        [--json]
+    python bench/exactness.py FILE.gguf ... [--tokens 2000] [--window 500] [--text FILE ...] [--decode] [--llama]
+        [--threads 1] [--json]
 
 The other side is a float64 twin in NumPy (`tests/engine/onnx/llama_twin.py`), on the weights as the `gguf` package
 dequantises them. The engine reads the text as it reads prompts, in chunks, as it is and in exact mode; with --decode
@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -30,13 +29,14 @@ from rich.table import Table
 from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import load_tokenizer
 from covey.engine.contract import Piece
+from covey.engine.onnx.stage import OnnxStage
 from covey.engine.scheduler import PREFILL_CHUNK_TOKENS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TEXT: Final = ROOT / "tests" / "engine" / "onnx" / "alice.txt"
 sys.path.insert(0, str(ROOT))  # the twin lives with the tests
 
-from tests.engine.onnx.llama_twin import LlamaTwin, divergences, log_odds  # noqa: E402
+from tests.engine.onnx.llama_twin import LlamaTwin, log_odds  # noqa: E402
 
 CHUNKS: Final = {  # whether exact, and how many tokens go together
     "chunks": (False, PREFILL_CHUNK_TOKENS),
@@ -44,7 +44,6 @@ CHUNKS: Final = {  # whether exact, and how many tokens go together
 }
 ONE_BY_ONE: Final = {"one by one": (False, 1), "exact, one by one": (True, 1)}
 LLAMA: Final = "llama.cpp"
-COMPARED_TOGETHER: Final = 256  # rows of logits; more take gigabytes
 
 
 @dataclass
@@ -65,11 +64,12 @@ class Comparison:
         own, theirs = actual.argmax(axis=-1), expected.argmax(axis=-1)
         rows = np.arange(len(following))
         apart = np.abs(actual - expected)
+        odds, twin_odds = log_odds(actual), log_odds(expected)
         self.places += len(following)
         self.agreed += int((own == theirs).sum())
-        self.surprise -= log_odds(actual)[rows, following].sum()
-        self.twin_surprise -= log_odds(expected)[rows, following].sum()
-        self.divergence += divergences(expected, actual).sum()
+        self.surprise -= odds[rows, following].sum()
+        self.twin_surprise -= twin_odds[rows, following].sum()
+        self.divergence += (np.exp(twin_odds) * (twin_odds - odds)).sum()
         self.difference += apart.mean(axis=-1).sum()
         self.largest = max(self.largest, float(apart.max()))
         self.gaps += (expected[rows, theirs] - expected[rows, own])[own != theirs].tolist()
@@ -90,54 +90,52 @@ class Comparison:
         }
 
 
-def engine_logits(model: Path, token_ids: list[int], chunk: int, threads: int, *, exact: bool) -> Iterator[np.ndarray]:
-    """Of every token, in portions, from an empty cache."""
-    stage = load(spec_of(model, threads, len(token_ids), exact=exact))
-    portion: list[np.ndarray] = []
+def engine_logits(stage: OnnxStage, token_ids: list[int], chunk: int) -> np.ndarray:
+    """Of every token, from an empty cache. A guess is a token whose logits are wanted, too, so all can be had."""
+    found: list[np.ndarray] = []
     for start in range(0, len(token_ids), chunk):
         tokens = np.array(token_ids[start : start + chunk], np.int64)
-        # A guess is a token whose logits are wanted beside the last one's, so all can be had.
         piece = Piece(0, start, len(tokens), wants_logits=True, guess_count=len(tokens) - 1)
-        portion.append(stage.run([piece], tokens).copy())
-        if sum(map(len, portion)) >= COMPARED_TOGETHER or start + chunk >= len(token_ids):
-            yield np.concatenate(portion)
-            portion.clear()
+        found.append(stage.run([piece], tokens).copy())
+    return np.concatenate(found)
 
 
-def llama_choices(model: Path, token_ids: list[int], threads: int) -> list[int]:
+def llama_choices(model: Path, windows: list[list[int]], threads: int) -> list[np.ndarray]:
     """What llama.cpp would say after each token. What it has read it keeps, so each takes it one step."""
     import xllamacpp  # noqa: PLC0415  # only tests and benches have it
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
-    parameters.n_ctx = len(token_ids) + COMPARED_TOGETHER
+    parameters.n_ctx = max(map(len, windows)) + 16
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = threads
     parameters.warmup = False
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
-    asked = {"n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
-    answers = (server.handle_completions(asked | {"prompt": token_ids[:end]}) for end in range(1, len(token_ids)))
-    return [answer["choices"][0]["logprobs"]["content"][0]["id"] for answer in answers]
+
+    def choice(tokens: list[int]) -> int:
+        asked = {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+        return server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["id"]
+
+    return [np.array([choice(window[:end]) for end in range(1, len(window))]) for window in windows]
 
 
 def compare(
-    model: Path, token_ids: list[int], threads: int, ways: dict[str, tuple[bool, int]], *, with_llama: bool
+    model: Path, windows: list[list[int]], threads: int, ways: dict[str, tuple[bool, int]], *, with_llama: bool
 ) -> dict[str, dict[str, float]]:
-    """Figures by the way to compute."""
-    expected = LlamaTwin(model, np.float64).logits(token_ids)
+    """Figures by the way to compute. After the last token of a window nothing is known to follow."""
+    expected = LlamaTwin(model, np.float64).logits_of_all(windows, [0] * len(windows))
     found: dict[str, dict[str, float]] = {}
-    if with_llama:
-        agreed = expected[:-1].argmax(axis=-1) == llama_choices(model, token_ids, threads)
-        found[LLAMA] = {"places": len(agreed), "top1_percent": 100 * float(agreed.mean())}
     for way, (exact, chunk) in ways.items():
-        comparison, start = Comparison(), 0
-        for actual in engine_logits(model, token_ids, chunk, threads, exact=exact):
-            following = token_ids[start + 1 : start + 1 + len(actual)]  # nothing follows the last token
-            rows = slice(start, start + len(following))
-            comparison.add(expected[rows], actual[: len(following)], following)
-            start += len(actual)
+        comparison, stage = Comparison(), load(spec_of(model, threads, len(windows[0]), exact=exact))
+        for window, logits in zip(windows, expected, strict=True):
+            comparison.add(logits[:-1], engine_logits(stage, window, chunk)[:-1], window[1:])
         found[way] = comparison.figures()
+    if with_llama:
+        choices = llama_choices(model, windows, threads)
+        pairs = zip(expected, choices, strict=True)
+        agreed = np.concatenate([logits[:-1].argmax(axis=-1) == chosen for logits, chosen in pairs])
+        found[LLAMA] = {"places": len(agreed), "top1_percent": 100 * float(agreed.mean())}
     return found
 
 
@@ -174,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--window", type=int, default=500, help="tokens that are read together")
     parser.add_argument("--text", type=Path, nargs="+", default=[TEXT])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decode", action="store_true", help="also token by token")
@@ -185,10 +184,13 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for model in options.models:
         token_ids = tokens_of(model, text, options.tokens)
-        found[model.stem] = compare(model, token_ids, options.threads, ways, with_llama=options.llama)
+        windows = [token_ids[start : start + options.window] for start in range(0, options.tokens, options.window)]
+        found[model.stem] = compare(model, windows, options.threads, ways, with_llama=options.llama)
         print(f"{model.stem} done", file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps({"tokens": options.tokens, "threads": options.threads, "files": found}))
+        print(
+            json.dumps({"tokens": options.tokens, "window": options.window, "threads": options.threads, "files": found})
+        )
     else:
         show(found)
 
