@@ -8,6 +8,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from covey.checkpoints.blocks import Form
 from covey.checkpoints.checkpoint import EMBEDDING, Checkpoint, TensorEntry, TensorReader
 from covey.checkpoints.quantization import (
     dequantize,
@@ -92,7 +93,7 @@ def _quantized(entries: list[TensorEntry], reader: TensorReader, bits: int) -> T
     weights = math.prod(first.shape)
     return replace(
         kind,
-        held_bytes=len(entries) * (weights * bits // 8 + 4 * weights // BLOCK_SIZE),
+        held_bytes=len(entries) * Form(bits, BLOCK_SIZE, has_offsets=False).byte_count(weights),
         held_as=f"rounded: {bits}-bit codes in blocks of {BLOCK_SIZE}",
         error=error_of(dequantize(first, reader.read(first)), bits),
     )
