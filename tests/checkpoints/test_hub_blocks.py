@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from covey.checkpoints.blocks import PackedBlocks
+from covey.checkpoints.blocks import KERNEL_BYTES, PackedBlocks
 from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
 from covey.checkpoints.hub_quantization import Quantization, quantised_entry
 from covey.checkpoints.quantization import dequantize, form_of, held_bytes, pack
@@ -155,7 +155,9 @@ def test_what_is_held_is_what_is_counted():
         assert packed.offsets is not None
         assert form is not None
         assert (form.bits, form.block_size, form.has_offsets) == (packed.bits, packed.block_size, True)
-        assert held_bytes(entry) == packed.codes.nbytes + packed.scales.nbytes + packed.offsets.nbytes
+        arrays = packed.codes.nbytes + packed.scales.nbytes + packed.offsets.nbytes
+        assert held_bytes(entry) == arrays + KERNEL_BYTES * packed.scales.size
+        assert held_bytes(entry, is_multiplied=False) == arrays
 
 
 @pytest.mark.parametrize(

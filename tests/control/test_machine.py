@@ -270,7 +270,7 @@ def test_a_lost_node_is_replaced_only_by_nodes_that_were_chosen() -> None:
 
 
 def test_memory_that_is_promised_but_not_loaded_counts() -> None:
-    world, [ada] = cluster_of(1, memory=8)
+    world, [ada] = cluster_of(1, memory=7)
     first, second = world.people.place(ada, LARGE), world.people.place(ada, LARGE)
     assert isinstance(outcome(world, first), Accepted)
     refused = outcome(world, second)

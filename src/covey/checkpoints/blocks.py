@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 HALF_BYTE: Final = 4  # bits
 FLOAT_BYTES: Final = 4
+KERNEL_BYTES: Final = 8  # that a kernel adds to a block: the scale once more, and the sum of the block's weights
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -37,15 +38,20 @@ class PackedBlocks(Struct, frozen=True):
 
 
 class Form(Struct, frozen=True):
-    """How a tensor of blocks is held; a scale and an offset have 4 bytes each."""
+    """How a tensor of blocks is held; a scale and an offset have 4 bytes each.
+
+    What a kernel adds was measured on x86-64, without exact mode (`bench/memory.py`); elsewhere it may be less.
+    """
 
     bits: int
     block_size: int
     has_offsets: bool
 
-    def byte_count(self, weights: int) -> int:
+    def byte_count(self, weights: int, *, is_multiplied: bool = True) -> int:
+        """A table of embeddings is only looked up in, and no kernel adds to it."""
         blocks = -(-weights // self.block_size)
-        return blocks * (self.block_size * self.bits // 8 + FLOAT_BYTES * (1 + self.has_offsets))
+        packed_bytes = self.block_size * self.bits // 8 + FLOAT_BYTES * (1 + self.has_offsets)
+        return blocks * (packed_bytes + KERNEL_BYTES * is_multiplied)
 
 
 def values_of(blocks: Blocks) -> Floats:

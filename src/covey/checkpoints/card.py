@@ -160,7 +160,7 @@ def _bytes_by_place(
 
 def _held(tensor: TensorEntry, bits: int | None, *, is_table: bool = False) -> int:
     if bits is not None and can_be_quantized(tensor):
-        return quantized_bytes(tensor, bits)
+        return quantized_bytes(tensor, bits, is_multiplied=not is_table)
     return held_in_table_bytes(tensor) if is_table else held_bytes(tensor)
 
 

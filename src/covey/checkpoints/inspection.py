@@ -86,7 +86,7 @@ def _quantized(entries: list[TensorEntry], reader: TensorReader, bits: int) -> T
         return kind
     return replace(
         kind,
-        held_bytes=len(entries) * quantized_bytes(first, bits),
+        held_bytes=len(entries) * quantized_bytes(first, bits, is_multiplied=first.name != EMBEDDING),
         held_as=f"rounded: {bits}-bit codes in blocks of {BLOCK_SIZE}",
         error=error_of(dequantize(first, reader.read(first)), bits),
     )

@@ -47,15 +47,15 @@ def form_of(entry: TensorEntry) -> Form | None:
     return _ggml_form(entry.type) if entry.type in GGML_BLOCKS else None
 
 
-def held_bytes(entry: TensorEntry) -> int:
-    """What `pack` or `dequantize` makes of it, which a runner holds; an unknown type counts as floats."""
+def held_bytes(entry: TensorEntry, *, is_multiplied: bool = True) -> int:
+    """What a runner holds of it, as `pack` or `dequantize` and a kernel make it; an unknown type counts as floats."""
     form, count = form_of(entry), math.prod(entry.shape)
-    return FLOAT_BYTES * count if form is None else form.byte_count(count)
+    return FLOAT_BYTES * count if form is None else form.byte_count(count, is_multiplied=is_multiplied)
 
 
 def held_in_table_bytes(entry: TensorEntry) -> int:
     """The same for a table of embeddings."""
-    return entry.byte_count if stays_in_table(entry.type) else held_bytes(entry)
+    return entry.byte_count if stays_in_table(entry.type) else held_bytes(entry, is_multiplied=False)
 
 
 def stays_in_table(tensor_type: str) -> bool:

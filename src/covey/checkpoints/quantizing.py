@@ -28,9 +28,10 @@ def can_be_quantized(entry: TensorEntry) -> bool:
     return is_matrix and is_weight and is_known(entry.type) and form_of(entry) is None
 
 
-def quantized_bytes(entry: TensorEntry, bits: int) -> int:
-    """What `quantize_tensor` makes of it."""
-    return Form(bits, BLOCK_SIZE, has_offsets=False).byte_count(math.prod(entry.shape))
+def quantized_bytes(entry: TensorEntry, bits: int, *, is_multiplied: bool = True) -> int:
+    """What a runner holds of it, as `quantize_tensor` and a kernel make it; a table of embeddings is not multiplied."""
+    form = Form(bits, BLOCK_SIZE, has_offsets=False)
+    return form.byte_count(math.prod(entry.shape), is_multiplied=is_multiplied)
 
 
 def quantize_tensor(entry: TensorEntry, content: Bytes, bits: int) -> PackedBlocks:

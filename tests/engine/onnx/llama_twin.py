@@ -8,7 +8,9 @@ import numpy as np
 
 
 class LlamaTwin:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, precision: type[np.floating] = np.float32) -> None:
+        """`precision`: of all that is computed; what float64 takes twice as long for is exact beside any engine."""
+        self.precision = precision
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
         self.layers = fields["llama.block_count"]
@@ -31,6 +33,7 @@ class LlamaTwin:
         """Each sequence's logits from its start on. All share the large products, which is what makes them quick."""
         bounds = list(itertools.accumulate((len(sequence) for sequence in sequences), initial=0))
         hidden = self.weights["token_embd.weight"][list(itertools.chain.from_iterable(sequences))]
+        hidden = hidden.astype(self.precision)  # and so is all that follows
         for layer in range(self.layers):
             hidden = hidden + self._attention(layer, self._norm(hidden, f"blk.{layer}.attn_norm.weight"), bounds)
             normed = self._norm(hidden, f"blk.{layer}.ffn_norm.weight")
@@ -77,7 +80,7 @@ class LlamaTwin:
         angles = np.outer(np.arange(len(values)) / self.position_scale, frequencies)[:, np.newaxis]
         pairs = values[..., 0::2] + 1j * values[..., 1::2]
         turned = pairs * np.exp(1j * angles)
-        return np.stack((turned.real, turned.imag), axis=-1).reshape(values.shape).astype(np.float32)
+        return np.stack((turned.real, turned.imag), axis=-1).reshape(values.shape).astype(self.precision)
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_twin import LlamaTwin, log_odds
 
+from covey.checkpoints.opening import open_checkpoint
+from covey.checkpoints.tokenizer import load_tokenizer
 from covey.engine.contract import Logits, Piece
 from covey.engine.onnx.products import halves
 from covey.engine.onnx.stage import OnnxStage
@@ -24,6 +27,8 @@ PROMPTS = [prompt["token_ids"] for prompt in json.loads((Path(__file__).parent /
 LAYERS = 30
 TOKENS = 64
 CUTS = (1, 7, 20, 33, 50, 63)
+TEXT = (Path(__file__).parent / "alice.txt").read_text()  # "Alice's Adventures in Wonderland" by Lewis Carroll, 1865
+TEXT_TOKENS = 200
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0),
     "seeded": Sampling(temperature=0.8, top_p=0.95, seed=7),
@@ -81,6 +86,28 @@ def exact(demo_model: Path) -> Runner:
     return Runner(demo_model, (0, LAYERS), exact=True)
 
 
+@pytest.fixture(scope="module")
+def rounding(demo_model: Path) -> Runner:
+    return Runner(demo_model, (0, LAYERS), exact=False)
+
+
+def test_real_text_is_read_as_plain_arithmetic_reads_it(exact: Runner, rounding: Runner, demo_model: Path) -> None:
+    """Against float64. More of it, and all quantisations: `bench/exactness.py`."""
+    tokenizer = load_tokenizer(open_checkpoint(demo_model))
+    tokens = tokenizer.encode(TEXT, parse_special=False, add_special=True)[:TEXT_TOKENS]
+    expected = LlamaTwin(demo_model, np.float64).logits(tokens)[:-1]
+    following = np.arange(TEXT_TOKENS - 1), tokens[1:]
+    surprise = -log_odds(expected)[following].mean()
+    for runner, agreed_least, apart_most in ((exact, 0.98, 0.01), (rounding, 0.93, 0.03)):
+        piece = Piece(0, 0, TEXT_TOKENS, wants_logits=True, guess_count=TEXT_TOKENS - 1)
+        logits = runner.stages[0].run([piece], np.array(tokens, np.int64))[:-1]
+        agreed = np.mean(logits.argmax(axis=-1) == expected.argmax(axis=-1))
+        perplexities = np.exp(-log_odds(logits)[following].mean() - surprise)
+        print(f"top-1 agreement {agreed:.4f}, perplexity {perplexities:.5f} times the twin's")
+        assert agreed >= agreed_least
+        assert abs(perplexities - 1) <= apart_most
+
+
 def differences(runner: Runner) -> np.ndarray:
     """Of each prompt, between the last logits computed token by token and all together: the largest."""
     found = []
@@ -90,9 +117,8 @@ def differences(runner: Runner) -> np.ndarray:
     return np.array(found)
 
 
-def test_a_token_computed_alone_has_the_logits_of_one_computed_with_others(exact: Runner, demo_model: Path) -> None:
+def test_a_token_computed_alone_has_the_logits_of_one_computed_with_others(exact: Runner, rounding: Runner) -> None:
     """A thousandth of what decides between tokens; the other mode, which rounds activations, is far from that."""
-    rounding = Runner(demo_model, (0, LAYERS), exact=False)
     in_exact, elsewhere = differences(exact).max(), differences(rounding).max()
     print(f"largest difference of logits: exact {in_exact:.1e}, else {elsewhere:.1e}")
     assert in_exact < 1e-3

@@ -15,7 +15,7 @@ from test_hub_folder_stage import hub_folder
 from tiny_families import FAMILIES
 from tiny_llama import LAYERS, write_tiny_llama
 
-from covey.checkpoints.blocks import values_of
+from covey.checkpoints.blocks import KERNEL_BYTES, PackedBlocks, values_of
 from covey.checkpoints.card import card_from_header
 from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.opening import open_checkpoint
@@ -113,13 +113,16 @@ def card_of(path: Path) -> ModelCard:
     return card_from_header(open_checkpoint(path), ModelId("it"), FileSource(str(path)))
 
 
-def byte_count(held: Any) -> int:
-    """Of all arrays in it."""
+def byte_count(held: Any, *, is_multiplied: bool = True) -> int:
+    """Of all arrays in it, and of what a kernel adds to blocks."""
     if isinstance(held, np.ndarray):
         return held.nbytes
     if isinstance(held, tuple | list):
         return sum(map(byte_count, held))
-    return sum(map(byte_count, msgspec.structs.astuple(held))) if isinstance(held, msgspec.Struct) else 0
+    if not isinstance(held, msgspec.Struct):
+        return 0
+    added = KERNEL_BYTES * held.scales.size if isinstance(held, PackedBlocks) and is_multiplied else 0
+    return added + sum(map(byte_count, msgspec.structs.astuple(held)))
 
 
 def read(path: Path, shard: Shard, quantize: Quantizing | None) -> tuple[list[Any], list[Any]]:
@@ -147,7 +150,7 @@ def test_what_is_held_is_what_the_card_says(kind: str, quantize: Quantizing | No
     card = card_of(path)
     count, said = card.layer_count, next((each for each in card.quantized if each.quantize is quantize), card)
     layers, [table, _] = read(path, Shard(0, 1, count), quantize)
-    assert (byte_count(layers), byte_count(table)) == (said.layer_bytes[0], said.embedding_bytes)
+    assert (byte_count(layers), byte_count(table, is_multiplied=False)) == (said.layer_bytes[0], said.embedding_bytes)
     layers, [_, head] = read(path, Shard(count - 1, count, count), quantize)
     assert (byte_count(layers), byte_count(head)) == (said.layer_bytes[-1], said.output_bytes)
 

@@ -1,0 +1,15 @@
+"""A runner holds what placement sets aside for it. `bench/memory.py` tells by how much it differs, for any file."""
+
+import sys
+
+import pytest
+from runner_memory import measure
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the constants are those of Linux on x86-64")
+def test_full_slots_take_what_was_predicted(demo_model):
+    """Both ends of a pipeline. The tenth leaves room for other builds of the libraries."""
+    for stage in measure(demo_model, context=256, slots=2, stages=2, exact=False):
+        print(stage)
+        assert 0.9 < stage["ratio"] < 1.1
