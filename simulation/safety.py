@@ -97,13 +97,12 @@ class Safety:
             self._failed(runner_id, process)
 
     def _failed(self, runner_id: RunnerId, process: Process) -> None:
-        """What was well until then counts as a first failure, and may be tried again at once."""
+        """What was well until then may be tried again at once, and that does not count."""
         assert self.host.machine is not None
         settings = self.host.machine.settings
         was_well = process.steps * BEAT_MS >= settings.runner_proven_ms
         was_well = was_well or process.beats * BEAT_MS >= settings.runner_healthy_ms
-        before = [] if was_well else self.failures.get(runner_id, [])
-        self.failures[runner_id] = [*before, self.host.now_ms]
+        self.failures[runner_id] = [] if was_well else [*self.failures.get(runner_id, []), self.host.now_ms]
         self.well.discard(runner_id)
         self.well |= {runner_id} if was_well else set()
 
@@ -333,7 +332,8 @@ class Safety:
         ]
         if runner_id not in assigned:
             self._fail(f"it starts {runner_id}, which is not assigned to it")
-        if any(process.spec.runner_id == runner_id for process in self.host.processes):
+        heirs = {key for other, key in machine.runners.keys().items() if other != runner_id}  # of what was its own
+        if any(each.spec.runner_id == runner_id and each.key not in heirs for each in self.host.processes):
             self._fail(f"it starts {runner_id} while a process of that runner lives")
         attempt, started_ms = self.attempts.get(runner_id, (0, -(10**9)))
         if effect.attempt <= attempt:

@@ -278,6 +278,24 @@ def test_the_time_that_a_runner_hung_is_no_health() -> None:
     assert bench.mine.retry_ms is None
 
 
+@pytest.mark.parametrize(("last", "pause_ms"), [(4, 1_000), (12, 0)])
+def test_nor_is_it_where_a_new_generation_came_meanwhile(last: int, pause_ms: int) -> None:
+    bench = Bench(2)
+    linked(bench)
+    for count in range(1, 21):
+        bench.say(Beat(min(count, last), is_busy=True))
+        bench.advance(1_000)
+    bench.report(RunnerState.IDLE, 2)
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    [stop] = bench.advance(5_000)  # it says nothing any more
+    assert isinstance(stop, StopRunner)
+    bench.exit()
+    assert bench.mine.has_process is (pause_ms == 0)  # what was well is started again at once
+    bench.advance(pause_ms)
+    assert bench.mine.has_process
+
+
 def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None:
     bench = Bench()
     bench.advance()

@@ -331,7 +331,9 @@ class Runners:
         if runner.state not in SERVING_STATES:
             runner.heard_ms = now_ms  # only what serves has been beating
         attempt = _open_generation(runner, others)
-        return self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
+        effects = self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
+        self._note(now_ms, runner)  # whether it was well until now, before its time begins anew
+        return effects
 
     def _has_room(self, runner: Runner, others: dict[int, Neighbour], world: World) -> bool:
         """Whether what is free and not promised to others here is enough; if it surely is not, `runner` waits."""
