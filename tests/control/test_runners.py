@@ -296,18 +296,6 @@ def test_nor_is_it_where_a_new_generation_came_meanwhile(last: int, pause_ms: in
     assert bench.mine.has_process
 
 
-def test_nor_is_the_time_that_its_machine_slept() -> None:
-    bench = at_the_end_of_its_budget()
-    for count in (1, 2, 3):
-        bench.say(Beat(count, is_busy=True), attempt=4)
-        bench.advance(2_000)
-    bench.now_ms += 3_600_000
-    bench.runners.wake(bench.now_ms)
-    bench.say(Beat(4, is_busy=True), attempt=4)
-    bench.exit(4)
-    assert (bench.mine.state, bench.mine.retry_ms) == (RunnerState.FAILED, None)
-
-
 def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None:
     bench = Bench()
     bench.advance()

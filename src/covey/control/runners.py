@@ -151,8 +151,6 @@ class Runners:
         """Our machine slept, and the processes with it: their time begins anew."""
         for runner in self.runners.values():
             runner.phase_since_ms = runner.heard_ms = now_ms
-            runner.serving_since_ms = None if runner.serving_since_ms is None else now_ms
-            runner.working_since_ms = None if runner.working_since_ms is None else now_ms
 
     # ---- desired minus actual ----
 
