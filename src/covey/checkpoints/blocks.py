@@ -71,5 +71,10 @@ def pack_blocks(blocks: Blocks) -> PackedBlocks:
     # A minimum counts from code 0, an offset from the centre; rounding this sum to float32 is far below the scale.
     offsets: Any = None if blocks.minimums is None else blocks.minimums + blocks.scales * np.float32(centre)
     if bits == HALF_BYTE:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        codes = paired(codes)
     return PackedBlocks(bits, blocks.codes.shape[-1], codes, blocks.scales, offsets)
+
+
+def paired(codes: Any) -> Bytes:
+    """Codes of 4 bits, two neighbours to a byte, the first in its low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << HALF_BYTE

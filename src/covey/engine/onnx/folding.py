@@ -11,11 +11,11 @@ from typing import Any, Final
 import numpy as np
 from msgspec import Struct
 
-from covey.checkpoints.blocks import HALF_BYTE, Bytes, Floats
+from covey.checkpoints.blocks import HALF_BYTE, Bytes, Floats, paired
 from covey.checkpoints.quantization import PackedBlocks
 
-CENTRE: Final = 8  # the code that is zero where nothing else is said
-TOP: Final = 15
+CENTRE: Final = 1 << (HALF_BYTE - 1)  # the code that is zero where nothing else is said
+TOP: Final = (1 << HALF_BYTE) - 1
 DIGITS: Final = 2
 STEPS: Final = 7.5  # of a code from the centre to the end
 LEFT_MAX: Final = 0.4  # of the scales, root of the mean squares; 0.29 where all offsets are within reach
@@ -47,14 +47,14 @@ def fold(matrix: PackedBlocks) -> Folded | None:
     for _ in range(DIGITS):
         digit, scale = _digit(padded)
         padded = padded - scale[..., np.newaxis] * (digit.astype(np.float32) - CENTRE)
-        codes.append(_paired(digit))
+        codes.append(paired(digit))
         scales.append(scale)
     if _size(padded.reshape(len(left), -1)[:, : left.shape[1]]) > ERROR_MAX * _size(matrix.scales):
         return None
     more = DIGITS * padded.shape[1]
     even = (zeros.shape[1] + more) % 2
     all_zeros = np.pad(zeros, ((0, 0), (0, more + even)), constant_values=CENTRE)
-    return Folded(np.concatenate(codes, axis=1), np.concatenate(scales, axis=1), _paired(all_zeros))
+    return Folded(np.concatenate(codes, axis=1), np.concatenate(scales, axis=1), paired(all_zeros))
 
 
 def _nearest(scales: Floats, offsets: Floats) -> tuple[Bytes, Floats]:
@@ -74,8 +74,3 @@ def _digit(values: Floats) -> tuple[Bytes, Floats]:
 
 def _size(values: Floats) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
-
-
-def _paired(codes: Any) -> Bytes:
-    """Two neighbours to a byte, the first in its low half."""
-    return codes[..., 0::2] | codes[..., 1::2] << HALF_BYTE
