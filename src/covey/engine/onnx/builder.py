@@ -5,17 +5,33 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. The
 they are; a model knows only their names, types and shapes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import onnx
+from msgspec import Struct
 from numpy.typing import NDArray
+
+from covey.checkpoints.blocks import PackedBlocks
 
 MICROSOFT: Final = "com.microsoft"
 OPSET: Final = 21
 IR_VERSION: Final = 10
+KEPT: Final = "prepacked_0"  # ONNX Runtime's name for where a packed constant is
+INT8_ACCUMULATION: Final = 4  # `accuracy_level`: activations are quantised to 8 bits per block, as llama.cpp does
+FLOAT_ACCUMULATION: Final = 0  # they stay as they are: slower, and the same whether a token is computed alone or not
 INLINE_BYTES_MAX: Final = 1024  # smaller constants live in the model, where the optimiser may read them
+
+
+class Kept(Struct, frozen=True):
+    """A packed matrix in a file. The codes and `scales` that the model names are blanks, which only tell it apart."""
+
+    file: str
+    blank_at: int  # where in the file zeros are
+    place: str  # ONNX Runtime's mark, and where it is packed
+    scales: NDArray[np.float32]
 
 
 class GraphBuilder:
@@ -25,6 +41,7 @@ class GraphBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, NDArray[Any]] = {}
         self._inline: list[onnx.TensorProto] = []
+        self._kept: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._is_in_branch = False
@@ -44,6 +61,23 @@ class GraphBuilder:
         else:
             self.weights[name] = np.ascontiguousarray(value)
         return name
+
+    def kept(self, name: str, shape: tuple[int, ...], value: Kept) -> str:
+        """A constant of `shape`, bytes, that lies packed in a file."""
+        self._kept.append(_external(name, np.uint8, shape))
+        entries = {"location": value.file, "offset": value.blank_at, "length": math.prod(shape), KEPT: value.place}
+        for key, text in entries.items():
+            self._kept[-1].external_data.add(key=key, value=str(text))
+        return name
+
+    def matmul_blocks(self, inputs: list[str], output: str, matrix: PackedBlocks, accuracy_level: int) -> str:
+        """`inputs`: activations, codes, scales, and zeros where they are not half of what the codes' bits hold."""
+        rows, blocks = matrix.scales.shape
+        return self.node(
+            "MatMulNBits", inputs, output, MICROSOFT,
+            N=rows, K=blocks * matrix.block_size, bits=matrix.bits, block_size=matrix.block_size,
+            accuracy_level=accuracy_level,
+        )  # fmt: skip
 
     def node(self, operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
         """Adds a node with one output, and returns its name."""
@@ -75,7 +109,8 @@ class GraphBuilder:
 
     def model(self) -> bytes:
         outside = [_outside(name, value) for name, value in self.weights.items()]
-        graph = onnx.helper.make_graph(self.nodes, "stage", self._inputs, self._outputs, [*self._inline, *outside])
+        constants = [*self._inline, *self._kept, *outside]
+        graph = onnx.helper.make_graph(self.nodes, "stage", self._inputs, self._outputs, constants)
         opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         return model.SerializeToString()
@@ -97,11 +132,11 @@ def _value(name: str, dtype: Any, shape: list[int | str]) -> onnx.ValueInfoProto
 
 def _outside(name: str, value: NDArray[Any]) -> onnx.TensorProto:
     """Stands for a tensor that the session is given apart from the model; the location is never opened."""
-    tensor = onnx.TensorProto()
-    tensor.name = name
-    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-    tensor.dims.extend(value.shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    location = tensor.external_data.add()
-    location.key, location.value = "location", "given-apart"
+    tensor = _external(name, value.dtype, value.shape)
+    tensor.external_data.add(key="location", value="given-apart")
     return tensor
+
+
+def _external(name: str, dtype: Any, shape: tuple[int, ...]) -> onnx.TensorProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)

@@ -15,6 +15,7 @@ from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.attention import AttentionGraph
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
 from covey.engine.onnx.feed_forward import FeedForwardGraph
+from covey.engine.onnx.kernel_file import KernelFile
 from covey.engine.onnx.products import Products
 from covey.engine.onnx.rotary import Tables
 from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Linear, Table
@@ -36,12 +37,18 @@ class ModelGraph:
     """Adds a stage to a builder, layer by layer, so that a layer's weights can be read just before."""
 
     def __init__(
-        self, architecture: Architecture, tables: dict[Rotary, Tables], table: Table | None, *, is_exact: bool
+        self,
+        architecture: Architecture,
+        tables: dict[Rotary, Tables],
+        table: Table | None,
+        file: KernelFile | None,
+        *,
+        is_exact: bool,
     ) -> None:
-        """`table`: the token embeddings, on the first stage."""
+        """`table`: the token embeddings, on the first stage; `file`: for what `Products` keeps there."""
         self._architecture = architecture
         self._builder = builder = GraphBuilder()
-        self._products = Products(builder, is_exact=is_exact)
+        self._products = Products(builder, file, is_exact=is_exact)
         if table is None:
             self._residual = builder.input(HIDDEN, np.float32, ["tokens", architecture.hidden_size])
         else:

@@ -10,20 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covey.checkpoints.quantization import PackedBlocks
-from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
+from covey.engine.onnx.builder import FLOAT_ACCUMULATION, INT8_ACCUMULATION, GraphBuilder
 from covey.engine.onnx.folding import DIGITS, filling, fold
+from covey.engine.onnx.kernel_file import KernelFile
 from covey.engine.onnx.weights import Linear, Matrix
 
-INT8_ACCUMULATION: Final = 4  # `accuracy_level`: activations are quantised to 8 bits per block, as llama.cpp does
-FLOAT_ACCUMULATION: Final = 0  # they stay as they are: slower, and the same whether a token is computed alone or not
 BYTE_BITS: Final = 8
 
 
 class Products:
     """Adds products to a builder."""
 
-    def __init__(self, builder: GraphBuilder, *, is_exact: bool) -> None:
+    def __init__(self, builder: GraphBuilder, file: KernelFile | None, *, is_exact: bool) -> None:
+        """`file`: takes the matrices for 8-bit activations, as far as it can."""
         self._builder = builder
+        self._file = None if is_exact else file
         self._accuracy_level = FLOAT_ACCUMULATION if is_exact else INT8_ACCUMULATION
 
     def linears(self, name: str, source: str, linears: tuple[Linear, ...]) -> list[str]:
@@ -47,6 +48,11 @@ class Products:
         if not isinstance(matrix, PackedBlocks):
             weight = self._builder.constant(f"{name}.weight", matrix)
             return self._builder.node("Gemm", [source.name, weight], name, transB=1)
+        kept = self._file.add(matrix) if self._file else None
+        if kept is not None:
+            codes = self._builder.kept(f"{name}.codes", matrix.codes.shape, kept)
+            scales = self._builder.constant(f"{name}.scales", kept.scales.reshape(-1))
+            return self._builder.matmul_blocks([source.name, codes, scales], name, matrix, INT8_ACCUMULATION)
         folded = fold(matrix) if self._accuracy_level == INT8_ACCUMULATION else None
         if folded is None:
             return self._matmul_blocks(name, source, matrix)
@@ -88,16 +94,10 @@ class Products:
         return self._builder.node("Add", products, name)
 
     def _matmul_codes(self, name: str, source: str, matrix: PackedBlocks, *zeros: str) -> str:
-        """Without `zeros`, a zero is half of what the codes' bits hold."""
         builder = self._builder
-        rows, blocks = matrix.scales.shape
         codes = builder.constant(f"{name}.codes", matrix.codes)
         scales = builder.constant(f"{name}.scales", matrix.scales.reshape(-1))
-        return builder.node(
-            "MatMulNBits", [source, codes, scales, *zeros], name, MICROSOFT,
-            N=rows, K=blocks * matrix.block_size, bits=matrix.bits, block_size=matrix.block_size,
-            accuracy_level=self._accuracy_level,
-        )  # fmt: skip
+        return builder.matmul_blocks([source, codes, scales, *zeros], name, matrix, self._accuracy_level)
 
 
 class _Source:

@@ -14,11 +14,12 @@ from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.opening import open_checkpoint, weight_files
 from covey.checkpoints.quantizing import BITS
 from covey.engine.contract import Activations, EngineError
+from covey.engine.onnx import kernel_file
 from covey.engine.onnx.architecture import Architecture
-from covey.engine.onnx.graph import ModelGraph
+from covey.engine.onnx.graph import ModelGraph, StageGraph
 from covey.engine.onnx.session import KvCache, StageSession
 from covey.engine.onnx.settings import read_settings
-from covey.engine.onnx.weights import StageFile, row_count
+from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
 from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerSpec
 
@@ -91,20 +92,14 @@ def open_model(spec: RunnerSpec) -> Model:
 def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`."""
     footing, architecture = model.footing, model.architecture
-    with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
-        file = StageFile(reader, model.header, architecture, shard, footing.context_length, _bits(footing))
-        table, head = file.read_ends()
-        graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
-        told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
-        for layer in range(shard.layer_start, shard.layer_end):
-            graph.add_layer(layer, file.read_layer(layer))
-            told(layer + 1 - shard.layer_start, file.bytes_read, file.bytes_total)
-    built = graph.finish(head)
-    cache = KvCache(
-        built.caches, (footing.slot_count, architecture.kv_head_count, footing.context_length, architecture.head_size)
-    )
-    result_size = architecture.hidden_size if head is None else head.vocabulary_size
-    session = StageSession(built, cache, thread_count=footing.thread_count, result_size=result_size)
+    with kernel_file.opened() as file:
+        built, table, head = _build(model, shard, told, file)
+        cache = KvCache(
+            built.caches,
+            (footing.slot_count, architecture.kv_head_count, footing.context_length, architecture.head_size),
+        )
+        result_size = architecture.hidden_size if head is None else head.vocabulary_size
+        session = StageSession(built, cache, file, thread_count=footing.thread_count, result_size=result_size)
     return Segment(
         shard,
         session,
@@ -112,6 +107,22 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
         vocabulary_size=None if table is None else row_count(table),
         result_size=result_size,
     )
+
+
+def _build(
+    model: Model, shard: Shard, told: Told, file: kernel_file.KernelFile | None
+) -> tuple[StageGraph, Table | None, HeadWeights | None]:
+    footing, architecture = model.footing, model.architecture
+    with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
+        stage = StageFile(reader, model.header, architecture, shard, footing.context_length, _bits(footing))
+        table, head = stage.read_ends()
+        is_exact = EXACT in footing.options
+        graph = ModelGraph(architecture, stage.read_rotary_tables(), table, file, is_exact=is_exact)
+        told(0, stage.bytes_read, stage.bytes_total)  # the ends may be as large as many layers
+        for layer in range(shard.layer_start, shard.layer_end):
+            graph.add_layer(layer, stage.read_layer(layer))
+            told(layer + 1 - shard.layer_start, stage.bytes_read, stage.bytes_total)
+    return graph.finish(head), table, head
 
 
 def _bits(footing: Footing) -> int | None:

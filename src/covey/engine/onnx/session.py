@@ -3,24 +3,20 @@
 import ctypes
 import math
 import mmap
-import os
 import sys
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its builds report to their maker, and keep a device id, unless this is set
-
-import onnxruntime
-
 from covey.engine.contract import Activations
 from covey.engine.onnx import attention, graph
 from covey.engine.onnx.graph import StageGraph
+from covey.engine.onnx.kernel_file import KernelFile
+from covey.engine.onnx.runtime import FILE_FOLDER, new_options, open_session, shared
 
-PROVIDER: Final = "CPUExecutionProvider"
-LOG_ERRORS: Final = 3
 SPIN_US_MAX: Final = 50  # measured beside a busy program: 19 ms a token, 48 without a limit, 12 with the machine alone
 BINDINGS_MAX: Final = 32  # ranges of slots whose cache slices stay bound; a binding names two arrays for each layer
 
@@ -51,8 +47,11 @@ def _untouched(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
 class StageSession:
     """Runs sequences of equal length that lie in neighbouring slots."""
 
-    def __init__(self, built: StageGraph, cache: KvCache, *, thread_count: int, result_size: int) -> None:
-        self._session = _open(built, thread_count)
+    def __init__(
+        self, built: StageGraph, cache: KvCache, file: KernelFile | None, *, thread_count: int, result_size: int
+    ) -> None:
+        with file.named() if file else nullcontext("") as folder:
+            self._session = _open(built, thread_count, folder)
         self._cache = cache
         self._values: Activations = np.empty(0)
         self._result = np.empty((0, result_size), np.float32)
@@ -123,10 +122,10 @@ class _Binding:
             (attention.LONGEST, self._longest),
             (attention.LAYOUT, self._layout),
         ):
-            binding.bind_ortvalue_input(name, _shared(value))
+            binding.bind_ortvalue_input(name, shared(value))
         for name, value in cache.items():
             # The same memory as input and as output is how the operator knows to append in place.
-            both = _shared(value)
+            both = shared(value)
             binding.bind_ortvalue_input(name, both)
             binding.bind_ortvalue_output(attention.updated(name), both)
 
@@ -148,32 +147,24 @@ class _Binding:
     def _bind_values(self, values: Activations, rows: NDArray[np.int64] | None, result_count: int) -> None:
         self._values = self._all_values[: len(values)]
         self.result = self._all_results[:result_count]
-        self.binding.bind_ortvalue_input(graph.TOKENS if values.ndim == 1 else graph.HIDDEN, _shared(self._values))
-        self.binding.bind_ortvalue_output(graph.RESULT, _shared(self.result))
+        self.binding.bind_ortvalue_input(graph.TOKENS if values.ndim == 1 else graph.HIDDEN, shared(self._values))
+        self.binding.bind_ortvalue_output(graph.RESULT, shared(self.result))
         if rows is not None:
             self._rows = np.empty_like(rows)
-            self.binding.bind_ortvalue_input(graph.ROWS, _shared(self._rows))
+            self.binding.bind_ortvalue_input(graph.ROWS, shared(self._rows))
 
 
-def _shared(array: NDArray[Any]) -> Any:
-    """An OrtValue over the array's own memory, which it keeps alive."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _open(built: StageGraph, thread_count: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_count
-    options.inter_op_num_threads = 1
-    options.log_severity_level = LOG_ERRORS
+def _open(built: StageGraph, thread_count: int, folder: str) -> Any:
+    """`folder`: where the file of kept matrices is."""
+    options = new_options(thread_count)
     # Steps differ in length, and a plan of memory is kept for each length that comes up.
     options.enable_mem_pattern = False
     # Threads wait actively between the operators of a step, which pays, but not between steps. Nor for long: a thread
     # that another one holds up, on a core that a third program has, would burn what is left of its time slice.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US_MAX))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    names = list(built.weights)
-    options.add_external_initializers(names, [_shared(built.weights[name]) for name in names])
-    return onnxruntime.InferenceSession(built.model, options, providers=[PROVIDER])
+    options.add_session_config_entry(FILE_FOLDER, folder)
+    return open_session(built.model, options, built.weights)
 
 
 def give_back_memory() -> None:
