@@ -100,7 +100,7 @@ class StageEngine(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Runs each shape that serving will use once, and forgets what it computed. The ranks of a stage do it together.
+        """Runs each shape that serving will use once, and forgets what it computed. A stage's ranks do it together.
 
         Raises `LinkBrokenError`.
         """
