@@ -53,7 +53,10 @@ def shapes(vocabulary_size: int) -> dict[str, tuple[int, ...]]:
         "ffn_up": (INNER, HIDDEN),
         "ffn_down": (HIDDEN, INNER),
     }
-    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocabulary_size, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    found: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (vocabulary_size, HIDDEN),
+        "output_norm.weight": (HIDDEN,),
+    }
     return found | {f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in inside.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from covey.engine.contract import Piece
+from covey.engine.contract import ALONE, Piece
 from covey.engine.fake import FakeStage
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
@@ -84,7 +84,7 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
 
 def loaded(spec: RunnerSpec) -> FakeStage:
     stage = FakeStage()
-    stage.load(spec, lambda _: None)
+    stage.load(spec, lambda _: None, ALONE)
     return stage
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
+from covey.engine.contract import Activations, EngineError, Exchange, LoadProgress, Logits, Piece
 from covey.schema.runner import RunnerSpec
 
 WORD: Final = 0xFFFFFFFF
@@ -37,7 +37,8 @@ class FakeStage:
     def __init__(self) -> None:
         self._layers: dict[int, _Layer] = {}
 
-    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
+        self._exchange = exchange
         options = _options(spec.engine_options)
         self._spec = spec
         self._vocabulary_size = options["vocabulary_size"]

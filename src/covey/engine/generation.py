@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 import psutil
 
-from covey.engine.contract import LoadProgress, StageEngine
+from covey.engine.contract import ALONE, LoadProgress, StageEngine
 from covey.engine.handshake import Dialler
 from covey.engine.link import PULSE_SECONDS, Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
@@ -79,7 +79,7 @@ class Generation:
         self._wait(Load)
         self.phase = "loading"
         engine = self._find_engine(self.spec)
-        engine.load(self.spec, self._tell_progress)
+        engine.load(self.spec, self._tell_progress, ALONE)
         self.has_loaded = True
         self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
         self._wait(WarmUp)
