@@ -1,9 +1,10 @@
-"""Writes a Llama of the shape of a 1 B model with random weights, in the quantisations of the tables, for both programs.
+"""Writes a Llama of the shape of a 1 B model with random weights, in the tables' quantisations, for both programs.
 
     python bench/one_billion.py FILE.gguf FOLDER --llama-quantize PATH [--only Q4_1 Q4_0 Q4_K_M]
 
-Tokens and all that is not a size come from FILE, a small Llama: hidden 2048, 16 layers, 32 query and 8 key-value heads of
-64, inner 8192, and the vocabulary of FILE, which is the output matrix, too. It takes 5 GB of memory and of disk meanwhile.
+Tokens and all that is not a size come from FILE, a small Llama: hidden 2048, 16 layers, 32 query and 8 key-value heads
+of 64, inner 8192, and the vocabulary of FILE, whose matrix is the output's, too. It takes 5 GB of memory and of disk
+meanwhile.
 """
 
 import argparse

@@ -99,7 +99,10 @@ def test_a_layout_that_is_not_the_known_one_is_refused(monkeypatch: pytest.Monke
 
 
 def test_where_there_is_no_room_the_session_packs_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=512))
+    def nearly_full(_: int) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=1, f_frsize=512)
+
+    monkeypatch.setattr(os, "fstatvfs", nearly_full)
     with KernelFile() as file:
         assert file.add(make_matrix(40, 3, 32, 4)[0]) is None
 

@@ -54,8 +54,8 @@ class ModelGraph:
         is_exact: bool,
         is_split: bool = False,
     ) -> None:
-        """`architecture`: with the heads of this rank; `table`: the token embeddings, on the first stage; `file`: for what
-        `Products` keeps there.
+        """`architecture`: with the heads of this rank; `table`: the token embeddings, on the first stage; `file`: for
+        what `Products` keeps there.
         """
         self._architecture = architecture
         self._tables, self._file = tables, file

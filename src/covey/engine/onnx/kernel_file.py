@@ -88,7 +88,8 @@ class KernelFile:
         return found.f_bavail * found.f_frsize >= byte_count
 
     def _write(self, content: Bytes) -> None:
-        view, written = memoryview(content), 0
+        view: Any = content.data
+        written = 0
         while written < len(content):
             written += os.pwrite(self._file, view[written:], self._end + written)
         self._end += -(-len(content) // ALIGNMENT) * ALIGNMENT
@@ -150,7 +151,7 @@ def _packed(matrix: PackedBlocks) -> tuple[str, Bytes]:
         open_session(builder.model(), options, builder.weights)
         saved = onnx.ModelProto.FromString(os.pread(model, os.fstat(model).st_size, 0))
         mark, start, size = _entry(saved)
-        mapped = np.frombuffer(mmap.mmap(weights, 0), np.uint8)  # keeps the memory though the file is closed
+        mapped: Bytes = np.frombuffer(mmap.mmap(weights, 0), np.uint8)  # keeps the memory though the file is closed
         return mark, mapped[start : start + size]
     finally:
         os.close(model)

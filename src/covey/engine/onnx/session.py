@@ -64,7 +64,9 @@ class StageSession:
         """`file`: what the parts' matrices are kept in; `result_size`: what this rank computes of it."""
         has_arena = len(parts) == 1
         with file.named() if file else nullcontext("") as folder:
-            self._parts = [_Part(_open(part, thread_count, folder, has_arena=has_arena), part) for part in parts]
+            opened = [_open(part, thread_count, folder, has_arena=has_arena) for part in parts]
+        names = [replace(part, model=b"", weights={}) for part in parts]  # the session has what it wants of them
+        self._parts = [_Part(session, part) for session, part in zip(opened, names, strict=True)]
         self._cache = cache
         self._arrays = _Arrays(np.empty(0), np.empty((0, result_size), np.float32), ())
         self._hidden_size = hidden_size
@@ -196,14 +198,14 @@ class _Binding:
     def _bind_between(self, token_count: int) -> None:
         """Each part reads what the one before wrote, and writes to the other arrays."""
         between = [each[:token_count] for each in self._arrays.between]
-        shared = [shared(each) for each in between]
+        bound = [shared(each) for each in between]
         self.steps = [(part, binding, None) for part, binding in self._bound]
         for index in range(len(self._bound) - 1):
             (part, writing), (_, reading), side = self._bound[index], self._bound[index + 1], 2 * (index % 2)
-            writing.bind_ortvalue_output(part.graph.residual, shared[side])
-            writing.bind_ortvalue_output(part.graph.partial, shared[side + 1])
-            reading.bind_ortvalue_input(graph.RESIDUAL, shared[side])
-            reading.bind_ortvalue_input(graph.UPDATE, shared[side + 1])
+            writing.bind_ortvalue_output(part.graph.residual, bound[side])
+            writing.bind_ortvalue_output(part.graph.partial, bound[side + 1])
+            reading.bind_ortvalue_input(graph.RESIDUAL, bound[side])
+            reading.bind_ortvalue_input(graph.UPDATE, bound[side + 1])
             self.steps[index] = (part, writing, between[side + 1])
 
 
