@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from collections import OrderedDict
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -171,9 +172,20 @@ def _open(built: StageGraph, thread_count: int) -> Any:
     # that another one holds up, on a core that a third program has, would burn what is left of its time slice.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US_MAX))
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     names = list(built.weights)
     options.add_external_initializers(names, [_shared(built.weights[name]) for name in names])
     return onnxruntime.InferenceSession(built.model, options, providers=[PROVIDER])
+
+
+@cache
+def _share_arena() -> None:
+    """One for all sessions of the process: they run in turn, and each would keep its own for the largest step."""
+    kind = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(kind, None)
 
 
 def give_back_memory() -> None:
