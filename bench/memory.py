@@ -4,7 +4,8 @@
 
 Real runner processes, linked as a node would link them, and the prediction that a leader places by. Each slot is given
 a prompt that nearly fills its context, all at once, and is answered to its end. Told are the resident bytes once the
-weights are loaded and at the end, their most ever (Linux), and what part of the prediction the end is.
+weights are loaded and at the end, their most ever (Linux), which is while they load, and what parts of the prediction
+the last two are.
 """
 
 import argparse
@@ -31,14 +32,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     columns = {"predicted": "predicted_bytes", "loaded": "loaded_bytes", "full": "full_bytes", "most": "most_bytes"}
-    table = Table("file", "stage", *(f"{name} (MiB)" for name in columns), "full / predicted")
+    table = Table("file", "stage", *(f"{name} (MiB)" for name in columns), "full / predicted", "most / predicted")
     found: dict[str, list[dict[str, float]]] = {}
     for model in options.models:
         stages = measure(model, options.context, options.slots, options.stages, exact=options.exact)
         found[model.stem] = stages
         for index, each in enumerate(stages):
             cells = (f"{each[key] / MEBIBYTE:.0f}" for key in columns.values())
-            table.add_row(model.stem, str(index), *cells, f"{each['ratio']:.3f}")
+            ratios = (f"{each[key] / each['predicted_bytes']:.3f}" for key in ("full_bytes", "most_bytes"))
+            table.add_row(model.stem, str(index), *cells, *ratios)
     if options.json:
         print(json.dumps({"context": options.context, "slots": options.slots, "files": found}))
     else:

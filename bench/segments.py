@@ -1,4 +1,4 @@
-"""What it costs that a stage is several graphs: decoding with one, two and three, alternately.
+"""What it costs that a stage is several graphs: decoding with one and with as many as a large stage has, alternately.
 
 python bench/segments.py MODEL.gguf [--rounds 7] [--threads 2]
 """
@@ -7,21 +7,21 @@ import argparse
 import time
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
-from bare_engine import layer_count, load, spec_of
+from bare_engine import load, spec_of
 
 from covey.engine.contract import Piece
+from covey.engine.onnx import portions
 from covey.engine.onnx.stage import OnnxStage
 
 PROMPT_TOKENS, DECODE_TOKENS = 32, 64
 
 
 def stage_of(model: Path, threads: int, segments: int) -> OnnxStage:
-    """Grown as a survivor grows: one part more at a time."""
-    layers, context_length = layer_count(model), PROMPT_TOKENS + DECODE_TOKENS
-    ends = [layers * count // segments for count in range(1, segments + 1)]
-    return load(*(spec_of(model, threads, context_length, layer_end=end) for end in ends))
+    with patch.multiple(portions, GRAPHS=segments, GRAPH_BYTES_MIN=0):
+        return load(spec_of(model, threads, PROMPT_TOKENS + DECODE_TOKENS))
 
 
 def decode_ms(stage: OnnxStage) -> float:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
-    stages = {count: stage_of(asked.model, asked.threads, count) for count in (1, 2, 3)}
+    stages = {count: stage_of(asked.model, asked.threads, count) for count in (1, portions.GRAPHS)}
     found: dict[int, list[float]] = {count: [] for count in stages}
     for _ in range(asked.rounds):
         for count, stage in stages.items():

@@ -16,7 +16,7 @@ from covey.checkpoints.card import card_from_header
 from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.gguf_file import read_header
 from covey.schema.ids import ModelId
-from covey.schema.model import FileSource, ModelCard, Quantizing
+from covey.schema.model import FileSource, ModelCard, Quantizing, SparedBytes
 
 SOURCE = FileSource("/models/some.gguf")
 
@@ -50,6 +50,7 @@ def test_a_card_says_what_the_header_says() -> None:
         layer_bytes=(320, 320, 320),  # two packed blocks of 24 bytes and what the kernel adds, and 64 floats
         embedding_bytes=7456,  # 200 packed blocks of 36 bytes; rope factors may be needed anywhere
         output_bytes=9312,  # the embedding again, as it is tied, and 8 bytes for each block
+        spared=SparedBytes((16, 16, 16), 600),  # 8 bytes for each block of 4 bits, and 3 for each of 8
     )
 
 
@@ -73,6 +74,9 @@ def test_what_full_precision_takes_where_it_is_quantised() -> None:
     assert (q4.quantize, q8.quantize) == (Quantizing.Q4, Quantizing.Q8)
     assert q4.layer_bytes == (320, 256 + 128 * (16 + 4 + 8) + routers_and_narrow, 320)
     assert q8.layer_bytes == (320, 256 + 128 * (32 + 4 + 8) + routers_and_narrow, 320)
+    assert (card.spared, q4.spared, q8.spared) == tuple(  # the layer in the middle has no blocks in the file
+        SparedBytes((16, count, 16), 16) for count in (0, 128 * 8, 128 * 3)
+    )
     assert card.embedding_bytes - q4.embedding_bytes == 12800 - 200 * (16 + 4)
     assert (q4.output_bytes, q8.output_bytes) == (card.output_bytes, card.output_bytes)
 

@@ -58,6 +58,17 @@ def test_packing_keeps_every_weight(tensor_type):
         assert np.abs(weights.reshape(ROWS, COLUMNS) - expected).max() <= largest * 2**-22
 
 
+@pytest.mark.parametrize("tensor_type", BLOCKED)
+def test_a_large_tensor_is_packed_piece_by_piece_into_the_same(tensor_type, monkeypatch):
+    entry, content = sample(tensor_type)
+    whole = pack(entry, content)
+    monkeypatch.setattr("covey.checkpoints.quantization.PIECE_WEIGHTS", 4 * COLUMNS)  # pieces of 4 rows and of 2
+    pieces = pack(entry, content)
+    assert np.array_equal(pieces.codes, whole.codes)
+    assert np.array_equal(pieces.scales, whole.scales)
+    assert np.array_equal(pieces.offsets, whole.offsets)
+
+
 def test_files_of_at_most_four_bits_are_held_at_four_unless_their_values_are_a_book_s():
     assert {name: pack(*sample(name)).bits for name in BLOCKED} == BITS
 

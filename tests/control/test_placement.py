@@ -15,7 +15,7 @@ from covey.control.placement.place import Options, Placement, place
 from covey.control.placement.split import split
 from covey.schema.cluster import Refused
 from covey.schema.ids import ModelId, NodeId
-from covey.schema.model import FileSource, ModelCard, QuantizedBytes, Quantizing, Shard
+from covey.schema.model import FileSource, ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MB = 10**6
 GB = 10**9
@@ -284,6 +284,23 @@ def test_a_card_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> N
     odd = replace(card((MB,) * 4), **changes)
     expected = f"the card of model names {odd.layer_count} layers and the sizes of {len(odd.layer_bytes)}"
     assert reason(place(odd, [node("a", 8 * GB)], Options())).startswith(expected)
+
+
+def test_exact_mode_fits_where_its_kernels_need_less() -> None:
+    spared = SparedBytes((20 * MB,) * 4, 10 * MB)
+    model = replace(card((100 * MB,) * 4), spared=spared)
+    load = Load(model, 512, 4)
+    less = shard_bytes(load, Shard(0, 4, 4)) - shard_bytes(replace(load, exact=True), Shard(0, 4, 4))
+    assert less == 4 * 20 * MB + 10 * MB
+    tight = [node("a", (shard_bytes(load, Shard(0, 4, 4)) - MB) * 10 // 9)]
+    asked = Options(context_length=512, slot_count=4)
+    assert isinstance(place(model, tight, asked), Refused)
+    assert not isinstance(place(model, tight, replace(asked, exact=True)), Refused)
+
+
+def test_a_card_whose_spared_bytes_are_those_of_other_layers_is_refused() -> None:
+    odd = replace(card((MB,) * 4), spared=SparedBytes((1,), 1))
+    assert "names 4 layers and the sizes of 1" in reason(place(odd, [node("a", 8 * GB)], Options(exact=True)))
 
 
 def quantizable(layer: int, quantized_layer: int) -> ModelCard:

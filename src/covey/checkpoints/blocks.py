@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 HALF_BYTE: Final = 4  # bits
 FLOAT_BYTES: Final = 4
-KERNEL_BYTES: Final = 8  # that a kernel adds to a block: the scale once more, and the sum of the block's weights
+KERNEL_BYTES: Final = 12  # beside a block's codes: a scale, twice, and what its sum of activations is multiplied by
+HALVES_BYTES: Final = 5  # that exact mode adds to a block of 8 bits: a scale and half a byte of zeros for a second half
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -40,7 +41,8 @@ class PackedBlocks(Struct, frozen=True):
 class Form(Struct, frozen=True):
     """How a tensor of blocks is held; a scale and an offset have 4 bytes each.
 
-    What a kernel adds was measured on x86-64, without exact mode (`bench/memory.py`); elsewhere it may be less.
+    What kernels hold was measured on x86-64 with Linux (`bench/memory.py`). Where sessions pack for themselves
+    (docs/decisions/0010-kernel-file.md) an offset takes 4 bytes more, or 8.
     """
 
     bits: int
@@ -48,10 +50,20 @@ class Form(Struct, frozen=True):
     has_offsets: bool
 
     def byte_count(self, weights: int, *, is_multiplied: bool = True) -> int:
-        """A table of embeddings is only looked up in, and no kernel adds to it."""
-        blocks = -(-weights // self.block_size)
-        packed_bytes = self.block_size * self.bits // 8 + FLOAT_BYTES * (1 + self.has_offsets)
-        return blocks * (packed_bytes + KERNEL_BYTES * is_multiplied)
+        """A table of embeddings is only looked up in, and not held by a kernel."""
+        beside = KERNEL_BYTES if is_multiplied else self._plain_bytes()
+        return self._blocks(weights) * (self.block_size * self.bits // 8 + beside)
+
+    def spared_bytes(self, weights: int) -> int:
+        """What exact mode holds less of it; below 0: more."""
+        beside = self._plain_bytes() + (0 if self.bits == HALF_BYTE else HALVES_BYTES)
+        return self._blocks(weights) * (KERNEL_BYTES - beside)
+
+    def _blocks(self, weights: int) -> int:
+        return -(-weights // self.block_size)
+
+    def _plain_bytes(self) -> int:
+        return FLOAT_BYTES * (1 + self.has_offsets)
 
 
 def values_of(blocks: Blocks) -> Floats:

@@ -13,10 +13,10 @@ from msgspec import Struct
 
 from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, CheckpointError, TensorEntry
-from covey.checkpoints.quantization import held_bytes, held_in_table_bytes
-from covey.checkpoints.quantizing import BITS, can_be_quantized, quantized_bytes
+from covey.checkpoints.quantization import held_bytes, held_in_table_bytes, spared_bytes
+from covey.checkpoints.quantizing import BITS, can_be_quantized, quantized_bytes, quantized_spared_bytes
 from covey.schema.ids import ModelId
-from covey.schema.model import ModelCard, ModelSource, QuantizedBytes
+from covey.schema.model import ModelCard, ModelSource, QuantizedBytes, SparedBytes
 
 # More than any model has; a value beyond is damage, and would only fail later and less clearly.
 LAYERS_MAX: Final = 10_000
@@ -50,6 +50,7 @@ def card_from_header(header: Checkpoint, model_id: ModelId, source: ModelSource)
         layer_bytes=layers,
         embedding_bytes=embedding,
         output_bytes=output,
+        spared=_spared(header.tensors.values(), sizes.layer_count),
         quantized=_quantized(header.tensors.values(), sizes.layer_count),
     )
 
@@ -132,7 +133,10 @@ def _vocabulary(header: Checkpoint, architecture: str, hidden: int) -> int:
 def _quantized(tensors: Collection[TensorEntry], layer_count: int) -> tuple[QuantizedBytes, ...]:
     if not any(can_be_quantized(tensor) for tensor in tensors):
         return ()
-    return tuple(QuantizedBytes(each, *_bytes_by_place(tensors, layer_count, BITS[each])) for each in BITS)
+    return tuple(
+        QuantizedBytes(each, *_bytes_by_place(tensors, layer_count, bits), _spared(tensors, layer_count, bits))
+        for each, bits in BITS.items()
+    )
 
 
 def _bytes_by_place(
@@ -156,6 +160,22 @@ def _bytes_by_place(
         last += _held(named[EMBEDDING], bits)
     _expect_no_gap(layers)
     return tuple(layers), first, last
+
+
+def _spared(tensors: Collection[TensorEntry], layer_count: int, bits: int | None = None) -> SparedBytes:
+    layers = [0] * layer_count
+    named = {tensor.name: tensor for tensor in tensors}
+    for tensor in tensors:
+        match = _LAYER_TENSOR.match(tensor.name)
+        if match:
+            layers[int(match[1])] += _spared_of(tensor, bits)
+    return SparedBytes(tuple(layers), _spared_of(named.get(OUTPUT, named[EMBEDDING]), bits))
+
+
+def _spared_of(tensor: TensorEntry, bits: int | None) -> int:
+    if bits is not None and can_be_quantized(tensor):
+        return quantized_spared_bytes(tensor, bits)
+    return spared_bytes(tensor)
 
 
 def _held(tensor: TensorEntry, bits: int | None, *, is_table: bool = False) -> int:

@@ -6,15 +6,18 @@ Types of plain numbers become float32. Types of blocks keep their codes, in the 
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from covey.checkpoints.blocks import FLOAT_BYTES, Blocks, Bytes, Floats, Form, PackedBlocks, pack_blocks, values_of
 from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
 from covey.checkpoints.ggml_blocks import GGML_BLOCKS
 from covey.checkpoints.gguf_file import TENSOR_TYPES
 from covey.checkpoints.hub_blocks import HUB_BLOCKS, hub_form, take_hub_apart
+
+PIECE_WEIGHTS: Final = 1 << 20  # that are taken apart at a time
 
 
 def dequantize(entry: TensorEntry, content: Bytes) -> Floats:
@@ -25,8 +28,35 @@ def dequantize(entry: TensorEntry, content: Bytes) -> Floats:
 
 
 def pack(entry: TensorEntry, content: Bytes) -> PackedBlocks:
-    """The tensor's codes, unchanged, as `MatMulNBits` wants them. Raises `CheckpointError` for other types."""
-    return pack_blocks(take_apart(entry, content))
+    """The tensor's codes, unchanged, as `MatMulNBits` wants them. Raises `CheckpointError` for other types.
+
+    Piece by piece where rows lie one after another: taken apart, a weight of half a byte has several.
+    """
+    rows, step = math.prod(entry.shape[:-1]), max(PIECE_WEIGHTS // entry.shape[-1], 1)
+    if entry.type not in GGML_BLOCKS or rows <= step:
+        return pack_blocks(take_apart(entry, content))
+    packed: PackedBlocks | None = None
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        piece = replace(entry, shape=(part.stop - start, entry.shape[-1]))
+        done = pack_blocks(take_apart(piece, content.reshape(rows, -1)[part].reshape(-1)))
+        packed = packed or _room_for(done, rows)
+        _put(done, packed, part)
+    assert packed is not None
+    return packed
+
+
+def _room_for(piece: PackedBlocks, rows: int) -> PackedBlocks:
+    def room(part: Any) -> Any:
+        return None if part is None else np.empty((rows, *part.shape[1:]), part.dtype)
+
+    return replace(piece, codes=room(piece.codes), scales=room(piece.scales), offsets=room(piece.offsets))
+
+
+def _put(piece: PackedBlocks, packed: PackedBlocks, rows: slice) -> None:
+    packed.codes[rows], packed.scales[rows] = piece.codes, piece.scales
+    if packed.offsets is not None:
+        packed.offsets[rows] = piece.offsets
 
 
 def take_apart(entry: TensorEntry, content: Bytes) -> Blocks:
@@ -51,6 +81,12 @@ def held_bytes(entry: TensorEntry, *, is_multiplied: bool = True) -> int:
     """What a runner holds of it, as `pack` or `dequantize` and a kernel make it; an unknown type counts as floats."""
     form, count = form_of(entry), math.prod(entry.shape)
     return FLOAT_BYTES * count if form is None else form.byte_count(count, is_multiplied=is_multiplied)
+
+
+def spared_bytes(entry: TensorEntry) -> int:
+    """What exact mode holds less of it."""
+    form = form_of(entry)
+    return 0 if form is None else form.spared_bytes(math.prod(entry.shape))
 
 
 def held_in_table_bytes(entry: TensorEntry) -> int:

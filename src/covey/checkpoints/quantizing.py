@@ -34,6 +34,11 @@ def quantized_bytes(entry: TensorEntry, bits: int, *, is_multiplied: bool = True
     return form.byte_count(math.prod(entry.shape), is_multiplied=is_multiplied)
 
 
+def quantized_spared_bytes(entry: TensorEntry, bits: int) -> int:
+    """What exact mode holds less of it."""
+    return Form(bits, BLOCK_SIZE, has_offsets=False).spared_bytes(math.prod(entry.shape))
+
+
 def quantize_tensor(entry: TensorEntry, content: Bytes, bits: int) -> PackedBlocks:
     """One that `can_be_quantized`, piece by piece: with all of it as floats, loading would take several times what is
     held. `content`: its bytes in the file.

@@ -202,6 +202,7 @@ class Cluster:
             slot_count=command.slot_count,
             node_ids=command.node_ids,
             quantize=command.quantize,
+            exact=command.exact,
             asked_at=context.asked_at,
         )
         placement = place(command.card, context.nodes, options)
@@ -331,6 +332,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
         slot_count=wish.slot_count,
         node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
         quantize=wish.quantize,
+        exact=wish.exact,
     )
 
 

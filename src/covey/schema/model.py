@@ -44,6 +44,13 @@ class Quantizing(StrEnum):
     Q8 = "q8"
 
 
+class SparedBytes(Struct, frozen=True):
+    """What exact mode holds less of: its kernels add less to blocks of weights."""
+
+    layer_bytes: tuple[int, ...]
+    output_bytes: int
+
+
 class QuantizedBytes(Struct, frozen=True):
     """What a card says of the memory that weights take, where they are quantised at load."""
 
@@ -51,6 +58,7 @@ class QuantizedBytes(Struct, frozen=True):
     layer_bytes: tuple[int, ...]
     embedding_bytes: int
     output_bytes: int
+    spared: SparedBytes | None = None
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
@@ -73,6 +81,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     layer_bytes: tuple[int, ...]  # of the tensors of each layer
     embedding_bytes: int  # of what the first stage needs beside its layers
     output_bytes: int  # of what the last stage needs beside its layers (counts a tied embedding again)
+    spared: SparedBytes | None = None  # cards from before this was known have none
     quantized: tuple[QuantizedBytes, ...] = ()  # a choice each; none where no matrix is in full precision
 
 

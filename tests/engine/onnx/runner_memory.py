@@ -20,7 +20,7 @@ ANSWER_SECONDS_MAX: Final = 1800
 def measure(model: Path, context: int, slots: int, stages: int, *, exact: bool) -> list[dict[str, float]]:
     """Bytes of each stage's runner."""
     card = card_from_header(open_checkpoint(model), ModelId(model.stem), FileSource(str(model)))
-    load, count = Load(card, context, slots), card.layer_count
+    load, count = Load(card, context, slots, exact=exact), card.layer_count
     shards = [Shard(count * place // stages, count * (place + 1) // stages, count) for place in range(stages)]
     specs = [
         make_spec(

@@ -123,7 +123,7 @@ def test_many_experts_become_several_graphs(monkeypatch, tmp_path):
     tiny = FAMILIES["mixtral"]
     path = tiny_families.write(tiny, tmp_path / "tiny.gguf")
     whole = Pipeline(path, tiny.layers)
-    monkeypatch.setattr("covey.engine.onnx.segment.EXPERTS_MAX", 8)  # two layers of four
+    monkeypatch.setattr("covey.engine.onnx.portions.EXPERTS_MAX", 8)  # two layers of four
     parts = Pipeline(path, tiny.layers)
     assert [len(pipeline.stages[0]._segments) for pipeline in (whole, parts)] == [1, 2]
     np.testing.assert_array_equal(parts.run(piece(0, 0, 20)), whole.run(piece(0, 0, 20)))

@@ -8,8 +8,10 @@ from runner_memory import measure
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the constants are those of Linux on x86-64")
-def test_full_slots_take_what_was_predicted(demo_model):
+@pytest.mark.parametrize("exact", [False, True])
+def test_full_slots_take_what_was_predicted(demo_model, exact):
     """Both ends of a pipeline. The tenth leaves room for other builds of the libraries."""
-    for stage in measure(demo_model, context=256, slots=2, stages=2, exact=False):
+    for stage in measure(demo_model, context=256, slots=2, stages=2, exact=exact):
         print(stage)
         assert 0.9 < stage["ratio"] < 1.1
+        assert stage["most_bytes"] < 1.1 * stage["predicted_bytes"]  # also while it loads

@@ -30,7 +30,7 @@ def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -
     placement = place(former.card, nodes, options)
     if isinstance(placement, Refused):
         return placement
-    load = Load(former.card, placement.context_length, placement.slot_count, former.quantize)
+    load = Load(former.card, placement.context_length, placement.slot_count, former.quantize, former.exact)
     allowed = among(nodes, options.node_ids)
     chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
     best = placement.parts
@@ -70,7 +70,7 @@ def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) 
         for stage in former.stages
         if stage.node_id in allowed
     ]
-    load = Load(former.card, former.context_length, former.slot_count, former.quantize)
+    load = Load(former.card, former.context_length, former.slot_count, former.quantize, former.exact)
     spare = [node for node in ranked(list(allowed.values()), options.asked_at) if node not in [k.node for k in kept]]
     if not kept:
         return None

@@ -4,11 +4,11 @@ from typing import Final
 
 from msgspec import Struct
 
-from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard
+from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
-RUNNER_OVERHEAD_BYTES: Final = 115 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+RUNNER_OVERHEAD_BYTES: Final = 125 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
 
@@ -19,6 +19,7 @@ class Load(Struct, frozen=True):
     context_length: int  # tokens of one slot
     slot_count: int
     quantize: Quantizing | None = None
+    exact: bool = False
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -35,7 +36,9 @@ def kv_bytes_of_layer(load: Load) -> int:
 
 def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
-    return weight_sizes(load).layer_bytes[layer] + kv_bytes_of_layer(load)
+    spared = _spared(load)
+    weights = weight_sizes(load).layer_bytes[layer] - (spared.layer_bytes[layer] if spared else 0)
+    return weights + kv_bytes_of_layer(load)
 
 
 def first_bytes(load: Load) -> int:
@@ -45,7 +48,12 @@ def first_bytes(load: Load) -> int:
 
 def last_bytes(load: Load) -> int:
     """What the last stage holds beside its layers."""
-    return weight_sizes(load).output_bytes
+    spared = _spared(load)
+    return weight_sizes(load).output_bytes - (spared.output_bytes if spared else 0)
+
+
+def _spared(load: Load) -> SparedBytes | None:
+    return weight_sizes(load).spared if load.exact else None
 
 
 def shard_bytes(load: Load, shard: Shard) -> int:

@@ -35,6 +35,7 @@ class Options(Struct, frozen=True, kw_only=True):
     node_ids: tuple[NodeId, ...] = ()
     asked_at: NodeId | None = None
     quantize: Quantizing | None = None
+    exact: bool = False
 
 
 class Part(Struct, frozen=True):
@@ -58,7 +59,7 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    load = Load(card, lengths[0], slot_count, options.quantize)
+    load = Load(card, lengths[0], slot_count, options.quantize, options.exact)
     refused = _refuse_load(load) or _refuse_nodes(load, nodes, allowed, options)
     if refused:
         return refused
@@ -89,8 +90,10 @@ def _halves(count: int, least: int) -> Iterator[int]:
 def _refuse_load(load: Load) -> Refused | None:
     if load.quantize and weight_sizes(load) is load.card:
         return refusal.nothing_to_quantize(load.card, load.quantize)
-    if not 0 < load.card.layer_count == len(weight_sizes(load).layer_bytes):
-        return refusal.odd_card(load)
+    sizes = weight_sizes(load)
+    counts = {len(sizes.layer_bytes)} | ({len(sizes.spared.layer_bytes)} if sizes.spared else set())
+    if {load.card.layer_count} != counts or 0 in counts:
+        return refusal.odd_card(load, min(counts))
     if not (refusal.CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
     return None

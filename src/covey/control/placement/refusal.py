@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from covey.control.placement.memory import Load, weight_sizes, whole_bytes
+from covey.control.placement.memory import Load, whole_bytes
 from covey.control.placement.nodes import Candidate, machines
 from covey.schema.cluster import Refused
 from covey.schema.model import ModelCard, Quantizing
@@ -41,11 +41,10 @@ def odd_sizes(load: Load) -> Refused:
     )
 
 
-def odd_card(load: Load) -> Refused:
+def odd_card(load: Load, sizes_count: int) -> Refused:
     card = load.card
     return Refused(
-        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of "
-        f"{len(weight_sizes(load).layer_bytes)}: "
+        f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {sizes_count}: "
         "place the model by the name of its file.",
         BAD_REQUEST,
     )

@@ -131,9 +131,10 @@ def _remove_leftovers() -> None:
 
 def _blank(matrix: PackedBlocks, number: int) -> PackedBlocks:
     """What the session is given in its stead. It packs that, and looks for something packed under the mark of the
-    result: so no two may be alike.
+    result: so no two may be alike. Of pages that are only read, no memory is taken.
     """
-    scales = np.zeros_like(matrix.scales)
+    pages = mmap.mmap(-1, matrix.scales.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    scales = np.frombuffer(pages, np.float32).reshape(matrix.scales.shape)
     scales[0, 0] = number
     return replace(matrix, codes=np.zeros_like(matrix.codes), scales=scales, offsets=None)
 

@@ -1,6 +1,7 @@
 """The door to ONNX Runtime: what has to be said before it is imported, and to every session of it."""
 
 import os
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +12,17 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its builds report to their maker, a
 import onnxruntime
 
 LOG_ERRORS: Final = 3
+AS_ASKED: Final = 1  # how an arena grows: by what is missing, not to the next power of two
 FILE_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+
+
+@cache
+def _share_arena() -> None:
+    """One for all sessions of the process: they run in turn, and each would keep its own for the largest step."""
+    kind = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(kind, onnxruntime.OrtArenaCfg({"arena_extend_strategy": AS_ASKED}))
 
 
 def new_options(thread_count: int) -> Any:
@@ -19,6 +30,8 @@ def new_options(thread_count: int) -> Any:
     options.intra_op_num_threads = thread_count
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_ERRORS
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 

@@ -18,6 +18,7 @@ from covey.engine.contract import Activations, EngineError, Exchange
 from covey.engine.onnx import kernel_file
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.graph import ModelGraph, StageGraph
+from covey.engine.onnx.portions import portions
 from covey.engine.onnx.session import KvCache, StageSession
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
@@ -26,7 +27,6 @@ from covey.schema.runner import RunnerSpec
 
 EXACT: Final = ("exact", "1")  # the engine option that leaves activations as they are
 QUANTIZE: Final = "quantize"  # the one whose value says what matrices in full precision are rounded to
-EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 Told = Callable[[int, int, int], None]  # layers read of this segment, and bytes read of how many
 
@@ -52,11 +52,8 @@ class Model(Struct, frozen=True):
     architecture: Architecture
 
     def portions(self, shard: Shard) -> list[Shard]:
-        """The layers that become one graph each."""
-        experts = self.architecture.experts
-        most = shard.layer_count if experts is None else max(EXPERTS_MAX // experts.count, 1)
-        starts = range(shard.layer_start, shard.layer_end, most)
-        return [Shard(start, min(start + most, shard.layer_end), shard.layer_count) for start in starts]
+        """The layers that become one graph each, in the order in which they are to be loaded."""
+        return portions(self.header, self.architecture, shard)
 
 
 class Segment:

@@ -62,9 +62,8 @@ class StageSession:
         result_size: int,
     ) -> None:
         """`file`: what the parts' matrices are kept in; `result_size`: what this rank computes of it."""
-        has_arena = len(parts) == 1
         with file.named() if file else nullcontext("") as folder:
-            opened = [_open(part, thread_count, folder, has_arena=has_arena) for part in parts]
+            opened = [_open(part, thread_count, folder) for part in parts]
         names = [replace(part, model=b"", weights={}) for part in parts]  # the session has what it wants of them
         self._parts = [_Part(session, part) for session, part in zip(opened, names, strict=True)]
         self._cache = cache
@@ -209,13 +208,11 @@ class _Binding:
             self.steps[index] = (part, writing, between[side + 1])
 
 
-def _open(built: StageGraph, thread_count: int, folder: str, *, has_arena: bool) -> Any:
+def _open(built: StageGraph, thread_count: int, folder: str) -> Any:
     """`folder`: where the file of kept matrices is."""
     options = new_options(thread_count)
     # Steps differ in length, and a plan of memory is kept for each length that comes up.
     options.enable_mem_pattern = False
-    # An arena keeps what the longest prompt took; those of many graphs would keep it many times.
-    options.enable_cpu_mem_arena = has_arena
     # Threads wait actively between the operators of a step, which pays, but not between steps. Nor for long: a thread
     # that another one holds up, on a core that a third program has, would burn what is left of its time slice.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US_MAX))

@@ -17,7 +17,7 @@ WARM_UP_TOKENS: Final = 16
 
 
 class OnnxStage:
-    """Implements `StageEngine`. Its layers are in one segment, or in more if it took some on later."""
+    """Implements `StageEngine`. Its layers are in as many segments as were loaded one after another."""
 
     def __init__(self) -> None:
         self._footing: Footing | None = None
@@ -32,7 +32,6 @@ class OnnxStage:
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
         self._is_silent = self._is_last and exchange.rank > 0  # its logits are joined with those of rank 0, there
         self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
-        give_back_memory()  # what reading and packing used, about as much as the weights
 
     def warm_up(self) -> None:
         prompt = min(WARM_UP_TOKENS, self._spec.context_length - 1)
@@ -139,6 +138,7 @@ def _load_missing(
             progress(LoadProgress(before + layers, total, bytes_read, bytes_total))
 
         added.append(load(model, part, told))
+        give_back_memory()  # what reading and packing used, about as much as the weights
         done += part.layer_end - part.layer_start
     return added
 
