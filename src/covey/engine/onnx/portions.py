@@ -1,8 +1,8 @@
 """Which layers of a stage become one graph each.
 
-ONNX Runtime packs the weights of a graph into its own form while what they are packed from is still there. So a stage
-is several graphs, loaded one after another: only one of them is there twice at a time. Decoding with eight takes as
-long as with one (`bench/segments.py`).
+Where ONNX Runtime packs the weights of a graph itself (`kernel_file` says where not), what they are packed from is
+still there. So a stage is several graphs then, loaded one after another: only one of them is there twice at a time.
+Decoding with eight takes as long as with one (`bench/segments.py`), but a tied embedding is read twice.
 """
 
 from typing import Final
@@ -17,12 +17,13 @@ GRAPH_BYTES_MIN: Final = 32 * 1024 * 1024  # of the file: below, a graph of its 
 EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 
-def portions(header: Checkpoint, architecture: Architecture, shard: Shard) -> list[Shard]:
+def portions(header: Checkpoint, architecture: Architecture, shard: Shard, *, packs_itself: bool) -> list[Shard]:
     """In the order in which they are to be loaded: the largest first, since while it is there twice, the others are not
     there yet.
     """
     sizes = _file_bytes(header, shard)
-    bytes_most = max(sum(sizes.values()) // GRAPHS, GRAPH_BYTES_MIN)
+    total = sum(sizes.values())
+    bytes_most = max(total // GRAPHS, GRAPH_BYTES_MIN) if packs_itself else total
     layers_most = _layers_most(architecture)
     starts: list[int] = []
     size = 0

@@ -53,7 +53,8 @@ class Model(Struct, frozen=True):
 
     def portions(self, shard: Shard) -> list[Shard]:
         """The layers that become one graph each, in the order in which they are to be loaded."""
-        return portions(self.header, self.architecture, shard)
+        packs_itself = EXACT in self.footing.options or not kernel_file.is_usable()
+        return portions(self.header, self.architecture, shard, packs_itself=packs_itself)
 
 
 class Segment:
