@@ -8,6 +8,7 @@ import pytest
 from hub_folders import LLAMA, bfloat16, llama_tensors, write_folder
 from typer.testing import CliRunner
 
+from covey.checkpoints.blocks import KERNEL_BYTES
 from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.inspection import TensorKind, kinds_of, quantized_kinds
 from covey.checkpoints.opening import open_checkpoint
@@ -54,7 +55,7 @@ def test_codes_are_held_as_codes(tmp_path):
     header = open_checkpoint(write_folder(tmp_path / "model", config, tensors))
     kind = by_name(kinds_of(header))["blk.*.ffn_up.weight"]
     assert kind.held_as == "exact: 8-bit codes in blocks of 64 with offsets"
-    assert kind.held_bytes == 3 * 256 + 3 * 4 * (8 + 8)
+    assert kind.held_bytes == 3 * 256 + 3 * 4 * KERNEL_BYTES
 
 
 def test_the_command(folder, tmp_path):
