@@ -149,7 +149,7 @@ def test_after_this_machine_slept_every_limit_begins_anew(state: RunnerState) ->
     if state is RunnerState.FAILED:
         bench.say(PhaseFailed("load", "the file is cut short"))
     bench.now_ms += 3_600_000
-    bench.runners.wake(bench.now_ms)
+    bench.runners.wake(bench.now_ms, 3_600_000)
     assert bench.advance() == []
     assert bench.advance(5_900) == []
     assert bench.mine.state is state

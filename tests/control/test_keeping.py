@@ -195,11 +195,21 @@ def test_an_older_version_that_came_during_a_write_does_not_replace_the_newer_on
     """The simulator's seed 367: disk and map differed for good."""
     rig = Rig(bea=False)
     first = rig.feed(PLACE)
-    older = {"wish/c": Entry(None, Version(1, NodeId("0" * 32)))}
+    older = {"wish/c": Entry(kept(first).entries["wish/c"].value, Version(1, NodeId("0" * 32)))}
     rig.feed(MessageReceived(IntentUpdate(BEA, older)))
     effects = rig.feed(EntriesKept(kept(first).token))
     assert rig.machine.cluster.wishes
     assert not [effect for effect in effects if isinstance(effect, KeepEntries)]
+
+
+def test_what_was_deleted_elsewhere_during_its_write_is_deleted_on_disk_too() -> None:
+    """Another leader had carried the same command out, and somebody had ended it there."""
+    rig = Rig(bea=False)
+    first = rig.feed(PLACE)
+    rig.feed(MessageReceived(IntentUpdate(BEA, {"wish/c": Entry(None, Version(1, NodeId("0" * 32)))})))
+    effects = rig.feed(EntriesKept(kept(first).token))
+    assert not rig.machine.cluster.wishes
+    assert kept(effects).entries == {"wish/c": rig.machine.cluster.entries["wish/c"]}
 
 
 def test_a_map_that_is_restored_is_not_written_again_but_for_what_is_beyond_the_limit() -> None:

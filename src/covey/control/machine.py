@@ -397,7 +397,7 @@ class Machine:
         if self._now_ms is not None and now_ms - self._now_ms > self.settings.sleep_ms:
             self.membership.wake(now_ms)
             self.leadership.resign(now_ms)
-            self.runners.wake(now_ms)
+            self.runners.wake(now_ms, now_ms - self._now_ms)
             self.view.listening_since_ms = now_ms
 
     def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:

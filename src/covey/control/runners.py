@@ -130,7 +130,7 @@ class Runners:
 
     def _was_well(self, now_ms: int, runner: Runner) -> bool:
         """Whether it served for a while: less long if it got on with work. The time that it hung does not count."""
-        progressed_ms = runner.phase_since_ms
+        progressed_ms = runner.progressed_ms
         waited, worked = runner.serving_since_ms, runner.working_since_ms
         until_ms = progressed_ms if runner.is_overdue else now_ms
         is_healthy = waited is not None and until_ms - waited >= self.settings.runner_healthy_ms
@@ -147,10 +147,13 @@ class Runners:
             if is_known and runner.process_id in resident_bytes:
                 runner.resident_bytes = resident_bytes[runner.process_id]
 
-    def wake(self, now_ms: int) -> None:
-        """Our machine slept, and the processes with it: their time begins anew."""
+    def wake(self, now_ms: int, slept_ms: int) -> None:
+        """Our machine slept, and the processes with it: their limits begin anew, and it was no time of work."""
         for runner in self.runners.values():
             runner.phase_since_ms = runner.heard_ms = now_ms
+            runner.progressed_ms += slept_ms
+            runner.serving_since_ms = _later(runner.serving_since_ms, slept_ms)
+            runner.working_since_ms = _later(runner.working_since_ms, slept_ms)
 
     # ---- desired minus actual ----
 
@@ -413,12 +416,16 @@ def _engine_options(instance: Instance) -> dict[str, str]:
     return exact | ({"quantize": instance.quantize.value} if instance.quantize else {})
 
 
+def _later(at_ms: int | None, by_ms: int) -> int | None:
+    return None if at_ms is None else at_ms + by_ms
+
+
 def _keep_time(now_ms: int, runner: Runner) -> None:
     """The time of a phase begins anew with each thing that the process, or we, have done."""
     loaded, answered = (runner.layers_loaded, runner.bytes_loaded), (runner.steps, runner.is_busy)
     progress = (runner.state, runner.attempt, runner.has_process, runner.linked_to, loaded, answered)
     if progress != runner.progress:
-        runner.progress, runner.phase_since_ms = progress, now_ms
+        runner.progress, runner.phase_since_ms, runner.progressed_ms = progress, now_ms, now_ms
 
 
 def _index(runner: Runner) -> int:
