@@ -20,7 +20,7 @@ from covey.control.leadership import Leadership
 from covey.control.membership import Membership
 from covey.control.replication import Replication
 from covey.control.reports import Content, MemoryFigures, Reporter
-from covey.control.runners import Runners, World
+from covey.control.runners import RunnerNews, Runners, World
 from covey.control.settings import MachineSettings
 from covey.control.tending import Tending
 from covey.control.twins import COPIED, Twins
@@ -60,6 +60,7 @@ from covey.schema.machine import (
     NetworkNoticed,
     Publish,
     RunnerExited,
+    RunnerHalted,
     RunnerSaid,
     RunnerStarted,
     SendTo,
@@ -122,6 +123,7 @@ class Machine:
             FetchFailed: self._on_fetch_failed,
             RunnerStarted: self._on_runner,
             RunnerSaid: self._on_runner,
+            RunnerHalted: self._on_runner,
             RunnerExited: self._on_runner,
             LeaveRequested: self._on_leave,
         }
@@ -237,7 +239,7 @@ class Machine:
         self.downloads.fail(now_ms, news)
         return []
 
-    def _on_runner(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
+    def _on_runner(self, now_ms: int, news: RunnerNews) -> list[Effect]:
         return self.runners.hear(now_ms, news)
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:

@@ -31,7 +31,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
-from covey.control.deadlines import due_ms, overdue
+from covey.control.deadlines import due_ms, halted, overdue
 from covey.control.placement.again import overlap
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
@@ -43,6 +43,7 @@ from covey.control.runner_table import (
     STARTED_STATES,
     Begin,
     Link,
+    Overdue,
     Proceed,
     ProcessKey,
     Regroup,
@@ -57,8 +58,10 @@ from covey.control.runner_table import (
 from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
-from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
+from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
 from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
+
+RunnerNews = RunnerStarted | RunnerSaid | RunnerHalted | RunnerExited
 
 
 class Neighbour(Struct, frozen=True):
@@ -91,11 +94,14 @@ class Runners:
 
     # ---- answers ----
 
-    def hear(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
-        """What a process did or said; a former attempt's word is dropped."""
+    def hear(self, now_ms: int, news: RunnerNews) -> list[Effect]:
+        """What a process did or said, or was seen to suffer; a former attempt's word is dropped."""
         runner = self._with_process((news.runner_id, news.attempt))
         if runner is None:
             return []
+        if isinstance(news, RunnerHalted):  # no sign of life
+            late = halted(runner, news.seen_ms)
+            return self._end(now_ms, runner, late) if late else []
         runner.heard_ms = now_ms
         effects = self._step(runner, self._word(runner, news.message) if isinstance(news, RunnerSaid) else news)
         self._note(now_ms, runner)
@@ -263,9 +269,7 @@ class Runners:
         """At most two steps lie between what a runner is and what it should be: end, or begin, or go on."""
         late = overdue(now_ms, runner, self.settings.limits)
         if late:
-            effects = self._step(runner, late)
-            self._note(now_ms, runner)
-            return effects
+            return self._end(now_ms, runner, late)
         others = _neighbours(runner, world.reports)
         if self._must_stop(runner, others):
             return self._step(runner, Stop())
@@ -276,6 +280,11 @@ class Runners:
         if self._is_over(now_ms, runner, others):
             return self._regroup(now_ms, runner, others, world)
         return self._go_on(runner, others, world)
+
+    def _end(self, now_ms: int, runner: Runner, late: Overdue) -> list[Effect]:
+        effects = self._step(runner, late)
+        self._note(now_ms, runner)
+        return effects
 
     def _go_on(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         """To the next phase of its generation."""
