@@ -126,6 +126,19 @@ def test_a_full_disk_refuses_the_command_and_leaves_nothing_behind() -> None:
     assert answers(rig.copied(rig.feed(EntriesKept(kept(again).token))))
 
 
+def test_what_is_deleted_by_a_former_id_is_on_a_second_disk_under_that_too() -> None:
+    """The simulator's seed 29087: it had been moved just before, and that was on no second disk yet."""
+    rig = Rig(bea=True)
+    rig.copied(rig.feed(EntriesKept(kept(rig.feed(PLACE)).token)))
+    [moved] = rig.machine.cluster.instances
+    gone = {f"instance/{moved}": Entry(None, Version(rig.machine.cluster.counter + 1, ADA))}
+    rig.feed(EntriesKept(kept(rig.feed(MessageReceived(IntentUpdate(BEA, gone)))).token))
+    effects = rig.feed(CommandSubmitted("d", DeleteInstance(moved)))
+    [update] = updates(rig.feed(EntriesKept(kept(effects).token)))
+    assert update.entries.keys() >= {"wish/c", f"instance/{moved}"}
+    assert update.keepers == (BEA,)
+
+
 def test_commands_wait_for_one_another_in_the_order_they_came() -> None:
     rig = Rig(bea=False)
     first = rig.feed(PLACE, CommandSubmitted("d", PlaceModel(card=SMALL)))

@@ -412,11 +412,11 @@ class Machine:
         if isinstance(decision, Refused):
             self.deciding.conclude(request, decision)
             return []
+        known = {key: self.cluster.entries[key] for key in decision.keys}
         if not decision.events:
-            known = {key: self.cluster.entries[key] for key in decision.keys}
             return self.deciding.confirm(now_ms, request, decision.outcome, known)
         self._instance_counter += 1  # the mark of the context is in use now
-        return self.deciding.promise(request, decision.outcome, self.cluster.stamp(decision.events))
+        return self.deciding.promise(request, decision.outcome, known | self.cluster.stamp(decision.events))
 
     def _standing(self, now_ms: int, command: Command) -> tuple[Instance, ...]:
         """What `command` is to move: the instance, or the one that was assigned in its place. Then the others of its
