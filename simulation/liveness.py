@@ -110,6 +110,8 @@ def _nothing_extra(host: Host, state: ClusterState, machine: Machine) -> Iterato
     for runner_id in [*(process.spec.runner_id for process in host.processes), *machine.runners.runners]:
         if runner_id not in assigned:
             yield f"{host.name} still runs {runner_id}"
+    ending = [process.spec.runner_id for process in host.processes if process.was_asked_to_stop]
+    yield from (f"{host.name} waits for the end of {runner_id}" for runner_id in ending)  # then another may start
     needed = [instance.card.model_id for instance in state.instances]
     yield from (f"{host.name} still fetches {model_id}" for model_id in host.fetches if model_id not in needed)
 

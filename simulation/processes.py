@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from covey.schema.machine import RunnerExited, RunnerSaid, RunnerStarted
+from covey.schema.machine import RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
 from covey.schema.runner import (
     BEAT_MS,
     Activity,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CONNECT_MS_MAX = 15_000
 CLINGS_MS = 25_000
+HALTED_LOOK_MS = 500
 PORTS = 12  # so few that they are soon used again
 
 
@@ -173,6 +174,15 @@ class Process:
             self.say(Beat(self.steps, self.is_busy))
             self.world.at(self.world.now_ms + BEAT_MS, self._beat)
 
+    def _look_at_halted(self, seen_ms: int) -> None:
+        """Of what stalls every other one is held by a signal, which its node sees, as long as that is awake itself."""
+        if not self.alive:
+            return
+        if not self.host.is_asleep:
+            self.host.tell_machine(RunnerHalted(*self.key, seen_ms), self.boot)
+            seen_ms += HALTED_LOOK_MS
+        self.world.at(self.world.now_ms + HALTED_LOOK_MS, self._look_at_halted, seen_ms)
+
     def _serve(self, running: int) -> None:
         """Now and then a request, and rarely a crash."""
         if self.world.happens(self.world.faults.phase_failure_percent):
@@ -244,7 +254,10 @@ class Process:
         """Any of its deeds may be the last, but it can always be ended. Those of a former generation are left."""
         if epoch != self.epoch and action not in (self.die, self._started, self._listen):
             return
-        self.has_stalled = self.has_stalled or self.world.happens_rarely(self.world.faults.stall_permille)
+        if not self.has_stalled and self.world.happens_rarely(self.world.faults.stall_permille):
+            self.has_stalled = True
+            if self.process_id % 2:
+                self.world.at(self.world.now_ms + HALTED_LOOK_MS, self._look_at_halted, HALTED_LOOK_MS)
         if self.alive and (not self.has_stalled or action == self.die):
             assert callable(action)
             action(*arguments)

@@ -79,6 +79,7 @@ class Safety:
         self.stale: Heartbeat | NodeReport | None = None  # what has arrived now, and says nothing new
         self.last_ms: int | None = None  # of the last step
         self.woke_ms = -(10**9)
+        self.assigned: frozenset[RunnerId] = frozenset()  # to this node, before the step and after it
         self.pace = Pace(self.host)
 
     # ---- what the world tells ----
@@ -126,6 +127,7 @@ class Safety:
         if self.last_ms is not None and now_ms - self.last_ms > machine.settings.sleep_ms:
             self.woke_ms = now_ms
         self.last_ms, self.stale = now_ms, None
+        self.assigned = self._assigned(machine)
         self.pace.hear(news)
         message = news.message if isinstance(news, MessageReceived) else None
         if isinstance(message, Heartbeat):
@@ -152,6 +154,9 @@ class Safety:
         self._check_members(machine)
         self._check_seen(machine)
         self._check_lacks(machine, effects)
+        has_reported = any(isinstance(effect, Publish) and isinstance(effect.message, NodeReport) for effect in effects)
+        # What it reports at the end of a step (another instance of the wish is ready) counts from the next one on.
+        self.assigned = self._assigned(machine) | (self.assigned if has_reported else frozenset())
         for effect in effects:
             self.pace.check(machine, effect)
             self._check_effect(machine, effect)
@@ -324,13 +329,7 @@ class Safety:
 
     def _check_start(self, machine: Machine, effect: StartRunner) -> None:
         runner_id, now_ms = effect.runner_id, self.host.now_ms
-        assigned = [
-            stage.runner_id
-            for instance in machine.state(self.host.now_ms).instances
-            for stage in instance.stages
-            if stage.node_id == self.host.node_id
-        ]
-        if runner_id not in assigned:
+        if runner_id not in self.assigned:
             self._fail(f"it starts {runner_id}, which is not assigned to it")
         heirs = {key for other, key in machine.runners.keys().items() if other != runner_id}  # of what was its own
         if any(each.spec.runner_id == runner_id and each.key not in heirs for each in self.host.processes):
@@ -346,6 +345,10 @@ class Safety:
             self._fail(f"it starts {runner_id} before it has seen what memory its last process left free")
         self._check_room(effect)
         self._check_back_off(machine, runner_id)
+
+    def _assigned(self, machine: Machine) -> frozenset[RunnerId]:
+        stages = [stage for instance in machine.view.assigned(self.host.now_ms) for stage in instance.stages]
+        return frozenset(stage.runner_id for stage in stages if stage.node_id == self.host.node_id)
 
     def _check_regroup(self, machine: Machine, effect: RegroupRunner) -> None:
         """A process begins anew for a runner that is assigned, in a generation that this one was not in."""

@@ -37,6 +37,7 @@ from covey.schema.machine import (
     Publish,
     RegroupRunner,
     RunnerExited,
+    RunnerHalted,
     RunnerSaid,
     SendTo,
     Started,
@@ -99,7 +100,7 @@ class Trace:
                 said = self._message("from", message)
             case CommandSubmitted(command_id):
                 said = f"{command_id}: {_command(news)}"
-            case RunnerSaid(message=Beat()):
+            case RunnerSaid(message=Beat()) | RunnerHalted():
                 said = None
             case RunnerSaid(runner_id, attempt, message):
                 said = f"{runner_id} attempt {attempt} says {message}"

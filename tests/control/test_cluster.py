@@ -53,7 +53,7 @@ def carry_out(cluster: Cluster, command: PlaceModel | DeleteInstance, mark: str 
 
 entries = st.builds(
     Entry,
-    st.none(),
+    st.sampled_from([None, b"one", b"other"]),
     st.builds(Version, st.integers(1, 4), st.sampled_from([NodeId("a"), NodeId("b")])),
 )
 maps = st.dictionaries(st.sampled_from(["instance/x.1", "instance/y.1", "unknown/z"]), entries)
@@ -109,6 +109,24 @@ def test_deleting_takes_the_wish_and_its_later_instances_along() -> None:
     carry_out(cluster, DeleteInstance(old))
     assert not cluster.wishes
     assert not cluster.instances
+
+
+def test_what_was_deleted_at_one_leader_does_not_come_back_from_another() -> None:
+    """The simulator's seed 24165: each carried the same command out, and the one that deleted it counts less far."""
+    here, there = Cluster(NodeId("a")), Cluster(NodeId("b"))
+    there.apply(tuple(Written(f"instance/gone.{number}", None) for number in range(40)))
+    carry_out(there, PlaceModel(card=SMALL), mark="b-1-1")
+    made = carry_out(here, PlaceModel(card=SMALL))
+    carry_out(here, DeleteInstance(made))
+    first, second = dict(here.entries), dict(there.entries)
+    here.merge(second)
+    there.merge(first)
+    assert here.entries == there.entries
+    assert here.digest == there.digest
+    assert not there.wishes
+    assert here.entries["wish/command"].version > second["wish/command"].version  # also for those that go by that alone
+    there.apply(Tending(there, 60_000).leftovers())
+    assert not there.instances
 
 
 def test_a_wish_that_waits_for_a_place_can_be_ended_by_its_own_id() -> None:

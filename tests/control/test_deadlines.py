@@ -12,7 +12,7 @@ from covey.control.runner_table import TABLE, Overdue
 from covey.control.settings import MachineSettings, PhaseLimits
 from covey.schema.cluster import Instance, InstancePhase
 from covey.schema.ids import RunnerId
-from covey.schema.machine import LeaveRequested, RunnerExited, RunnerStarted, StartRunner, StopRunner
+from covey.schema.machine import LeaveRequested, RunnerExited, RunnerHalted, RunnerStarted, StartRunner, StopRunner
 from covey.schema.runner import Activity, Beat, Connected, Listening, LoadProgressed, PhaseFailed, RunnerState
 from simulation.people import SMALL
 from simulation.world import World
@@ -149,10 +149,40 @@ def test_after_this_machine_slept_every_limit_begins_anew(state: RunnerState) ->
     if state is RunnerState.FAILED:
         bench.say(PhaseFailed("load", "the file is cut short"))
     bench.now_ms += 3_600_000
-    bench.runners.wake(bench.now_ms)
+    bench.runners.wake(bench.now_ms, 3_600_000)
     assert bench.advance() == []
     assert bench.advance(5_900) == []
     assert bench.mine.state is state
+
+
+@pytest.mark.parametrize("state", [RunnerState.READY, RunnerState.RUNNING])
+def test_what_a_signal_holds_is_given_a_second(state: RunnerState) -> None:
+    """That is seen from outside, and can't be a slow machine."""
+    bench = in_state(RunnerState.READY)
+    if state is RunnerState.RUNNING:
+        bench.say(Activity(1, 0))
+    assert bench.hear(RunnerHalted(MINE, 1, 500)) == []
+    assert bench.hear(RunnerHalted(MINE, 2, 1_000)) == []  # of another process
+    assert bench.hear(RunnerHalted(MINE, 1, 1_000)) == [IS_SILENT]
+    assert bench.mine.reason == "a signal stopped it for more than 1 s (SIGSTOP)"
+    assert bench.hear(RunnerHalted(MINE, 1, 1_500)) == []
+    assert bench.hear(RunnerExited(MINE, 1, "signal 9 (killed)", "")) == []
+    assert bench.mine.retries_left == 3
+
+
+@pytest.mark.parametrize("state", [RunnerState.IDLE, RunnerState.CONNECTING, RunnerState.LOADING])
+def test_what_does_not_serve_yet_has_its_time_also_while_a_signal_holds_it(state: RunnerState) -> None:
+    """Nobody waits for an answer of it, and what it has read is not lost."""
+    bench = in_state(state)
+    assert bench.hear(RunnerHalted(MINE, 1, 20_000)) == []
+    assert bench.mine.state is state
+
+
+def test_that_a_process_is_held_by_a_signal_is_no_sign_of_life() -> None:
+    bench = in_state(RunnerState.READY)
+    bench.now_ms += 9_999
+    assert bench.hear(RunnerHalted(MINE, 1, 500)) == []
+    assert bench.advance(1) == [IS_SILENT]
 
 
 def test_no_process_takes_the_place_of_another_before_the_memory_was_seen_without_it() -> None:

@@ -126,6 +126,19 @@ def test_a_full_disk_refuses_the_command_and_leaves_nothing_behind() -> None:
     assert answers(rig.copied(rig.feed(EntriesKept(kept(again).token))))
 
 
+def test_what_is_deleted_by_a_former_id_is_on_a_second_disk_under_that_too() -> None:
+    """The simulator's seed 29087: it had been moved just before, and that was on no second disk yet."""
+    rig = Rig(bea=True)
+    rig.copied(rig.feed(EntriesKept(kept(rig.feed(PLACE)).token)))
+    [moved] = rig.machine.cluster.instances
+    gone = {f"instance/{moved}": Entry(None, Version(rig.machine.cluster.counter + 1, ADA))}
+    rig.feed(EntriesKept(kept(rig.feed(MessageReceived(IntentUpdate(BEA, gone)))).token))
+    effects = rig.feed(CommandSubmitted("d", DeleteInstance(moved)))
+    [update] = updates(rig.feed(EntriesKept(kept(effects).token)))
+    assert update.entries.keys() >= {"wish/c", f"instance/{moved}"}
+    assert update.keepers == (BEA,)
+
+
 def test_commands_wait_for_one_another_in_the_order_they_came() -> None:
     rig = Rig(bea=False)
     first = rig.feed(PLACE, CommandSubmitted("d", PlaceModel(card=SMALL)))
@@ -195,11 +208,21 @@ def test_an_older_version_that_came_during_a_write_does_not_replace_the_newer_on
     """The simulator's seed 367: disk and map differed for good."""
     rig = Rig(bea=False)
     first = rig.feed(PLACE)
-    older = {"wish/c": Entry(None, Version(1, NodeId("0" * 32)))}
+    older = {"wish/c": Entry(kept(first).entries["wish/c"].value, Version(1, NodeId("0" * 32)))}
     rig.feed(MessageReceived(IntentUpdate(BEA, older)))
     effects = rig.feed(EntriesKept(kept(first).token))
     assert rig.machine.cluster.wishes
     assert not [effect for effect in effects if isinstance(effect, KeepEntries)]
+
+
+def test_what_was_deleted_elsewhere_during_its_write_is_deleted_on_disk_too() -> None:
+    """Another leader had carried the same command out, and somebody had ended it there."""
+    rig = Rig(bea=False)
+    first = rig.feed(PLACE)
+    rig.feed(MessageReceived(IntentUpdate(BEA, {"wish/c": Entry(None, Version(1, NodeId("0" * 32)))})))
+    effects = rig.feed(EntriesKept(kept(first).token))
+    assert not rig.machine.cluster.wishes
+    assert kept(effects).entries == {"wish/c": rig.machine.cluster.entries["wish/c"]}
 
 
 def test_a_map_that_is_restored_is_not_written_again_but_for_what_is_beyond_the_limit() -> None:

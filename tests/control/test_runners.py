@@ -296,6 +296,57 @@ def test_nor_is_it_where_a_new_generation_came_meanwhile(last: int, pause_ms: in
     assert bench.mine.has_process
 
 
+@pytest.mark.parametrize(("worked_s", "pause_ms"), [(6, 1_000), (12, 0)])
+def test_nor_is_the_time_that_its_machine_slept(worked_s: int, pause_ms: int) -> None:
+    """The simulator's seed 26059: it said nothing any more when its machine had woken."""
+    bench = Bench()
+    bench.advance()
+    bench.until_ready()
+    for count in range(1, worked_s + 1):
+        bench.say(Beat(count, is_busy=True))
+        bench.advance(1_000)
+    bench.now_ms += 3_600_000
+    bench.runners.wake(bench.now_ms, 3_600_000)
+    assert bench.advance(9_000) == []  # its time to give a sign of life has begun anew
+    [stop] = bench.advance(1_000)
+    assert isinstance(stop, StopRunner)
+    bench.exit()
+    assert bench.mine.has_process is (pause_ms == 0)  # what was well before is started again at once
+    bench.advance(pause_ms)
+    assert bench.mine.has_process
+
+
+def test_what_a_process_has_done_is_no_merit_of_a_runner_that_gave_it_away() -> None:
+    """The simulator's seed 32120: the wish was assigned elsewhere and back, and the process had ended meanwhile."""
+    bench = Bench()
+    bench.advance()
+    bench.until_ready()
+    for count in range(1, 13):
+        bench.say(Beat(count, is_busy=True))
+        bench.advance(1_000)
+    bench.instances = [second()]
+    [regroup] = bench.advance()
+    assert isinstance(regroup, RegroupRunner)
+    bench.exit()
+    bench.instances = [instance(1)]
+    [start] = bench.advance(3_000)
+    assert isinstance(start, StartRunner)
+    bench.now_ms += 1_000
+    assert bench.exit(start.attempt) == []
+    [start] = bench.advance(1_000)
+    assert isinstance(start, StartRunner)
+
+
+def test_nor_is_it_where_a_link_breaks_after_waking() -> None:
+    bench = Bench(2)
+    linked(bench)
+    bench.now_ms += 3_600_000
+    bench.runners.wake(bench.now_ms, 3_600_000)
+    assert bench.say(Parted("The link to stage 1 is lost.")) == []
+    [regroup] = bench.advance(1_000)
+    assert isinstance(regroup, RegroupRunner)
+
+
 def test_a_failed_phase_stops_the_process_and_waits_until_it_is_reaped() -> None:
     bench = Bench()
     bench.advance()

@@ -14,7 +14,16 @@ import pytest
 from covey.effects import processes as runner_processes
 from covey.effects.processes import Processes
 from covey.schema.ids import RunnerId
-from covey.schema.machine import Input, RunnerExited, RunnerSaid, RunnerStarted, StartRunner, StopRunner, TellRunner
+from covey.schema.machine import (
+    Input,
+    RunnerExited,
+    RunnerHalted,
+    RunnerSaid,
+    RunnerStarted,
+    StartRunner,
+    StopRunner,
+    TellRunner,
+)
 from covey.schema.model import Shard
 from covey.schema.runner import Listening, Ready, RunnerSpec, WarmUp
 from tests.credentials import credentials, node
@@ -163,6 +172,42 @@ async def test_a_process_that_is_stopped_for_good_is_killed_without_being_asked(
         processes.stop(StopRunner(RunnerId("r1"), 1, grace_ms=300, asks_first=False))
         assert (await stage.wait_exit()).description == "signal 9 (killed)"
         assert anyio.current_time() - before < 2  # once the grace, not twice
+
+
+async def test_how_long_a_signal_holds_a_process_is_told_until_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_processes, "HALTED_LOOK_MS", 50)
+    stage = Stage()
+    async with running(stage, tmp_path, "say(Ready()); time.sleep(60)"):
+        started = await stage.wait_for(lambda item: isinstance(item, RunnerStarted))
+        await stage.wait_for(lambda item: isinstance(item, RunnerSaid))
+        for _ in range(2):  # it begins anew each time
+            stage.inputs.clear()
+            os.kill(started.process_id, signal.SIGSTOP)
+            await stage.wait_for(lambda item: item == RunnerHalted(RunnerId("r1"), 1, 150))
+            os.kill(started.process_id, signal.SIGCONT)
+            await anyio.sleep(0.3)
+            told = len(stage.inputs)
+            await anyio.sleep(0.3)
+            assert len(stage.inputs) == told
+
+
+async def test_what_waits_computes_or_is_slowed_down_by_stops_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that limit what others compute stop them and let them go on many times a second."""
+    monkeypatch.setattr(runner_processes, "HALTED_LOOK_MS", 100)
+    stage = Stage()
+    async with running(stage, tmp_path, "say(Ready()); sys.stdout.flush()\nwhile True: pass"):
+        started = await stage.wait_for(lambda item: isinstance(item, RunnerStarted))
+        await stage.wait_for(lambda item: isinstance(item, RunnerSaid))
+        for _ in range(20):
+            os.kill(started.process_id, signal.SIGCONT)
+            await anyio.sleep(0.04)
+            os.kill(started.process_id, signal.SIGSTOP)
+            await anyio.sleep(0.04)
+        assert not [item for item in stage.inputs if isinstance(item, RunnerHalted)]
 
 
 async def test_a_process_that_hangs_may_still_say_goodbye(tmp_path: Path) -> None:

@@ -89,8 +89,7 @@ def test_a_runner_that_is_stopped_is_replaced_whether_it_answers_or_not(
     monkeypatch: pytest.MonkeyPatch,
     is_answering: bool,  # noqa: FBT001
 ) -> None:
-    """Without the load's delays, so that only the beat tells."""
-    monkeypatch.setenv("COVEY_STEP_TIMEOUT_S", "1")  # a few beats are always waited for: 6 s
+    """Its node sees that a signal holds it, before a beat is missed."""
     model = write_model(tmp_path / "model.gguf", layers=LAYERS)
     with running(tmp_path, "a") as (a,):
         a.post("/place_instance", {"model_id": str(model), "min_nodes": 1})
@@ -103,7 +102,7 @@ def test_a_runner_that_is_stopped_is_replaced_whether_it_answers_or_not(
         until(lambda: not hanging.is_running())
         took_s = time.monotonic() - stopped_at
         print(f"gone {took_s:.2f} s after it was stopped")
-        assert took_s < 6 + GONE_S_MAX
+        assert took_s < 1.5 + GONE_S_MAX
         until(lambda: is_at(a, "Ready", 2))
         assert a.ask(str(model), "Where is it?", max_tokens=4)
         if is_answering:

@@ -3,7 +3,9 @@
 `decide` may refuse; `apply` may not. Values are written under fresh keys and later deleted, never changed in place,
 so that a merge of two maps can't mix two states of one thing. A wish's key is the id of the command that made it: the
 same command again, even at another leader, finds what it did. An instance's id begins with its wish's id for the same
-reason. Values stay encoded in the map; what a newer version wrote is held and passed on unread.
+reason. Two leaders that don't see each other may carry one command out under two versions: what was deleted at one of
+them is deleted, whichever version is higher (`merged`). Values stay encoded in the map; what a newer version wrote is
+held and passed on unread.
 """
 
 import heapq
@@ -46,6 +48,7 @@ INSTANCE: Final = "instance/"
 KEY: Final = "key/"
 FORGOTTEN: Final = "forgotten"
 NOT_FOUND: Final = 404
+NOBODY: Final = NodeId("")  # the writer of a version that follows from two others
 
 Changes = dict[str, Entry | None]  # of a map; None: a deletion that is not remembered any more
 
@@ -131,11 +134,12 @@ class Cluster:
     def merge(self, entries: Mapping[str, Entry]) -> Changes:
         """Takes in what is newer. Returns what is different now."""
         highest = self.counter + COUNTER_LEAP_MAX
-        newer = {
-            key: entry
+        taken = {
+            key: merged(entry, self.entries.get(key))
             for key, entry in entries.items()
-            if 0 < entry.version.counter <= highest and is_newer(entry, self.entries.get(key))
+            if 0 < entry.version.counter <= highest
         }
+        newer = {key: entry for key, entry in taken.items() if entry != self.entries.get(key)}
         changes = {**newer, **dict.fromkeys(self._to_forget(newer))}
         changes = {key: entry for key, entry in changes.items() if entry is not None or key in self.entries}
         if changes:
@@ -343,6 +347,18 @@ def _no_instance(instance_id: InstanceId) -> Refused:
 def wish_of(instance_id: InstanceId) -> str:
     """The id of the wish that an instance was assigned for (marks hold no dot)."""
     return instance_id.rpartition(".")[0]
+
+
+def merged(entry: Entry, known: Entry | None) -> Entry:
+    """What is held of a key, of `entry` and what was known: the newer one, but what was deleted stays deleted.
+
+    The deletion then counts as written after what it deletes. So a version never goes back, and whoever goes by
+    versions alone ends with the same. In whatever order entries come, the highest of these versions remains.
+    """
+    if known is None or (entry.value is None) is (known.value is None):
+        return entry if known is None or is_newer(entry, known) else known
+    deletion, value = (entry, known) if entry.value is None else (known, entry)
+    return Entry(None, max(deletion.version, Version(value.version.counter + 1, NOBODY)))
 
 
 def is_newer(entry: Entry, known: Entry | None) -> bool:

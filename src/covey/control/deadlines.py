@@ -3,6 +3,9 @@
 Every phase has a limit without progress, which starts anew with each sign of it: layers and bytes while it loads,
 steps while it answers. Where a process waits for others (until all stages listen) or for requests it owes nothing but
 its beat, which comes from a thread that computing does not hold up. After this machine slept every limit begins anew.
+
+Silence may be that of a machine that swaps, so it is borne for long. That a signal holds a process its node sees from
+outside, and nothing else looks like it, however slow the machine is: one that is to beat is given little time then.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from covey.schema.runner import BEAT_MS, RunnerState
 BEATS_MISSED_MAX: Final = 3
 SILENCE_MS: Final = 10_000  # a machine that swaps can hold up any thread for seconds; as long as a node may be silent
 PARTED_SILENCE_MS: Final = 5_000  # its neighbours have left it, for its pulse or for something else
+HALTED_MS: Final = 1_000  # whoever stops a process for a moment has let it go on by then
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
 
 
@@ -86,12 +90,22 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
     if due is None or now_ms < due:
         return None
     phase = PHASES[runner.state]
-    beats = runner.state in SERVING_STATES or _ends_its_step(runner)
-    if beats and now_ms >= _silent_ms(runner, limits):
+    if _beats(runner) and now_ms >= _silent_ms(runner, limits):
         at = "when it was to begin anew" if _ends_its_step(runner) else "while it served"
         told = f"it gave no sign of life for {_silence_ms(runner, limits) // 1000} s {at}"
         return Overdue(told, is_silent=True)
     return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
+
+
+def halted(runner: Runner, seen_ms: int) -> Overdue | None:
+    """What to tell the table of a process that was seen to be held by a signal for so long."""
+    if seen_ms < HALTED_MS or not _beats(runner):
+        return None
+    return Overdue(f"a signal stopped it for more than {HALTED_MS / 1000:g} s (SIGSTOP)", is_silent=True)
+
+
+def _beats(runner: Runner) -> bool:
+    return runner.state in SERVING_STATES or _ends_its_step(runner)
 
 
 def _ends_its_step(runner: Runner) -> bool:

@@ -20,7 +20,7 @@ from covey.control.leadership import Leadership
 from covey.control.membership import Membership
 from covey.control.replication import Replication
 from covey.control.reports import Content, MemoryFigures, Reporter
-from covey.control.runners import Runners, World
+from covey.control.runners import RunnerNews, Runners, World
 from covey.control.settings import MachineSettings
 from covey.control.tending import Tending
 from covey.control.twins import COPIED, Twins
@@ -60,6 +60,7 @@ from covey.schema.machine import (
     NetworkNoticed,
     Publish,
     RunnerExited,
+    RunnerHalted,
     RunnerSaid,
     RunnerStarted,
     SendTo,
@@ -122,6 +123,7 @@ class Machine:
             FetchFailed: self._on_fetch_failed,
             RunnerStarted: self._on_runner,
             RunnerSaid: self._on_runner,
+            RunnerHalted: self._on_runner,
             RunnerExited: self._on_runner,
             LeaveRequested: self._on_leave,
         }
@@ -237,7 +239,7 @@ class Machine:
         self.downloads.fail(now_ms, news)
         return []
 
-    def _on_runner(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
+    def _on_runner(self, now_ms: int, news: RunnerNews) -> list[Effect]:
         return self.runners.hear(now_ms, news)
 
     def _on_leave(self, now_ms: int, _: LeaveRequested) -> list[Effect]:
@@ -397,7 +399,7 @@ class Machine:
         if self._now_ms is not None and now_ms - self._now_ms > self.settings.sleep_ms:
             self.membership.wake(now_ms)
             self.leadership.resign(now_ms)
-            self.runners.wake(now_ms)
+            self.runners.wake(now_ms, now_ms - self._now_ms)
             self.view.listening_since_ms = now_ms
 
     def _decide(self, now_ms: int, request: CommandRequest) -> list[Effect]:
@@ -410,11 +412,11 @@ class Machine:
         if isinstance(decision, Refused):
             self.deciding.conclude(request, decision)
             return []
+        known = {key: self.cluster.entries[key] for key in decision.keys}
         if not decision.events:
-            known = {key: self.cluster.entries[key] for key in decision.keys}
             return self.deciding.confirm(now_ms, request, decision.outcome, known)
         self._instance_counter += 1  # the mark of the context is in use now
-        return self.deciding.promise(request, decision.outcome, self.cluster.stamp(decision.events))
+        return self.deciding.promise(request, decision.outcome, known | self.cluster.stamp(decision.events))
 
     def _standing(self, now_ms: int, command: Command) -> tuple[Instance, ...]:
         """What `command` is to move: the instance, or the one that was assigned in its place. Then the others of its

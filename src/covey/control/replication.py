@@ -37,10 +37,11 @@ class Replication:
             self.keeping.change(changes)
 
     def take_kept(self, now_ms: int, entries: dict[str, Entry]) -> None:
-        """Merges what is on this node's disk already."""
+        """Merges what is on this node's disk already. What was deleted meanwhile is to be deleted there, too."""
         self.changed_ms = now_ms
         changes = self.cluster.merge(entries)
         self.keeping.settle(changes)
+        self.keeping.change({key: entry for key, entry in changes.items() if entry and entry != entries.get(key)})
 
     def hear_update(self, now_ms: int, update: IntentUpdate) -> list[Effect]:
         """Merges, and confirms what the sender wants to see kept, now or when it is."""

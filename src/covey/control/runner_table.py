@@ -96,7 +96,8 @@ class Runner(Struct):
     bytes_loaded: int = 0
     steps: int = 0  # that it has finished in its life
     is_busy: bool = False  # with a step; the head: with a request
-    phase_since_ms: int = 0  # when its phase began, or last got further
+    phase_since_ms: int = 0  # when its phase began, or last got further, or its machine woke
+    progressed_ms: int = 0  # the same but for waking
     progress: tuple[object, ...] = ()  # as it was then
     heard_ms: int = 0  # when its process last said something
     is_overdue: bool = False  # it was ended because it did not get further
@@ -136,7 +137,7 @@ class Runner(Struct):
 
 
 def inherit(heir: Runner, donor: Runner) -> None:
-    """Gives `heir` the process of `donor`, which has none then."""
+    """Gives `heir` the process of `donor`, which has none then, nor what that has done."""
     heir.state = PARTED if donor.state in REGROUPED_STATES else donor.state
     heir.has_process, heir.process_id, heir.process_key, heir.is_inherited = True, donor.process_id, donor.key, True
     heir.holds, heir.resident_bytes, heir.listen_host = donor.holds, donor.resident_bytes, donor.listen_host
@@ -144,6 +145,7 @@ def inherit(heir: Runner, donor: Runner) -> None:
     heir.layers_loaded, heir.bytes_loaded = donor.layers_loaded, donor.bytes_loaded
     _forget_process(donor)
     donor.state, donor.retry_ms, donor.is_seen_gone = IDLE, None, True
+    donor.serving_since_ms = donor.working_since_ms = None
 
 
 # ---- what the node itself decides ----

@@ -31,7 +31,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
-from covey.control.deadlines import due_ms, overdue
+from covey.control.deadlines import due_ms, halted, overdue
 from covey.control.placement.again import overlap
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.refusal import amount
@@ -43,6 +43,7 @@ from covey.control.runner_table import (
     STARTED_STATES,
     Begin,
     Link,
+    Overdue,
     Proceed,
     ProcessKey,
     Regroup,
@@ -57,8 +58,10 @@ from covey.control.runner_table import (
 from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
-from covey.schema.machine import Effect, RunnerExited, RunnerSaid, RunnerStarted
+from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
 from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
+
+RunnerNews = RunnerStarted | RunnerSaid | RunnerHalted | RunnerExited
 
 
 class Neighbour(Struct, frozen=True):
@@ -91,11 +94,14 @@ class Runners:
 
     # ---- answers ----
 
-    def hear(self, now_ms: int, news: RunnerStarted | RunnerSaid | RunnerExited) -> list[Effect]:
-        """What a process did or said; a former attempt's word is dropped."""
+    def hear(self, now_ms: int, news: RunnerNews) -> list[Effect]:
+        """What a process did or said, or was seen to suffer; a former attempt's word is dropped."""
         runner = self._with_process((news.runner_id, news.attempt))
         if runner is None:
             return []
+        if isinstance(news, RunnerHalted):  # no sign of life
+            late = halted(runner, news.seen_ms)
+            return self._end(now_ms, runner, late) if late else []
         runner.heard_ms = now_ms
         effects = self._step(runner, self._word(runner, news.message) if isinstance(news, RunnerSaid) else news)
         self._note(now_ms, runner)
@@ -130,7 +136,7 @@ class Runners:
 
     def _was_well(self, now_ms: int, runner: Runner) -> bool:
         """Whether it served for a while: less long if it got on with work. The time that it hung does not count."""
-        progressed_ms = runner.phase_since_ms
+        progressed_ms = runner.progressed_ms
         waited, worked = runner.serving_since_ms, runner.working_since_ms
         until_ms = progressed_ms if runner.is_overdue else now_ms
         is_healthy = waited is not None and until_ms - waited >= self.settings.runner_healthy_ms
@@ -147,10 +153,13 @@ class Runners:
             if is_known and runner.process_id in resident_bytes:
                 runner.resident_bytes = resident_bytes[runner.process_id]
 
-    def wake(self, now_ms: int) -> None:
-        """Our machine slept, and the processes with it: their time begins anew."""
+    def wake(self, now_ms: int, slept_ms: int) -> None:
+        """Our machine slept, and the processes with it: their limits begin anew, and it was no time of work."""
         for runner in self.runners.values():
             runner.phase_since_ms = runner.heard_ms = now_ms
+            runner.progressed_ms += slept_ms
+            runner.serving_since_ms = _later(runner.serving_since_ms, slept_ms)
+            runner.working_since_ms = _later(runner.working_since_ms, slept_ms)
 
     # ---- desired minus actual ----
 
@@ -260,9 +269,7 @@ class Runners:
         """At most two steps lie between what a runner is and what it should be: end, or begin, or go on."""
         late = overdue(now_ms, runner, self.settings.limits)
         if late:
-            effects = self._step(runner, late)
-            self._note(now_ms, runner)
-            return effects
+            return self._end(now_ms, runner, late)
         others = _neighbours(runner, world.reports)
         if self._must_stop(runner, others):
             return self._step(runner, Stop())
@@ -273,6 +280,11 @@ class Runners:
         if self._is_over(now_ms, runner, others):
             return self._regroup(now_ms, runner, others, world)
         return self._go_on(runner, others, world)
+
+    def _end(self, now_ms: int, runner: Runner, late: Overdue) -> list[Effect]:
+        effects = self._step(runner, late)
+        self._note(now_ms, runner)
+        return effects
 
     def _go_on(self, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         """To the next phase of its generation."""
@@ -413,12 +425,16 @@ def _engine_options(instance: Instance) -> dict[str, str]:
     return exact | ({"quantize": instance.quantize.value} if instance.quantize else {})
 
 
+def _later(at_ms: int | None, by_ms: int) -> int | None:
+    return None if at_ms is None else at_ms + by_ms
+
+
 def _keep_time(now_ms: int, runner: Runner) -> None:
     """The time of a phase begins anew with each thing that the process, or we, have done."""
     loaded, answered = (runner.layers_loaded, runner.bytes_loaded), (runner.steps, runner.is_busy)
     progress = (runner.state, runner.attempt, runner.has_process, runner.linked_to, loaded, answered)
     if progress != runner.progress:
-        runner.progress, runner.phase_since_ms = progress, now_ms
+        runner.progress, runner.phase_since_ms, runner.progressed_ms = progress, now_ms, now_ms
 
 
 def _index(runner: Runner) -> int:

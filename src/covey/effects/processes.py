@@ -15,6 +15,7 @@ from typing import Final
 
 import anyio
 import msgspec
+import psutil
 from anyio.abc import ByteReceiveStream, ByteSendStream, Process, TaskGroup
 
 from covey.control.deadlines import REAP_MS
@@ -26,6 +27,7 @@ from covey.schema.machine import (
     Input,
     RegroupRunner,
     RunnerExited,
+    RunnerHalted,
     RunnerSaid,
     RunnerStarted,
     StartRunner,
@@ -39,6 +41,7 @@ RUNNER_COMMAND: Final = (sys.executable, "-P", "-m", "covey.engine")  # -P: the 
 LOGS: Final = "logs"  # in the node's folder
 COMMANDS_MAX: Final = 64  # a generation takes four; more means that the runner has stopped reading
 PIPE_DRAIN_MS_MAX: Final = 1000  # after its end: a grandchild may hold the pipes open
+HALTED_LOOK_MS: Final = 500  # between two looks at a process, each of which takes some 0.1 ms
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 _log = logging.getLogger(__name__)
@@ -102,7 +105,7 @@ class Processes:
         return self._ended
 
     def start(self, effect: StartRunner) -> None:
-        """Answered by `RunnerStarted`, `RunnerSaid`..., and at the end by exactly one `RunnerExited`."""
+        """Answered by `RunnerStarted`, `RunnerSaid`, `RunnerHalted`..., at the end by exactly one `RunnerExited`."""
         key = (effect.runner_id, effect.attempt)
         if key not in self._runners:  # else it is carried out already
             self._runners[key] = _Runner(effect)
@@ -168,12 +171,24 @@ class Processes:
         async with anyio.create_task_group() as helpers:
             helpers.start_soon(_write, runner, pipes.stdin)
             helpers.start_soon(_stop_when_asked, runner, process)
+            helpers.start_soon(self._watch_halted, runner, process)
             async with anyio.create_task_group() as readers:
                 readers.start_soon(self._read, runner, pipes.stdout)
                 readers.start_soon(_read_log, pipes.stderr, log)
                 await process.wait()
                 readers.cancel_scope.deadline = anyio.current_time() + PIPE_DRAIN_MS_MAX / 1000
             helpers.cancel_scope.cancel()
+
+    async def _watch_halted(self, runner: _Runner, process: Process) -> None:
+        """Two looks between which it has computed are no halt: programs that limit others stop them time and again."""
+        before, seen_ms = None, 0
+        while True:
+            await anyio.sleep(HALTED_LOOK_MS / 1000)
+            computed = computed_at_halt_s(process.pid)
+            seen_ms = seen_ms + HALTED_LOOK_MS if computed is not None and computed == before else 0
+            before = computed
+            if seen_ms:
+                await self._deliver(RunnerHalted(runner.runner_id, runner.attempt, seen_ms))
 
     async def _read(self, runner: _Runner, stdout: ByteReceiveStream) -> None:
         frames = wire.FrameBuffer()
@@ -183,6 +198,16 @@ class Processes:
                     await self._deliver(RunnerSaid(runner.runner_id, runner.attempt, self._decoder.decode(body)))
         except (msgspec.DecodeError, wire.FrameTooLargeError) as error:
             _give_up(runner, f"it wrote something to its standard output that is no message: {error}")
+
+
+def computed_at_halt_s(process_id: int) -> float | None:
+    """The seconds that a process has computed, if a signal holds it now (not a debugger); None if not."""
+    try:
+        process = psutil.Process(process_id)
+        times = process.cpu_times()
+        return times.user + times.system if process.status() == psutil.STATUS_STOPPED else None
+    except psutil.Error:  # it has ended, or another process has its number by now
+        return None
 
 
 def describe_exit(status: int) -> str:

@@ -102,6 +102,17 @@ class RunnerSaid(Struct, frozen=True, tag=True):
     message: RunnerMessage
 
 
+class RunnerHalted(Struct, frozen=True, tag=True):
+    """A signal (SIGSTOP) holds the process: it is there, and surely does nothing. Said again and again while it lasts.
+
+    `seen_ms`: for how long, as far as it was looked at: the node's own sleep is no part of it.
+    """
+
+    runner_id: RunnerId
+    attempt: int
+    seen_ms: int
+
+
 class RunnerExited(Struct, frozen=True, tag=True):
     """The process is gone and reaped, or could not be started. Always the last input of an attempt."""
 
@@ -130,6 +141,7 @@ Input = (
     | FetchFailed
     | RunnerStarted
     | RunnerSaid
+    | RunnerHalted
     | RunnerExited
     | LeaveRequested
 )
