@@ -8,7 +8,7 @@ from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, Spa
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
-RUNNER_OVERHEAD_BYTES: Final = 115 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+RUNNER_OVERHEAD_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
