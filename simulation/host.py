@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from covey.control.machine import Machine
+from covey.control.placement.memory import loading_bytes
 from covey.schema.cluster import Command, Hardware, Stage
 from covey.schema.ids import InstanceId, ModelId, NodeId
 from covey.schema.machine import (
@@ -165,7 +166,7 @@ class Host:
         assert self.machine is not None
         records, figures = self.machine.runners.runners, self.machine.memory
         starting = sum(records[each.runner_id].stage.memory_bytes for each in effects if isinstance(each, StartRunner))
-        needed = stage.memory_bytes + starting + sum(self.growth_bytes(each) for each in effects)
+        needed = loading_bytes(stage.memory_bytes) + starting + sum(self.growth_bytes(each) for each in effects)
         to_take = sum(process.memory_bytes - process.resident_bytes for process in self.processes)
         held = {process.key: process.memory_bytes for process in self.processes}
         to_take_when_probed = sum(max(0, count - figures.held_at_probe.get(key, 0)) for key, count in held.items())

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from covey.effects import clock, probe
-from covey.effects.control_groups import MemoryRoom, memory_room, processor_count
+from covey.effects.control_groups import MemoryRoom, core_count, memory_room, processor_count
 from covey.effects.probe import Probe
 
 
@@ -112,3 +112,16 @@ def test_the_clock_goes_forward_in_milliseconds() -> None:
     start = clock.now_ms()
     time.sleep(0.02)
     assert 15 <= clock.now_ms() - start < 1000
+
+
+def test_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is kept to four processors of a large machine may have two cores of it."""
+    for number, siblings in enumerate(("0,4", "1,5", "2,6", "3,7") * 2):
+        group(tmp_path / f"cpu{number}" / "topology", thread_siblings_list=siblings + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
+    none = membership(tmp_path, "0::/")
+    assert (core_count(tmp_path, none, tmp_path), processor_count(tmp_path, none)) == (2, 4)
+    group(tmp_path, **{"cpu.max": "100000 100000"})
+    assert core_count(tmp_path, none, tmp_path) == 1
+    (tmp_path / "cpu.max").unlink()
+    assert 1 <= core_count(tmp_path, none, tmp_path / "nothing is said there") <= 4

@@ -33,7 +33,7 @@ from msgspec.structs import replace
 from covey.control.addresses import ways_to
 from covey.control.deadlines import due_ms, halted, overdue
 from covey.control.placement.again import overlap
-from covey.control.placement.memory import still_to_take_bytes
+from covey.control.placement.memory import loading_bytes, still_to_take_bytes
 from covey.control.placement.refusal import amount
 from covey.control.runner_table import (
     MEASURED_STATES,
@@ -370,7 +370,7 @@ class Runners:
             for each in self.runners.values()
             if each.has_process
         )
-        own = 0 if runner.has_process else runner.stage.memory_bytes
+        own = 0 if runner.has_process else loading_bytes(runner.stage.memory_bytes)
         if own + promised <= free_bytes:
             return ""
         taken = f", {amount(promised)} of that promised to others," if promised else ","

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import Final
 
+import psutil
 from msgspec import Struct
 
 ROOT: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
+PROCESSORS: Final = Path("/sys/devices/system/cpu")
 UNLIMITED_BYTES: Final = 1 << 60  # version 1 writes a number near 2^63 for "no limit"
 
 
@@ -52,6 +54,19 @@ def processor_count(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
             for level in _levels(root, path):
                 count = min(count, _quota(level, count))
     return max(1, count)
+
+
+def core_count(root: Path = ROOT, membership: Path = MEMBERSHIP, processors: Path = PROCESSORS) -> int:
+    """Physical cores that this process may keep busy, at least 1.
+
+    Two threads of one core don't compute faster than one, so of the processors that it may run on, those of one core
+    count once.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    siblings = {_read(processors / f"cpu{number}" / "topology" / "thread_siblings_list") for number in allowed} - {""}
+    physical = len(siblings) or psutil.cpu_count(logical=False)
+    logical = processor_count(root, membership)
+    return max(1, min(physical or logical, logical))
 
 
 def _quota(level: Path, unlimited: int) -> int:

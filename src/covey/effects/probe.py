@@ -39,13 +39,12 @@ class Probe:
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
         disk = psutil.disk_usage(str(_existing(self._disk_folder)))
         limited = control_groups.memory_room()
-        logical = control_groups.processor_count()
         return Hardware(
             machine_id=self._machine_id,
             machine_model=self._machine_model,
             processor=self._processor,
-            physical_cores=max(1, min(psutil.cpu_count(logical=False) or logical, logical)),
-            logical_cores=logical,
+            physical_cores=control_groups.core_count(),
+            logical_cores=control_groups.processor_count(),
             os_name=self._os_name,
             os_version=self._os_version,
             memory_bytes_total=min([memory.total, *(room.limit_bytes for room in limited)]),

@@ -8,7 +8,8 @@ from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, Spa
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
-RUNNER_OVERHEAD_BYTES: Final = 125 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+RUNNER_OVERHEAD_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
 
@@ -67,6 +68,11 @@ def whole_bytes(load: Load, stage_count: int) -> int:
     """Memory of all runners of a pipeline of so many stages."""
     layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
     return layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+
+
+def loading_bytes(counted_bytes: int) -> int:
+    """What has to be free for a runner to load. Where a placement fitted, so does this: 110 of 90 percent are 99."""
+    return counted_bytes * LOADING_PERCENT // 100
 
 
 def still_to_take_bytes(counted_bytes: int, resident_bytes: int | None) -> int:

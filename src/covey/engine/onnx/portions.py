@@ -2,7 +2,7 @@
 
 Where ONNX Runtime packs the weights of a graph itself (`kernel_file` says where not), what they are packed from is
 still there. So a stage is several graphs then, loaded one after another: only one of them is there twice at a time.
-Decoding with eight takes as long as with one (`bench/segments.py`), but a tied embedding is read twice.
+What that costs a token is told by `bench/segments.py`; and a tied embedding is read twice.
 """
 
 from typing import Final
@@ -13,7 +13,7 @@ from covey.engine.onnx.tensors import output_name
 from covey.schema.model import Shard
 
 GRAPHS: Final = 8  # about as many has a large stage; what it holds twice while it loads is so much smaller
-GRAPH_BYTES_MIN: Final = 32 * 1024 * 1024  # of the file: below, a graph of its own takes more than it saves
+GRAPH_BYTES_MIN: Final = 24 * 1024 * 1024  # of the file: below, a graph of its own takes more than it saves
 EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 
