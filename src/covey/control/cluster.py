@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from covey.control import keys
-from covey.control.placement.again import place_anew
+from covey.control.placement.again import place_anew, with_ranks
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.placement.refusal import CONFLICT
@@ -40,6 +40,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import Shard
+from covey.schema.pipeline import is_regular
 
 WISH: Final = "wish/"
 INSTANCE: Final = "instance/"
@@ -202,6 +203,7 @@ class Cluster:
             slot_count=command.slot_count,
             node_ids=command.node_ids,
             quantize=command.quantize,
+            rank_count=command.rank_count,
             asked_at=context.asked_at,
         )
         placement = place(command.card, context.nodes, options)
@@ -216,6 +218,7 @@ class Cluster:
             node_ids=command.node_ids,
             exact=command.exact,
             quantize=command.quantize,
+            rank_count=command.rank_count,
         )
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))
@@ -292,7 +295,14 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
     instance_id = InstanceId(f"{wish.wish_id}.{context.instance_mark}")
     names = {node.node_id: node.name for node in context.nodes}
     stages = tuple(
-        Stage(RunnerId(f"{instance_id}.{index}"), part.node_id, part.shard, part.memory_bytes, names[part.node_id])
+        Stage(
+            RunnerId(f"{instance_id}.{index}"),
+            part.node_id,
+            part.shard,
+            part.memory_bytes,
+            names[part.node_id],
+            part.rank,
+        )
         for index, part in enumerate(placement.parts)
     )
     return Instance(
@@ -305,6 +315,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         stages=stages,
         exact=wish.exact,
         quantize=wish.quantize,
+        rank_count=placement.rank_count,
     )
 
 
@@ -314,24 +325,30 @@ def replacement(instances: Sequence[Instance], moved: Instance) -> tuple[Written
     return (Written(INSTANCE + moved.instance_id, moved), *deleted)
 
 
-def shards(instance: Instance) -> list[tuple[NodeId, Shard]]:
-    """Who holds what."""
-    return [(stage.node_id, stage.shard) for stage in instance.stages]
+def shards(instance: Instance) -> list[tuple[NodeId, Shard, int, int]]:
+    """Who holds what: which share of which layers."""
+    return [(stage.node_id, stage.shard, stage.rank, instance.rank_count) for stage in instance.stages]
 
 
 def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
-    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
+    """For placing a wish again: on fewer nodes or with fewer ranks than it asked for, rather than not at all.
 
     Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
     """
     here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
-    return Options(
+    options = Options(
         node_count_min=min(wish.node_count_min, max(len(here), 1)),
         context_length=wish.context_length,
         slot_count=wish.slot_count,
         node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
         quantize=wish.quantize,
     )
+    return with_ranks(options, _rank_count(wish, len(here)))
+
+
+def _rank_count(wish: Wish, here: int) -> int:
+    """The most ranks for which there are nodes, of those that divide what was asked for."""
+    return max((each for each in range(1, min(wish.rank_count, here) + 1) if wish.rank_count % each == 0), default=1)
 
 
 def _no_instance(instance_id: InstanceId) -> Refused:
@@ -366,7 +383,7 @@ def value_of(entry: Entry) -> Value | None:
         value = _decoder.decode(entry.value)
     except msgspec.DecodeError:  # a validation error is one
         return None
-    return None if isinstance(value, Instance) and not value.stages else value
+    return None if isinstance(value, Instance) and not is_regular(value) else value
 
 
 def _key_of(value: Value) -> str:

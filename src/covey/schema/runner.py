@@ -70,6 +70,9 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     connect_ms: int  # to reach the neighbours, who start at the same time, on machines that may be slow
     generation: int = 0
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
+    rank: int = 0
+    rank_count: int = 1
+    rank_node_ids: tuple[NodeId, ...] = ()  # whose runner each rank of this stage is
 
 
 class Configure(Struct, frozen=True, tag=True):
@@ -82,11 +85,13 @@ class Configure(Struct, frozen=True, tag=True):
 class ConnectTo(Struct, frozen=True, tag=True):
     """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself.
 
-    Addresses are in the order to be tried; those of the stage before are for a link that it can't open itself.
+    Addresses are in the order to be tried; those of the stage before are for a link that it can't open itself. Only
+    rank 0 of a stage is linked to other stages. All ranks are linked to the other ranks of their stage.
     """
 
     next_stage: tuple[Address, ...]
     stage_before: tuple[Address, ...] = ()
+    ranks: tuple[tuple[Address, ...], ...] = ()  # of each rank of this stage
 
 
 class Load(Struct, frozen=True, tag=True):

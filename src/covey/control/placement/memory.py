@@ -9,6 +9,7 @@ from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
 RUNNER_OVERHEAD_BYTES: Final = 115 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+WHOLE_PERCENT: Final = 2  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
 
@@ -19,6 +20,7 @@ class Load(Struct, frozen=True):
     context_length: int  # tokens of one slot
     slot_count: int
     quantize: Quantizing | None = None
+    rank_count: int = 1  # how many runners share each layer; all sizes are those of one of them
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -29,23 +31,30 @@ def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
 def kv_bytes_of_layer(load: Load) -> int:
     """Keys and values of one layer, for all slots at full length."""
     card = load.card
-    token_bytes = 2 * card.kv_head_count * card.head_size * KV_ELEMENT_BYTES
+    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * KV_ELEMENT_BYTES
     return token_bytes * load.context_length * load.slot_count
 
 
 def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
-    return weight_sizes(load).layer_bytes[layer] + kv_bytes_of_layer(load)
+    weights = weight_sizes(load).layer_bytes[layer]
+    whole = weights * WHOLE_PERCENT // 100 if load.rank_count > 1 else 0
+    return share(weights, load) + whole + kv_bytes_of_layer(load)
 
 
 def first_bytes(load: Load) -> int:
-    """What the first stage holds beside its layers."""
+    """What the first stage holds beside its layers, each rank of it whole."""
     return weight_sizes(load).embedding_bytes
 
 
 def last_bytes(load: Load) -> int:
     """What the last stage holds beside its layers."""
-    return weight_sizes(load).output_bytes
+    return share(weight_sizes(load).output_bytes, load)
+
+
+def share(count: int, load: Load) -> int:
+    """The most that a rank has of something that is cut in parts as even as can be."""
+    return -(-count // load.rank_count)
 
 
 def shard_bytes(load: Load, shard: Shard) -> int:
@@ -58,7 +67,8 @@ def shard_bytes(load: Load, shard: Shard) -> int:
 def whole_bytes(load: Load, stage_count: int) -> int:
     """Memory of all runners of a pipeline of so many stages."""
     layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
-    return layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+    one_rank = layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+    return load.rank_count * one_rank
 
 
 def still_to_take_bytes(counted_bytes: int, resident_bytes: int | None) -> int:
