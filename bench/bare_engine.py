@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from covey.checkpoints.gguf_file import read_header
+from covey.engine.contract import ALONE
 from covey.engine.onnx.stage import OnnxStage
 from covey.schema.ids import RunnerId
 from covey.schema.model import Shard
@@ -41,6 +42,6 @@ def load(*specs: RunnerSpec) -> OnnxStage:
     """Loaded as each of them in turn, and warm."""
     stage = OnnxStage()
     for spec in specs:
-        stage.load(spec, lambda _: None)
+        stage.load(spec, lambda _: None, ALONE)
     stage.warm_up()
     return stage

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from covey.engine.contract import Activations, EngineError, LoadProgress, Piece
+from covey.engine.contract import ALONE, Activations, EngineError, LoadProgress, Piece
 from covey.engine.engines import create
 from covey.engine.fake import FakeStage
 from tests.engine.harness import loaded, make_spec
@@ -91,7 +91,7 @@ def test_options_are_checked() -> None:
 
 def test_loading_tells_how_far_it_is() -> None:
     told: list[LoadProgress] = []
-    FakeStage().load(make_spec(1, 2), told.append)
+    FakeStage().load(make_spec(1, 2), told.append, ALONE)
     assert [progress.layers_loaded for progress in told] == [1, 2, 3]
     assert all(before.bytes_loaded < after.bytes_loaded <= after.bytes_total for before, after in pairwise(told))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from covey.checkpoints.gguf_file import read_header
-from covey.engine.contract import Piece
+from covey.engine.contract import ALONE, Piece
 from covey.engine.onnx.stage import OnnxStage
 from covey.schema.generation import ChatMessage
 from covey.schema.model import Shard
@@ -35,7 +35,7 @@ class Reference:
         )
         self.text: ModelText = load_model_text(header)
         self._stage = OnnxStage()
-        self._stage.load(spec, lambda _: None)
+        self._stage.load(spec, lambda _: None, ALONE)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self.text.prompt_ids([ChatMessage("user", prompt)])

@@ -4,7 +4,7 @@ An engine holds one shard's weights and the KV cache of its layers. It knows slo
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from msgspec import Struct
@@ -47,12 +47,53 @@ class EngineError(Exception):
     """The engine can't do what was asked of it; the message is one sentence for a person."""
 
 
+class Exchange(Protocol):
+    """What the ranks of a stage tell one another in the middle of a step. All of them call the same methods in the same
+    order, with values of fitting shapes: C-contiguous float32 of two axes.
+
+    Raises `LinkBrokenError` where a rank is lost.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    def add_up(self, values: NDArray[np.float32]) -> None:
+        """In place: the sum over the ranks, added in the order of ranks, so it has the same bits at all of them."""
+        ...
+
+    def join(self, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """[rows, own columns] of each rank, side by side in the order of ranks at rank 0; None at the others."""
+        ...
+
+
+class _Alone:
+    """The exchange of a stage that has one rank."""
+
+    rank = 0
+    count = 1
+
+    def add_up(self, values: NDArray[np.float32]) -> None:
+        """The sum is there already."""
+
+    def join(self, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        return values
+
+
+ALONE: Final[Exchange] = _Alone()
+
+
 class StageEngine(Protocol):
     """One shard, loaded and run many times, always from one thread."""
 
-    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
         """Makes the shard of `spec` ready to run. What it has loaded before and `spec` wants is kept, only the rest is
-        read; what is not wanted is given up, and all slots are empty.
+        read; what is not wanted is given up, and all slots are empty. It is called in every generation, with the
+        exchange of that generation, whose rank and count are those of `spec`.
 
         Raises `EngineError`, `CheckpointError`, `OSError`; it can't be used after that.
         """
@@ -66,6 +107,7 @@ class StageEngine(Protocol):
         """One step. `values` holds the pieces' tokens one after another.
 
         Returns the activations for the next stage, [tokens, hidden], or from the last stage the logits that the pieces
-        want, in their order, [count, vocabulary] float32. Either is good until the next call.
+        want, in their order, [count, vocabulary] float32. Either is good until the next call. At ranks above 0 of the
+        last stage there are none: what they return has no rows. Raises `EngineError`, `LinkBrokenError`.
         """
         ...

@@ -38,9 +38,9 @@ class Linking:
             self._offer(self._other(0, Purpose.STEPS), reception.before)
         elif has_stages:
             self._offer(stage_before(spec, self._told.stage_before), reception.before)
-        after = (
-            self._open(stage_after(spec, self._told.next_stage), reception.after) if has_stages * is_leader else None
-        )
+        after = None
+        if has_stages and is_leader:
+            after = self._open(stage_after(spec, self._told.next_stage), reception.after)
         steps = [self._open(self._other(rank, Purpose.STEPS), reception.steps[rank]) for rank in above if is_leader]
         sums = {rank: self._open(self._other(rank, Purpose.SUMS), reception.sums[rank]) for rank in above}
         sums |= {rank: self._await(reception.sums[rank], f"Rank {rank}") for rank in below}

@@ -70,7 +70,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     connect_ms: int  # to reach the neighbours, who start at the same time, on machines that may be slow
     generation: int = 0
     vocabulary_size: int = 0  # the head refuses prompts with token ids beyond it; 0: unknown
-    rank: int = 0
+    rank: int = 0  # which share of every matrix of its layers it has
     rank_count: int = 1
     rank_node_ids: tuple[NodeId, ...] = ()  # whose runner each rank of this stage is
 
@@ -91,7 +91,7 @@ class ConnectTo(Struct, frozen=True, tag=True):
 
     next_stage: tuple[Address, ...]
     stage_before: tuple[Address, ...] = ()
-    ranks: tuple[tuple[Address, ...], ...] = ()  # of each rank of this stage
+    ranks: tuple[tuple[Address, ...], ...] = ()  # of each rank of this stage, in order of rank
 
 
 class Load(Struct, frozen=True, tag=True):

@@ -18,7 +18,7 @@ import pytest
 from llama_twin import LlamaTwin, divergences
 
 from covey.checkpoints.gguf_file import read_header
-from covey.engine.contract import Piece
+from covey.engine.contract import ALONE, Piece
 from covey.engine.onnx.stage import OnnxStage
 from covey.schema.model import Shard
 from tests.engine.harness import make_spec
@@ -36,7 +36,7 @@ def loaded(path: Path, start: int = 0, end: int = LAYERS, context: int = CONTEXT
     spec = make_spec(
         engine="onnx", model_path=str(path), shard=shard, context_length=context, slot_count=2, thread_count=2
     )
-    stage.load(spec, lambda _: None)
+    stage.load(spec, lambda _: None, ALONE)
     return stage
 
 

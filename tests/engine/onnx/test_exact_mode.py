@@ -14,7 +14,7 @@ from llama_twin import LlamaTwin, log_odds
 
 from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import load_tokenizer
-from covey.engine.contract import Logits, Piece
+from covey.engine.contract import ALONE, Logits, Piece
 from covey.engine.onnx.products import halves
 from covey.engine.onnx.stage import OnnxStage
 from covey.engine.plan import SamplingStart, StepPlan
@@ -77,7 +77,7 @@ def loaded(path: Path, layers: range, *, exact: bool) -> OnnxStage:
         slot_count=1,
         thread_count=2,
     )
-    stage.load(spec, lambda _: None)
+    stage.load(spec, lambda _: None, ALONE)
     return stage
 
 

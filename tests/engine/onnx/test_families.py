@@ -14,7 +14,7 @@ from tiny_families import CONTEXT, FAMILIES, TOKENS
 
 from covey.checkpoints.checkpoint import CheckpointError, TensorReader
 from covey.checkpoints.gguf_file import read_header
-from covey.engine.contract import EngineError, Piece
+from covey.engine.contract import ALONE, EngineError, Piece
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.stage import OnnxStage
 from covey.engine.onnx.weights import StageFile
@@ -52,7 +52,7 @@ def loaded(path: Path, shard: Shard, *, exact: bool) -> OnnxStage:
         slot_count=3,
         thread_count=2,
     )
-    stage.load(spec, lambda _: None)
+    stage.load(spec, lambda _: None, ALONE)
     return stage
 
 

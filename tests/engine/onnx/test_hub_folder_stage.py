@@ -13,7 +13,7 @@ from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.hub_families import ENDS, FAMILIES
 from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.quantization import dequantize
-from covey.engine.contract import LoadProgress, Piece
+from covey.engine.contract import ALONE, LoadProgress, Piece
 from covey.engine.onnx.stage import OnnxStage
 from covey.schema.model import Shard
 from tests.checkpoints.hub_folders import bfloat16, write_folder
@@ -109,7 +109,7 @@ def loaded(path: Path, layers: range = range(LAYERS), told: list[LoadProgress] |
         shard=Shard(layers.start, layers.stop, LAYERS), context_length=64, slot_count=1, thread_count=2,
     )  # fmt: skip
     stage = OnnxStage()
-    stage.load(spec, (told if told is not None else []).append)
+    stage.load(spec, (told if told is not None else []).append, ALONE)
     return stage
 
 

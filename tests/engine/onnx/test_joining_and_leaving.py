@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_llama import LAYERS, VOCABULARY, write_tiny_llama
 
-from covey.engine.contract import Piece
+from covey.engine.contract import ALONE, Piece
 from covey.engine.onnx.stage import OnnxStage
 from covey.engine.plan import StepOutcome
 from covey.engine.sampler import Sampler
@@ -41,7 +41,7 @@ def load(path: Path, start: int, end: int, slots: int) -> OnnxStage:
         context_length=CONTEXT,
         slot_count=slots,
     )
-    stage.load(spec, lambda _: None)
+    stage.load(spec, lambda _: None, ALONE)
     return stage
 
 

@@ -9,7 +9,7 @@ from tiny_llama import HEAD, HIDDEN, LAYERS, VOCABULARY, shapes, write_tiny_llam
 
 from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.gguf_file import read_header
-from covey.engine.contract import EngineError, LoadProgress, Piece
+from covey.engine.contract import ALONE, EngineError, LoadProgress, Piece
 from covey.engine.onnx.stage import OnnxStage, neighbours
 from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
@@ -37,7 +37,7 @@ def spec(
 
 def loaded(path: Path, **options) -> OnnxStage:
     stage = OnnxStage()
-    stage.load(spec(path, **options), lambda _: None)
+    stage.load(spec(path, **options), lambda _: None, ALONE)
     return stage
 
 
@@ -237,7 +237,7 @@ def belongs(name: str, layers: range) -> bool:
 
 def test_progress_counts_layers_and_bytes(tiny):
     seen: list[LoadProgress] = []
-    OnnxStage().load(spec(tiny, layers=range(1, 3)), seen.append)
+    OnnxStage().load(spec(tiny, layers=range(1, 3)), seen.append, ALONE)
     assert [(step.layers_loaded, step.layers_total) for step in seen] == [(0, 2), (1, 2), (2, 2)]
     assert seen[-1].bytes_loaded == seen[-1].bytes_total == own_bytes(tiny, range(1, 3))
 
@@ -245,7 +245,7 @@ def test_progress_counts_layers_and_bytes(tiny):
 def test_reading_the_embedding_is_progress(tiny):
     """Of a large vocabulary it takes as long as many layers."""
     seen: list[LoadProgress] = []
-    OnnxStage().load(spec(tiny, layers=range(2)), seen.append)
+    OnnxStage().load(spec(tiny, layers=range(2)), seen.append, ALONE)
     assert seen[0].layers_loaded == 0
     assert seen[0].bytes_loaded == own_bytes(tiny, range(0))
 
@@ -344,7 +344,7 @@ def test_a_tensor_of_the_wrong_size_is_named(tmp_path, monkeypatch):
 def test_a_shard_of_another_model_is_refused(tiny):
     odd = RunnerSpec(**{**as_dict(spec(tiny)), "shard": Shard(0, 5, 5)})
     with pytest.raises(EngineError, match="has 3 layers, not 5"):
-        OnnxStage().load(odd, lambda _: None)
+        OnnxStage().load(odd, lambda _: None, ALONE)
 
 
 def as_dict(struct: RunnerSpec) -> dict:
@@ -363,7 +363,7 @@ def grown(path: Path, first: range, then: range) -> tuple[OnnxStage, list[LoadPr
     stage = loaded(path, layers=first)
     stage.warm_up()
     seen: list[LoadProgress] = []
-    stage.load(spec(path, layers=then), seen.append)
+    stage.load(spec(path, layers=then), seen.append, ALONE)
     return stage, seen
 
 
@@ -384,7 +384,7 @@ def test_a_stage_that_takes_on_layers_reads_only_those_and_answers_as_if_it_had_
 def test_what_a_stage_took_on_it_gives_up_without_reading_anything(tiny):
     stage, _ = grown(tiny, range(2), range(LAYERS))
     seen: list[LoadProgress] = []
-    stage.load(spec(tiny, layers=range(2)), seen.append)
+    stage.load(spec(tiny, layers=range(2)), seen.append, ALONE)
     assert seen == []
     pieces, tokens = [piece(0, 0, 5)], np.array([1, 5, 9, 2, 7])
     np.testing.assert_array_equal(stage.run(pieces, tokens), loaded(tiny, layers=range(2)).run(pieces, tokens))
@@ -395,13 +395,13 @@ def test_nothing_is_kept_for_another_context_or_another_file(tiny, tmp_path):
     copy.write_bytes(tiny.read_bytes())
     for other in (spec(tiny, context=32), spec(copy)):
         seen: list[LoadProgress] = []
-        loaded(tiny).load(other, seen.append)
+        loaded(tiny).load(other, seen.append, ALONE)
         assert seen[-1].bytes_loaded == own_bytes(tiny, range(LAYERS))
 
 
 def test_slots_are_empty_after_loading_again(tiny):
     stage = loaded(tiny)
     stage.run([piece(0, 0, 5)], np.array([1, 5, 9, 2, 7]))
-    stage.load(spec(tiny), lambda _: None)
+    stage.load(spec(tiny), lambda _: None, ALONE)
     with pytest.raises(EngineError, match="leaves a gap"):
         stage.run([piece(0, 5)], np.array([3]))

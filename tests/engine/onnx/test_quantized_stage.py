@@ -20,7 +20,7 @@ from covey.checkpoints.card import card_from_header
 from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.quantizing import BITS, can_be_quantized, rounded
-from covey.engine.contract import Piece
+from covey.engine.contract import ALONE, Piece
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.stage import OnnxStage
 from covey.engine.onnx.weights import StageFile
@@ -40,7 +40,7 @@ def logits(path: Path, layers: int, *cuts: int, **engine_options: str) -> np.nda
             engine="onnx", engine_options=engine_options, model_path=str(path), shard=Shard(start, end, layers),
             context_length=64, slot_count=1, thread_count=2,
         )  # fmt: skip
-        stage.load(spec, lambda _: None)
+        stage.load(spec, lambda _: None, ALONE)
         whole = Piece(0, 0, len(TOKENS), wants_logits=True, guess_count=len(TOKENS) - 1)
         values = stage.run([whole], values).copy()
     return values

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from covey.engine.contract import Activations, EngineError, LoadProgress, Logits, Piece
+from covey.engine.contract import Activations, EngineError, Exchange, LoadProgress, Logits, Piece
 from covey.engine.onnx.segment import Footing, Model, Segment, load, open_model
 from covey.engine.onnx.session import give_back_memory
 from covey.schema.model import Shard
@@ -23,7 +23,8 @@ class OnnxStage:
         self._footing: Footing | None = None
         self._segments: list[Segment] = []  # in order of layers
 
-    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None]) -> None:
+    def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
+        self._exchange = exchange
         self._segments = self._load(spec, progress)
         self._spec = spec
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
