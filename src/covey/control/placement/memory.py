@@ -4,12 +4,13 @@ from typing import Final
 
 from msgspec import Struct
 
+from covey.checkpoints.ranks import Heads
 from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
 RUNNER_OVERHEAD_BYTES: Final = 115 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
-WHOLE_PERCENT: Final = 2  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
+WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
 
@@ -38,8 +39,24 @@ def kv_bytes_of_layer(load: Load) -> int:
 def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
     weights = weight_sizes(load).layer_bytes[layer]
-    whole = weights * WHOLE_PERCENT // 100 if load.rank_count > 1 else 0
+    whole = weights * _whole_permille(load) // 1000
     return share(weights, load) + whole + kv_bytes_of_layer(load)
+
+
+def heads_of(card: ModelCard) -> Heads:
+    return Heads(card.attention_head_count, card.kv_head_count, card.head_size)
+
+
+def _whole_permille(load: Load) -> int:
+    """Of a layer's weights, what a rank holds beyond its even share: where there are more ranks than key-value heads,
+    some have the same one.
+    """
+    if load.rank_count == 1:
+        return 0
+    card, query, keys = load.card, load.card.attention_head_count, load.card.kv_head_count
+    rows = 2 * card.head_size * (query + keys) + 3 * card.feed_forward_size
+    repeated = 2 * card.head_size * max(0, load.rank_count - keys) // load.rank_count
+    return WHOLE_PERMILLE + -(-repeated * 1000 // rows)
 
 
 def first_bytes(load: Load) -> int:

@@ -68,7 +68,7 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
     load = Load(card, lengths[0], slot_count, options.quantize, options.rank_count)
-    refused = _refuse_load(load) or _refuse_ranks(options) or _refuse_nodes(load, nodes, allowed, options)
+    refused = _refuse_load(load) or _refuse_ranks(card, options) or _refuse_nodes(load, nodes, allowed, options)
     if refused:
         return refused
     for length in lengths:
@@ -109,14 +109,14 @@ def _refuse_load(load: Load) -> Refused | None:
     return None
 
 
-def _refuse_ranks(options: Options) -> Refused | None:
+def _refuse_ranks(card: ModelCard, options: Options) -> Refused | None:
     """`node_count_min` 1 is what nobody has to ask for."""
     ranks, nodes = options.rank_count, options.node_count_min
     if not 1 <= ranks <= RANKS_MAX:
         return refusal.odd_ranks(ranks)
     if nodes > 1 and nodes % ranks:
         return refusal.nodes_without_rank(nodes, ranks)
-    return None
+    return refusal.uneven_heads(card, ranks)
 
 
 def _refuse_nodes(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
-from covey.control.placement.memory import Load, weight_sizes, whole_bytes
+from covey.checkpoints import ranks
+from covey.control.placement.memory import Load, heads_of, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, machines
 from covey.schema.cluster import RANKS_MAX, Refused
 from covey.schema.model import ModelCard, Quantizing
@@ -45,6 +46,12 @@ def odd_ranks(rank_count: int) -> Refused:
     return Refused(
         f"a layer can't be shared by {rank_count} ranks: ask for a number from 1 to {RANKS_MAX}.", BAD_REQUEST
     )
+
+
+def uneven_heads(card: ModelCard, rank_count: int) -> Refused | None:
+    """None where its layers can be cut into so many ranks."""
+    reason = ranks.refusal(card.architecture, heads_of(card), card.feed_forward_size, rank_count)
+    return Refused(f"{card.model_id} is {reason}.", BAD_REQUEST) if reason else None
 
 
 def nodes_without_rank(nodes: int, rank_count: int) -> Refused:
