@@ -7,6 +7,8 @@ each other, though GGUF files of the architecture rotate neighbours), `covey.nor
 weights of the norms) and `covey.rotary_layers` (for each layer whether positions turn anything).
 """
 
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, BinaryIO, Final, Self
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 EMBEDDING: Final = "token_embd.weight"
@@ -72,6 +75,19 @@ class TensorReader:
             return self._read_parts(entry)
         return np.concatenate([self._read_one(part) for part in entry.parts])
 
+    def read_rows(self, entry: TensorEntry, ranges: Sequence[range]) -> NDArray[np.uint8]:
+        """The bytes of these rows, of a tensor that `has_rows`; those of several matrices count on. Raises
+        `CheckpointError`, `OSError`.
+        """
+        row_bytes = entry.byte_count // math.prod(entry.shape[:-1])
+        content = np.empty(sum(map(len, ranges)) * row_bytes, np.uint8)
+        filled = 0
+        for each in ranges:
+            place = replace(entry, offset=entry.offset + each.start * row_bytes, byte_count=len(each) * row_bytes)
+            _fill(self._file(entry.file), place, content[filled : filled + place.byte_count])
+            filled += place.byte_count
+        return content
+
     def _read_parts(self, entry: TensorEntry) -> NDArray[np.uint8]:
         """Straight into one array: a mixture's experts are many parts, and large together."""
         content = np.empty(entry.byte_count, np.uint8)
@@ -96,6 +112,11 @@ class TensorReader:
         if name not in self._files:
             self._files[name] = self._open.enter_context(FileIO(self._path / name if name else self._path))
         return self._files[name]
+
+
+def has_rows(entry: TensorEntry) -> bool:
+    """Whether its rows lie one after another in one file."""
+    return entry.given is None and not entry.parts and entry.woven is None and not entry.is_transposed
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> NDArray[np.uint8]:

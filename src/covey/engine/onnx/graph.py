@@ -1,6 +1,7 @@
 """Builds the ONNX graph of one stage of a model: its layers, and on the last stage norm and output head.
 
 One builder for all families; what differs stands in `Architecture`, and what a family doesn't want adds no operator.
+Where a stage has several ranks, the graph is cut after each half of a layer, where the ranks' results are added up.
 """
 
 from typing import Any, Final
@@ -22,26 +23,41 @@ from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Linear,
 # Names of the graph's inputs and outputs, beside those of the attention.
 TOKENS: Final = "tokens"  # [tokens] int64, into the first stage
 HIDDEN: Final = "hidden"  # [tokens, hidden] float32, into the others
+RESIDUAL: Final = "residual"  # [tokens, hidden] float32, into a part that is not the first
+UPDATE: Final = "update"  # the same: what the half before has computed, of all ranks
 ROWS: Final = "rows"  # [wanted] int64: the tokens whose logits are wanted
 RESULT: Final = "result"  # [tokens, hidden], or from the last stage [wanted, vocabulary], float32
 
 
 class StageGraph(Struct, frozen=True):
+    """All of a stage, or a part of it. The outputs of a part that others follow are the next one's inputs."""
+
     model: bytes
     weights: dict[str, NDArray[Any]]  # what the model names but does not hold
     caches: tuple[str, ...]  # inputs that hold keys or values; the outputs are `updated` names
+    has_attention: bool = True
+    residual: str = ""  # the name of the output that becomes `RESIDUAL`
+    partial: str = ""  # that of the one that, added up over the ranks, becomes `UPDATE`
 
 
 class ModelGraph:
     """Adds a stage to a builder, layer by layer, so that a layer's weights can be read just before."""
 
     def __init__(
-        self, architecture: Architecture, tables: dict[Rotary, Tables], table: Table | None, *, is_exact: bool
+        self,
+        architecture: Architecture,
+        tables: dict[Rotary, Tables],
+        table: Table | None,
+        *,
+        is_exact: bool,
+        is_split: bool = False,
     ) -> None:
-        """`table`: the token embeddings, on the first stage."""
+        """`architecture`: with the heads of this rank; `table`: the token embeddings, on the first stage."""
         self._architecture = architecture
-        self._builder = builder = GraphBuilder()
-        self._products = Products(builder, is_exact=is_exact)
+        self._tables = tables
+        self._is_exact, self._is_split = is_exact, is_split
+        self._parts: list[StageGraph] = []
+        builder = self._begin_part()
         if table is None:
             self._residual = builder.input(HIDDEN, np.float32, ["tokens", architecture.hidden_size])
         else:
@@ -50,29 +66,53 @@ class ModelGraph:
         # What the last block computed and nobody has added to the residual yet; at first zero. Of the two kernels
         # for norms only the one with a sum is used there: they round apart, and the cuts would change the answers.
         self._update = builder.node("Sub", [self._residual, self._residual], "nothing")
-        self._attention = AttentionGraph(builder, architecture, tables)
-        self._feed_forward = FeedForwardGraph(builder, self._products, architecture)
 
     def add_layer(self, layer: int, weights: LayerWeights) -> None:
-        products = self._products
         normed = self._before(f"{layer}.attention_norm", weights.attention_norm)
-        projected = products.linears(f"{layer}.qkv", normed, weights.query_key_value)
-        attended = self._attention.add(layer, projected, weights)
-        result = products.linear(f"{layer}.attention_output", attended, weights.attention_output)
+        projected = self._products.linears(f"{layer}.qkv", normed, weights.query_key_value)
+        attended = self._attending().add(layer, projected, weights)
+        result = self._products.linear(f"{layer}.attention_output", attended, weights.attention_output)
         self._after(result, weights.attention_post_norm)
         normed = self._before(f"{layer}.feed_forward_norm", weights.feed_forward_norm)
-        result = self._feed_forward.add(f"{layer}.feed_forward", normed, weights.feed_forward)
+        feed_forward = FeedForwardGraph(self._builder, self._products, self._architecture)
+        result = feed_forward.add(f"{layer}.feed_forward", normed, weights.feed_forward)
         self._after(result, weights.feed_forward_post_norm)
 
-    def finish(self, head: HeadWeights | None) -> StageGraph:
-        """Ends the graph with the activations for the next stage, or with the wanted rows' logits."""
+    def finish(self, head: HeadWeights | None) -> tuple[StageGraph, ...]:
+        """Ends the graph with the activations for the next stage, or with the wanted rows' logits: all parts of it."""
         builder = self._builder
         if head is None:
             builder.node("Add", [self._residual, self._update], RESULT)
             builder.output(RESULT, np.float32, ["tokens", self._architecture.hidden_size])
         else:
             self._add_head(head)
-        return StageGraph(builder.model(), builder.weights, tuple(self._attention.caches))
+        return (*self._parts, self._part())
+
+    def _begin_part(self) -> GraphBuilder:
+        self._builder = GraphBuilder()
+        self._products = Products(self._builder, is_exact=self._is_exact)
+        self._attention: AttentionGraph | None = None
+        return self._builder
+
+    def _part(self, residual: str = "", partial: str = "") -> StageGraph:
+        caches = () if self._attention is None else tuple(self._attention.caches)
+        has_attention = self._attention is not None
+        return StageGraph(self._builder.model(), self._builder.weights, caches, has_attention, residual, partial)
+
+    def _attending(self) -> AttentionGraph:
+        if self._attention is None:
+            self._attention = AttentionGraph(self._builder, self._architecture, self._tables)
+        return self._attention
+
+    def _cut(self, result: str) -> str:
+        """Ends a part with this rank's `result`, and begins the next with what the results of all add up to."""
+        shape: list[int | str] = ["tokens", self._architecture.hidden_size]
+        for output in (self._residual, result):
+            self._builder.output(output, np.float32, shape)
+        self._parts.append(self._part(self._residual, result))
+        builder = self._begin_part()
+        self._residual = builder.input(RESIDUAL, np.float32, shape)
+        return builder.input(UPDATE, np.float32, shape)
 
     def _add_head(self, head: HeadWeights) -> None:
         builder = self._builder
@@ -83,7 +123,7 @@ class ModelGraph:
         logits = self._products.linear("output", normed, Linear(head.output))
         logits = self._capped(self._scaled(logits, 1 / self._architecture.logit_divisor))
         builder.node("Identity", [logits], RESULT)
-        builder.output(RESULT, np.float32, ["wanted", head.vocabulary_size])
+        builder.output(RESULT, np.float32, ["wanted", head.own_size])
 
     def _embed(self, tokens: str, table: Table) -> str:
         """[tokens] to [tokens, hidden]. The operators don't check that a token is in the table."""
@@ -117,6 +157,8 @@ class ModelGraph:
 
     def _after(self, result: str, norm: Floats | None) -> None:
         """What a block has computed is pending."""
+        if self._is_split:
+            result = self._cut(result)
         if norm is not None:
             result = self._builder.norm(f"{result}.normed", result, norm, self._architecture.epsilon)
         self._update = self._scaled(result, self._architecture.residual_scale)

@@ -9,16 +9,17 @@ from typing import Final
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from covey.checkpoints.checkpoint import Checkpoint, TensorReader
 from covey.checkpoints.opening import open_checkpoint, weight_files
 from covey.checkpoints.quantizing import BITS
-from covey.engine.contract import Activations, EngineError
+from covey.engine.contract import Activations, EngineError, Exchange
 from covey.engine.onnx.architecture import Architecture
-from covey.engine.onnx.graph import ModelGraph
+from covey.engine.onnx.graph import ModelGraph, StageGraph
 from covey.engine.onnx.session import KvCache, StageSession
 from covey.engine.onnx.settings import read_settings
-from covey.engine.onnx.weights import StageFile, row_count
+from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
 from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerSpec
 
@@ -38,6 +39,8 @@ class Footing(Struct, frozen=True):
     slot_count: int
     thread_count: int
     options: tuple[tuple[str, str], ...]
+    rank: int
+    rank_count: int
 
 
 class Model(Struct, frozen=True):
@@ -67,14 +70,22 @@ class Segment:
         self.result_size = result_size  # of the vocabulary with the output, else the hidden size
         self._session = session
 
-    def run(self, slot: int, positions: list[int], values: Activations, row_count: int | None) -> Activations:
+    def run(
+        self, slot: int, positions: list[int], values: Activations, row_count: int | None, exchange: Exchange
+    ) -> NDArray[np.float32]:
         """Sequences of equal length in neighbouring slots; their activations, or the logits of each one's last
-        `row_count` tokens. The result is good until the next run.
+        `row_count` tokens, which are none at ranks above 0. The result is good until the next run.
         """
         if row_count is None:
-            return self._session.run(slot, positions, values, None)
+            return self._session.run(slot, positions, values, None, exchange)
         tokens = np.arange(len(values)).reshape(len(positions), -1)
-        return self._session.run(slot, positions, values, tokens[:, -row_count:].reshape(-1))
+        rows = tokens[:, -row_count:].reshape(-1)
+        logits = exchange.join(self._session.run(slot, positions, values, rows, exchange))
+        if logits is None:
+            return np.empty((0, self.result_size), np.float32)
+        if logits.shape[1] != self.result_size:
+            raise EngineError(f"the ranks computed {logits.shape[1]} logits together, not {self.result_size}")
+        return logits
 
 
 def open_model(spec: RunnerSpec) -> Model:
@@ -92,26 +103,48 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
     """Raises `EngineError`, `CheckpointError`."""
     footing, architecture = model.footing, model.architecture
     with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
-        file = StageFile(reader, model.header, architecture, shard, footing.context_length, _bits(footing))
-        table, head = file.read_ends()
-        graph = ModelGraph(architecture, file.read_rotary_tables(), table, is_exact=EXACT in footing.options)
-        told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
-        for layer in range(shard.layer_start, shard.layer_end):
-            graph.add_layer(layer, file.read_layer(layer))
-            told(layer + 1 - shard.layer_start, file.bytes_read, file.bytes_total)
-    built = graph.finish(head)
+        file = StageFile(
+            reader, model.header, architecture, shard, footing.context_length, _bits(footing),
+            rank=footing.rank, rank_count=footing.rank_count,
+        )  # fmt: skip
+        built, table, head = _build(file, shard, footing, told)
+    own = file.share.architecture
     cache = KvCache(
-        built.caches, (footing.slot_count, architecture.kv_head_count, footing.context_length, architecture.head_size)
+        tuple(name for part in built for name in part.caches),
+        (footing.slot_count, own.kv_head_count, footing.context_length, own.head_size),
     )
-    result_size = architecture.hidden_size if head is None else head.vocabulary_size
-    session = StageSession(built, cache, thread_count=footing.thread_count, result_size=result_size)
+    session = StageSession(
+        built,
+        cache,
+        thread_count=footing.thread_count,
+        hidden_size=own.hidden_size,
+        result_size=own.hidden_size if head is None else head.own_size,
+    )
     return Segment(
         shard,
         session,
-        hidden_size=architecture.hidden_size,
+        hidden_size=own.hidden_size,
         vocabulary_size=None if table is None else row_count(table),
-        result_size=result_size,
+        result_size=own.hidden_size if head is None else head.vocabulary_size,
     )
+
+
+def _build(
+    file: StageFile, shard: Shard, footing: Footing, told: Told
+) -> tuple[tuple[StageGraph, ...], Table | None, HeadWeights | None]:
+    table, head = file.read_ends()
+    graph = ModelGraph(
+        file.share.architecture,
+        file.read_rotary_tables(),
+        table,
+        is_exact=EXACT in footing.options,
+        is_split=footing.rank_count > 1,
+    )
+    told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
+    for layer in range(shard.layer_start, shard.layer_end):
+        graph.add_layer(layer, file.read_layer(layer))
+        told(layer + 1 - shard.layer_start, file.bytes_read, file.bytes_total)
+    return graph.finish(head), table, head
 
 
 def _bits(footing: Footing) -> int | None:
@@ -144,4 +177,6 @@ def _footing(spec: RunnerSpec) -> Footing:
         slot_count=spec.slot_count,
         thread_count=spec.thread_count,
         options=tuple(sorted(spec.engine_options.items())),
+        rank=spec.rank,
+        rank_count=spec.rank_count,
     )

@@ -1,4 +1,4 @@
-"""The ONNX Runtime session of one stage and the KV cache that it writes in place."""
+"""The ONNX Runtime sessions of one stage and the KV cache that they write in place."""
 
 import ctypes
 import math
@@ -6,22 +6,26 @@ import mmap
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its builds report to their maker, and keep a device id, unless this is set
 
 import onnxruntime
 
-from covey.engine.contract import Activations
+from covey.engine.contract import Activations, Exchange
 from covey.engine.onnx import attention, graph
 from covey.engine.onnx.graph import StageGraph
 
 PROVIDER: Final = "CPUExecutionProvider"
 LOG_ERRORS: Final = 3
 SPIN_US_MAX: Final = 50  # measured beside a busy program: 19 ms a token, 48 without a limit, 12 with the machine alone
+BETWEEN: Final = 4  # arrays between the parts of a graph
 BINDINGS_MAX: Final = 32  # ranges of slots whose cache slices stay bound; a binding names two arrays for each layer
 
 
@@ -49,86 +53,114 @@ def _untouched(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
 
 
 class StageSession:
-    """Runs sequences of equal length that lie in neighbouring slots."""
+    """Runs sequences of equal length that lie in neighbouring slots, through all parts of a stage's graph."""
 
-    def __init__(self, built: StageGraph, cache: KvCache, *, thread_count: int, result_size: int) -> None:
-        self._session = _open(built, thread_count)
+    def __init__(
+        self, parts: Sequence[StageGraph], cache: KvCache, *, thread_count: int, hidden_size: int, result_size: int
+    ) -> None:
+        """`result_size`: what this rank computes of it."""
+        self._parts = [_Part(_open(part, thread_count), part) for part in parts]
         self._cache = cache
-        self._values: Activations = np.empty(0)
-        self._result = np.empty((0, result_size), np.float32)
+        self._arrays = _Arrays(np.empty(0), np.empty((0, result_size), np.float32), ())
+        self._hidden_size = hidden_size
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
-    def run(self, slot: int, positions: list[int], values: Activations, rows: NDArray[np.int64] | None) -> Any:
+    def run(
+        self,
+        slot: int,
+        positions: list[int],
+        values: Activations,
+        rows: NDArray[np.int64] | None,
+        exchange: Exchange,
+    ) -> NDArray[np.float32]:
         """`values`: of all tokens, sequence by sequence; `positions`: where each sequence goes on.
 
-        Returns [tokens, hidden], or where `rows` are wanted, [rows, vocabulary]; good until the next run.
+        Returns [tokens, hidden], or where `rows` are wanted, the own part of [rows, vocabulary]; good until the next
+        run.
         """
         self._make_room(values, len(values if rows is None else rows))
         binding = self._binding(slot, len(positions))
         token_count = len(values) // len(positions)
         binding.set_step(max(positions) + token_count, [position + token_count - 1 for position in positions])
         binding.set_values(token_count, values, rows)
-        self._session.run_with_iobinding(binding.binding)
+        for part, bound, partial in binding.steps:
+            part.session.run_with_iobinding(bound)
+            if partial is not None:
+                exchange.add_up(partial)
         return binding.result
 
     def _make_room(self, values: Activations, result_count: int) -> None:
-        """All bindings share two arrays as large as the largest run: 32 of their own would be much for many slots and
-        a large vocabulary. They double as they grow; what no run has reached takes no memory.
+        """All bindings share arrays as large as the largest run: 32 of their own would be much for many slots and a
+        large vocabulary. They double as they grow; what no run has reached takes no memory.
         """
-        if len(values) > len(self._values):
+        arrays = self._arrays
+        if len(values) > len(arrays.values):
             dtype = np.int64 if values.ndim == 1 else np.float32
-            self._values = np.empty((max(len(values), 2 * len(self._values)), *values.shape[1:]), dtype)
-            self._bindings.clear()  # they hold on to the array before
-        if result_count > len(self._result):
-            self._result = np.empty((max(result_count, 2 * len(self._result)), self._result.shape[1]), np.float32)
-            self._bindings.clear()
+            tokens = max(len(values), 2 * len(arrays.values))
+            between = () if len(self._parts) == 1 else tuple(self._hidden(tokens) for _ in range(BETWEEN))
+            arrays = replace(arrays, values=np.empty((tokens, *values.shape[1:]), dtype), between=between)
+        if result_count > len(arrays.result):
+            size = max(result_count, 2 * len(arrays.result)), arrays.result.shape[1]
+            arrays = replace(arrays, result=np.empty(size, np.float32))
+        if arrays is not self._arrays:
+            self._arrays = arrays
+            self._bindings.clear()  # they hold on to the arrays before
+
+    def _hidden(self, tokens: int) -> NDArray[np.float32]:
+        return np.empty((tokens, self._hidden_size), np.float32)
 
     def _binding(self, slot: int, count: int) -> "_Binding":
         key = (slot, count)
         if key not in self._bindings:
-            cache = self._cache.slices(slot, count)
-            self._bindings[key] = _Binding(self._session.io_binding(), cache, count, self._values, self._result)
+            self._bindings[key] = _Binding(self._parts, self._cache.slices(slot, count), count, self._arrays)
             if len(self._bindings) > BINDINGS_MAX:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
         return self._bindings[key]
 
 
+class _Part(Struct, frozen=True):
+    session: Any
+    graph: StageGraph
+
+
+class _Arrays(Struct, frozen=True):
+    """What goes into a stage, comes out of it, and goes from part to part; a run has their beginnings."""
+
+    values: Activations
+    result: NDArray[np.float32]
+    between: tuple[NDArray[np.float32], ...]  # residuals, updates: of the parts with even numbers, of the odd ones
+
+
 class _Binding:
     """The inputs and outputs of a run on one range of slots.
 
     Arrays are bound when their shapes change, else written in place: binding 200 KB of logits afresh for every token
-    costs more in page faults than the sampler does. `all_values` and `all_results` are shared; a run has their
-    beginnings.
+    costs more in page faults than the sampler does. `arrays` are shared.
     """
 
     def __init__(
-        self,
-        binding: Any,
-        cache: dict[str, NDArray[np.float32]],
-        count: int,
-        all_values: Activations,
-        all_results: NDArray[np.float32],
+        self, parts: Sequence[_Part], cache: dict[str, NDArray[np.float32]], count: int, arrays: _Arrays
     ) -> None:
-        self.binding = binding
-        self._all_values, self._all_results = all_values, all_results
-        self.result = all_results[:0]
-        self._values = all_values[:0]
+        self._arrays = arrays
+        self._bound = [(part, part.session.io_binding()) for part in parts]
+        self.steps: list[tuple[_Part, Any, NDArray[np.float32] | None]] = []
+        self.result = arrays.result[:0]
+        self._values = arrays.values[:0]
         self._rows: NDArray[np.int64] | None = None
         self._ends = np.zeros(count, np.int32)
         self._longest = np.zeros(1, np.int32)
         self._layout = np.array([count, 0, -1], np.int64)
-        for name, value in (
-            (attention.ENDS, self._ends),
-            (attention.LONGEST, self._longest),
-            (attention.LAYOUT, self._layout),
-        ):
-            binding.bind_ortvalue_input(name, _shared(value))
-        for name, value in cache.items():
-            # The same memory as input and as output is how the operator knows to append in place.
-            both = _shared(value)
-            binding.bind_ortvalue_input(name, both)
-            binding.bind_ortvalue_output(attention.updated(name), both)
+        places = {attention.ENDS: self._ends, attention.LONGEST: self._longest, attention.LAYOUT: self._layout}
+        shared = {name: _shared(value) for name, value in places.items()}
+        for part, binding in self._bound:
+            for name, value in shared.items() if part.graph.has_attention else ():
+                binding.bind_ortvalue_input(name, value)
+            for name in part.graph.caches:
+                # The same memory as input and as output is how the operator knows to append in place.
+                both = _shared(cache[name])
+                binding.bind_ortvalue_input(name, both)
+                binding.bind_ortvalue_output(attention.updated(name), both)
 
     def set_step(self, longest: int, ends: list[int]) -> None:
         """`longest`: tokens of the longest sequence, this step's included; `ends`: last position of each."""
@@ -146,13 +178,28 @@ class _Binding:
             self._rows[:] = rows
 
     def _bind_values(self, values: Activations, rows: NDArray[np.int64] | None, result_count: int) -> None:
-        self._values = self._all_values[: len(values)]
-        self.result = self._all_results[:result_count]
-        self.binding.bind_ortvalue_input(graph.TOKENS if values.ndim == 1 else graph.HIDDEN, _shared(self._values))
-        self.binding.bind_ortvalue_output(graph.RESULT, _shared(self.result))
+        self._values = self._arrays.values[: len(values)]
+        self.result = self._arrays.result[:result_count]
+        self._bound[0][1].bind_ortvalue_input(graph.TOKENS if values.ndim == 1 else graph.HIDDEN, _shared(self._values))
+        last = self._bound[-1][1]
+        last.bind_ortvalue_output(graph.RESULT, _shared(self.result))
         if rows is not None:
             self._rows = np.empty_like(rows)
-            self.binding.bind_ortvalue_input(graph.ROWS, _shared(self._rows))
+            last.bind_ortvalue_input(graph.ROWS, _shared(self._rows))
+        self._bind_between(len(values))
+
+    def _bind_between(self, token_count: int) -> None:
+        """Each part reads what the one before wrote, and writes to the other arrays."""
+        between = [each[:token_count] for each in self._arrays.between]
+        shared = [_shared(each) for each in between]
+        self.steps = [(part, binding, None) for part, binding in self._bound]
+        for index in range(len(self._bound) - 1):
+            (part, writing), (_, reading), side = self._bound[index], self._bound[index + 1], 2 * (index % 2)
+            writing.bind_ortvalue_output(part.graph.residual, shared[side])
+            writing.bind_ortvalue_output(part.graph.partial, shared[side + 1])
+            reading.bind_ortvalue_input(graph.RESIDUAL, shared[side])
+            reading.bind_ortvalue_input(graph.UPDATE, shared[side + 1])
+            self.steps[index] = (part, writing, between[side + 1])
 
 
 def _shared(array: NDArray[Any]) -> Any:

@@ -24,10 +24,13 @@ class OnnxStage:
         self._segments: list[Segment] = []  # in order of layers
 
     def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
+        if (exchange.rank, exchange.count) != (spec.rank, spec.rank_count):
+            raise EngineError(f"rank {spec.rank} of {spec.rank_count} was given the exchange of another")
         self._exchange = exchange
         self._segments = self._load(spec, progress)
         self._spec = spec
         self._is_last = spec.shard.layer_end == spec.shard.layer_count
+        self._is_silent = self._is_last and exchange.rank > 0  # its logits are joined with those of rank 0, there
         self._lengths = [0] * spec.slot_count  # tokens that each slot has in the cache
         give_back_memory()  # what reading and packing used, about as much as the weights
 
@@ -44,6 +47,8 @@ class OnnxStage:
         result = self._run_group(pieces, values) if together else self._run_groups(pieces, groups, values)
         for piece in pieces:
             self._lengths[piece.slot] = piece.position + piece.token_count
+        if self._is_silent:
+            return result[:0]
         if not self._is_last or all(piece.wants_logits for piece in pieces):
             return result
         return result[[piece.wants_logits for piece in pieces for _ in range(_row_count(piece))]]
@@ -66,6 +71,8 @@ class OnnxStage:
         for group in groups:
             rows = np.concatenate([values[token_starts[index] : token_starts[index + 1]] for index in group])
             done = self._run_group([pieces[index] for index in group], rows)
+            if self._is_silent:
+                continue
             ends = [0, *accumulate(result_starts[index + 1] - result_starts[index] for index in group)]
             for index, start, end in zip(group, ends, ends[1:], strict=False):
                 results[result_starts[index] : result_starts[index + 1]] = done[start:end]
@@ -79,7 +86,8 @@ class OnnxStage:
         positions = [piece.position for piece in pieces]
         for segment in self._segments:
             has_logits = self._is_last and segment is self._segments[-1]
-            values = segment.run(pieces[0].slot, positions, values, _row_count(pieces[0]) if has_logits else None)
+            row_count = _row_count(pieces[0]) if has_logits else None
+            values = segment.run(pieces[0].slot, positions, values, row_count, self._exchange)
         return values
 
     def _blank(self, token_count: int) -> Activations:

@@ -1,21 +1,23 @@
 """Reads a stage's tensors from a model's files, and no others, into the forms that the graph takes."""
 
+import math
+
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, TensorReader
+from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, TensorEntry, TensorReader, has_rows
 from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked, pack, stays_in_table
 from covey.checkpoints.quantizing import can_be_quantized, quantize_tensor
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
+from covey.engine.onnx.cutting import Floats, Matrix, columns_of, in_all, rows_of
 from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
+from covey.engine.onnx.share import WHOLE, Cut, Share
 from covey.engine.onnx.tensors import OUTPUT_NORM
 from covey.schema.model import Shard
 
-Floats = NDArray[np.float32]
-Matrix = PackedBlocks | Floats  # [rows out, columns in]
 Table = PackedBlocks | Floats | NDArray[np.float16]  # of token embeddings: [vocabulary, hidden]
 
 
@@ -52,14 +54,15 @@ class LayerWeights(Struct, frozen=True, kw_only=True):
 class HeadWeights(Struct, frozen=True):
     norm: Floats
     output: Matrix
+    vocabulary_size: int  # of which this rank may have a part
 
     @property
-    def vocabulary_size(self) -> int:
+    def own_size(self) -> int:
         return row_count(self.output)
 
 
 class StageFile:
-    """The part of a model file that one stage is made of."""
+    """The part of a model file that one rank of a stage is made of."""
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class StageFile:
         shard: Shard,
         context_length: int,
         bits: int | None = None,
+        rank: int = 0,
+        rank_count: int = 1,
     ) -> None:
         """`bits`: what matrices in full precision are rounded to; None: they stay. Raises `CheckpointError`,
         `EngineError`.
@@ -83,10 +88,11 @@ class StageFile:
         self._in_layers = tensors.layer_shapes(architecture)
         self.bytes_read = 0
         tensors.check(header, architecture, self._needed)
+        self.share = Share(header, architecture, rank, rank_count, bits)
 
     @property
     def bytes_total(self) -> int:
-        return sum(self._header.tensors[name].byte_count for name in self._needed)
+        return sum(self._byte_count(name) for name in self._needed)
 
     def read_layer(self, layer: int) -> LayerWeights:
         """Raises `CheckpointError`, `OSError`."""
@@ -97,7 +103,7 @@ class StageFile:
             query_key_value=self._query_key_value(layer),
             query_norm=self._norm(layer, "attn_q_norm"),
             key_norm=self._norm(layer, "attn_k_norm"),
-            sinks=self._optional(layer, "attn_sinks"),
+            sinks=self._sinks(layer),
             attention_output=self._linear(layer, "attn_output"),
             attention_post_norm=self._norm(layer, post_norm),
             feed_forward_norm=self._norm(layer, architecture.feed_forward_norm),
@@ -126,10 +132,12 @@ class StageFile:
             return table, None
         norm = self._floats(OUTPUT_NORM) + np.float32(self._architecture.norm_offset)
         name = tensors.output_name(self._header)
+        size, cut = self._header.tensors[name].shape[0], self.share.of_output(name)
         if table is None or name == OUTPUT:
-            return table, HeadWeights(norm, self._matrix(name))
-        output = table if isinstance(table, PackedBlocks) else table.astype(np.float32, copy=False)
-        return table, HeadWeights(norm, output)
+            return table, HeadWeights(norm, self._matrix(name, cut), size)
+        own = table if cut.rows is None else rows_of(table, cut.rows)
+        output = own if isinstance(own, PackedBlocks) else own.astype(np.float32, copy=False)
+        return table, HeadWeights(norm, output, size)
 
     def _query_key_value(self, layer: int) -> tuple[Linear, ...]:
         if self._architecture.is_joined:
@@ -148,16 +156,25 @@ class StageFile:
         return FeedForwardWeights(gate_up, self._linear(layer, "ffn_down"))
 
     def _linear(self, layer: int, name: str) -> Linear:
-        bias = f"blk.{layer}.{name}.bias"
-        return Linear(
-            self._matrix(f"blk.{layer}.{name}.weight"), self._floats(bias) if bias in self._header.tensors else None
-        )
+        weight, bias = f"blk.{layer}.{name}.weight", f"blk.{layer}.{name}.bias"
+        cut = self.share.of(weight)
+        matrix = self._matrix(weight, cut)
+        if bias not in self._header.tensors or not self.share.has_bias(bias):
+            return Linear(matrix)
+        values = self._floats(bias)
+        if cut.rows is not None:
+            values = np.concatenate([values[..., each.start : each.stop] for each in cut.rows], axis=-1)
+        return Linear(matrix, values)
 
     def _experts(self, layer: int, name: str) -> list[Linear]:
         """One for each; their matrices are parts of one tensor."""
-        shape = self._header.tensors[f"blk.{layer}.{name}.weight"].shape
+        count = self._header.tensors[f"blk.{layer}.{name}.weight"].shape[0]
         together = self._linear(layer, name)
-        return [_part(together, index, shape) for index in range(shape[0])]
+        return [_part(together, index, count) for index in range(count)]
+
+    def _sinks(self, layer: int) -> Floats | None:
+        own, found = self.share.query_heads, self._optional(layer, "attn_sinks")
+        return None if found is None else found[own.start : own.stop]
 
     def _norm(self, layer: int, name: str) -> Floats | None:
         found = self._optional(layer, name)
@@ -175,12 +192,41 @@ class StageFile:
     def _floats(self, name: str) -> Floats:
         return dequantize(self._header.tensors[name], self._read(name))
 
-    def _matrix(self, name: str) -> Matrix:
+    def _matrix(self, name: str, cut: Cut = WHOLE) -> Matrix:
+        """Matrices of several axes become one, below one another."""
         entry = self._header.tensors[name]
-        content = self._read(name)
+        if cut.rows is None:
+            matrix = self._held(entry, self._read(name))
+        elif has_rows(entry):
+            matrix = self._held(*self._read_rows(entry, _below(entry, cut.rows)))
+        else:
+            matrix = rows_of(self._held(entry, self._read(name)), _below(entry, cut.rows))
+        return matrix if cut.columns is None else columns_of(matrix, cut.columns)
+
+    def _read_rows(self, entry: TensorEntry, rows: list[range]) -> tuple[TensorEntry, NDArray[np.uint8]]:
+        content = self._reader.read_rows(entry, rows)
+        self.bytes_read += content.size
+        return replace(entry, shape=(sum(map(len, rows)), entry.shape[-1]), byte_count=content.size), content
+
+    def _held(self, entry: TensorEntry, content: NDArray[np.uint8]) -> Matrix:
         if self._bits is not None and can_be_quantized(entry):
             return quantize_tensor(entry, content, self._bits)
-        return pack(entry, content) if is_blocked(entry.type) else dequantize(entry, content)
+        if is_blocked(entry.type):
+            return pack(entry, content)
+        return dequantize(entry, content).reshape(-1, entry.shape[-1])
+
+    def _byte_count(self, name: str) -> int:
+        """That are read of it."""
+        entry = self._header.tensors[name]
+        is_output = name == OUTPUT or (name == EMBEDDING and self._shard.layer_start > 0)
+        rows = (self.share.of_output(name) if is_output else self.share.of(name)).rows
+        if rows is None or name.endswith(".bias") or not has_rows(entry):
+            return entry.byte_count if self._reads(name) else 0
+        row_bytes = entry.byte_count // math.prod(entry.shape[:-1])
+        return sum(map(len, _below(entry, rows))) * row_bytes
+
+    def _reads(self, name: str) -> bool:
+        return not (name.startswith("blk.") and name.endswith(".bias")) or self.share.has_bias(name)
 
     def _table(self) -> Table:
         entry = self._header.tensors[EMBEDDING]
@@ -193,15 +239,15 @@ def row_count(matrix: Table) -> int:
     return (matrix.scales if isinstance(matrix, PackedBlocks) else matrix).shape[0]
 
 
-def _part(together: Linear, index: int, shape: tuple[int, ...]) -> Linear:
-    """`shape`: experts, rows, columns."""
-    rows = slice(index * shape[1], (index + 1) * shape[1])
-    matrix = together.matrix
-    if not isinstance(matrix, PackedBlocks):
-        own: Matrix = matrix.reshape(-1, shape[2])[rows]
-    else:
-        offsets = None if matrix.offsets is None else matrix.offsets[rows]
-        own = replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows], offsets=offsets)
+def _below(entry: TensorEntry, rows: tuple[range, ...]) -> list[range]:
+    """These rows of each of its matrices."""
+    return in_all(rows, entry.shape[-2], math.prod(entry.shape[:-2]))
+
+
+def _part(together: Linear, index: int, count: int) -> Linear:
+    """One of `count` matrices that lie below one another."""
+    size = row_count(together.matrix) // count
+    own = rows_of(together.matrix, [range(index * size, (index + 1) * size)])
     return Linear(own, None if together.bias is None else together.bias[index])
 
 
