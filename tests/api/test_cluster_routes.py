@@ -5,6 +5,7 @@ import json
 import msgspec
 import pytest
 from fastapi.testclient import TestClient
+from msgspec.structs import replace
 
 from covey.api import cluster_objects, cluster_state
 from covey.api.case import camel, camel_case
@@ -20,7 +21,7 @@ from covey.schema.cluster import (
     Visibility,
 )
 from covey.schema.ids import InstanceId, NodeId
-from covey.schema.model import Quantizing
+from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member, runner
 
@@ -146,6 +147,36 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
 
 
 @pytest.mark.parametrize(
+    ("body", "rank_count", "node_count_min"),
+    [
+        ({"sharding": "Tensor", "min_nodes": 2}, 2, 2),  # as exo's clients say it
+        ({"sharding": "Tensor"}, 1, 1),
+        ({"sharding": "Pipeline", "min_nodes": 2}, 1, 2),
+        ({"rank_count": 2}, 2, 1),
+        ({"sharding": "Tensor", "rank_count": 2, "min_nodes": 4}, 2, 4),
+    ],
+)
+def test_how_many_nodes_are_to_share_each_layer_is_passed_on(
+    client: TestClient, backend: FakeBackend, body: dict[str, object], rank_count: int, node_count_min: int
+) -> None:
+    assert client.post("/place_instance", json={"model_id": "Tiny-Chat", **body}).status_code == 200
+    assert backend.commands == [PlaceModel(card=CARD, rank_count=rank_count, node_count_min=node_count_min)]
+
+
+def test_layers_that_are_shared_are_shown_as_exo_does(client: TestClient, backend: FakeBackend) -> None:
+    before = backend.current.instances[0]
+    whole = Shard(0, 4, 4)
+    stages = tuple(replace(each, shard=whole, rank=rank) for rank, each in enumerate(before.stages))
+    shared = replace(before, stages=stages, rank_count=2)
+    backend.current = replace(backend.current, instances=(shared,))
+    shards = client.get("/state").json()["instances"]["inst-1"]["MlxRingInstance"]["shardAssignments"]["runnerToShard"]
+    found = [shards[stage.runner_id]["TensorShardMetadata"] for stage in stages]
+    assert [(each["deviceRank"], each["worldSize"]) for each in found] == [(0, 2), (1, 2)]
+    assert [(each["startLayer"], each["endLayer"]) for each in found] == [(0, 4), (0, 4)]
+    assert found[0]["modelCard"]["supportsTensor"] is True
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, "model_id"),
@@ -154,7 +185,11 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
         ({"model_id": "Tiny-Chat", "exact": "very"}, "exact"),
         ({"model_id": "Tiny-Chat", "quantize": "q5"}, "quantize"),
         ({"model_id": "Tiny-Chat", "quantize": 4}, "quantize"),
-        ({"model_id": "Tiny-Chat", "sharding": "Tensor"}, "sharding"),
+        ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, "sharding"),
+        ({"model_id": "Tiny-Chat", "rank_count": 0}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": -2}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": 65}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": "2"}, "rank_count"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
         ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),
     ],
