@@ -33,23 +33,28 @@ class AttentionGraph:
         builder.input(LONGEST, np.int32, [1])
         builder.input(LAYOUT, np.int64, [3])
         builder.constant("flat", np.array([-1, architecture.query_size], np.int64))
-        self._tables = {
-            rotary: [builder.constant(f"cosines.{index}", cosines), builder.constant(f"sines.{index}", sines)]
-            for index, (rotary, (cosines, sines)) in enumerate(tables.items())
-        }
+        self._tables = tables
+        self._named_tables: dict[Rotary, list[str]] = {}
 
     def add(self, layer: int, projected: list[str], weights: LayerWeights) -> str:
         """From query, key and value, in one or in three, to [tokens, query size]."""
         kind = self._architecture.layers[layer]
         query_key_value = self._batched(layer, projected, weights)
         caches = [self._cache(layer, "keys"), self._cache(layer, "values")]
-        tables = ["", ""] if kind.rotary is None else self._tables[kind.rotary]
+        tables = ["", ""] if kind.rotary is None else self._tables_of(kind.rotary)
         inputs = [*query_key_value, *caches, ENDS, LONGEST, *tables]
         if weights.sinks is not None:
             inputs += ["", "", self._builder.constant(f"{layer}.sinks", weights.sinks)]
         outputs = [f"{layer}.attended", *(updated(cache) for cache in caches)]
         self._builder.nodes_with("GroupQueryAttention", _trimmed(inputs), outputs, MICROSOFT, **self._attributes(layer))
         return self._builder.node("Reshape", [outputs[0], "flat"], f"{layer}.attended.flat")
+
+    def _tables_of(self, rotary: Rotary) -> list[str]:
+        """Cosines and sines; a graph has only those that its layers use."""
+        if rotary not in self._named_tables:
+            index, tables = len(self._named_tables), zip(("cosines", "sines"), self._tables[rotary], strict=True)
+            self._named_tables[rotary] = [self._builder.constant(f"{kind}.{index}", table) for kind, table in tables]
+        return self._named_tables[rotary]
 
     def _attributes(self, layer: int) -> dict[str, Any]:
         architecture, kind = self._architecture, self._architecture.layers[layer]
