@@ -163,6 +163,64 @@ def test_how_many_nodes_are_to_share_each_layer_is_passed_on(
     assert backend.commands == [PlaceModel(card=CARD, rank_count=rank_count, node_count_min=node_count_min)]
 
 
+def test_what_a_placement_would_be_is_told_without_placing(client: TestClient, backend: FakeBackend) -> None:
+    query = {"model_id": "Tiny-Chat", "sharding": "Tensor", "instance_meta": "MlxRing", "min_nodes": "2"}
+    shown = client.get("/instance/placement", params=query)
+    assert shown.status_code == 200, shown.text
+    shards = shown.json()["MlxRingInstance"]["shardAssignments"]
+    assert {next(iter(each)) for each in shards["runnerToShard"].values()} == {"TensorShardMetadata"}
+    assert set(shards["nodeToRunner"]) == {FIRST, SECOND}
+    assert backend.commands == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "words"),
+    [
+        ({}, 400, "'model_id' is missing"),
+        ({"model_id": "GPT-9"}, 404, "There is no model"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "two"}, 400, "'min_nodes' must be a whole number"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "0"}, 400, "'min_nodes'"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "9" * 5000}, 400, "'min_nodes'"),
+        ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, 400, "'sharding'"),
+        ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, 400, "'instance_meta'"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "3"}, 400, "Asked for 3 nodes, only 2 are here"),
+        ({"model_id": "Tiny-Chat", "sharding": "Tensor", "min_nodes": "3"}, 400, "only 2 are here"),
+        ({"model_id": "Tiny-Chat", "rank_count": "4"}, 400, "4 ranks need 4 nodes"),
+    ],
+)
+def test_a_placement_that_could_not_be_is_told_with_the_reason(
+    client: TestClient, query: dict[str, str], status: int, words: str
+) -> None:
+    answer = client.get("/instance/placement", params=query)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_the_previews_have_a_row_for_each_way_and_number_of_nodes(client: TestClient) -> None:
+    rows = client.get("/instance/previews", params={"model_id": "Tiny-Chat"}).json()["previews"]
+    found = [(row["sharding"], row["instance_meta"], len(row["memory_delta_by_node"] or {})) for row in rows]
+    assert found == [
+        ("Pipeline", "MlxRing", 1),
+        ("Pipeline", "MlxRing", 2),
+        ("Pipeline", "MlxJaccl", 0),
+        ("Tensor", "MlxRing", 1),
+        ("Tensor", "MlxRing", 2),
+        ("Tensor", "MlxJaccl", 0),
+    ]
+    assert all((row["instance"] is None) is (row["error"] is not None) for row in rows)
+
+
+def test_previews_of_chosen_nodes_use_no_others(client: TestClient) -> None:
+    rows = client.get("/instance/previews", params={"model_id": "Tiny-Chat", "node_ids": [SECOND]}).json()["previews"]
+    assert {node for row in rows for node in row["memory_delta_by_node"] or {}} == {SECOND}
+
+
+def test_without_nodes_there_are_no_previews(client: TestClient, backend: FakeBackend) -> None:
+    backend.current = replace(backend.current, members=())
+    assert client.get("/instance/previews", params={"model_id": "Tiny-Chat"}).json() == {"previews": []}
+    assert client.get("/instance/previews").status_code == 400
+
+
 def test_layers_that_are_shared_are_shown_as_exo_does(client: TestClient, backend: FakeBackend) -> None:
     before = backend.current.instances[0]
     whole = Shard(0, 4, 4)

@@ -197,29 +197,10 @@ class Cluster:
         done = self._done_before(wish_id)
         if done:
             return Decision((), Accepted(done), (WISH + wish_id, INSTANCE + done))
-        options = Options(
-            node_count_min=command.node_count_min,
-            context_length=command.context_length,
-            slot_count=command.slot_count,
-            node_ids=command.node_ids,
-            quantize=command.quantize,
-            rank_count=command.rank_count,
-            asked_at=context.asked_at,
-        )
-        placement = place(command.card, context.nodes, options)
+        placement = place(command.card, context.nodes, options_asked_for(command, context.asked_at))
         if isinstance(placement, Refused):
             return placement
-        wish = Wish(
-            wish_id=wish_id,
-            card=command.card,
-            node_count_min=command.node_count_min,
-            context_length=placement.context_length,
-            slot_count=placement.slot_count,
-            node_ids=command.node_ids,
-            exact=command.exact,
-            quantize=command.quantize,
-            rank_count=command.rank_count,
-        )
+        wish = wish_asked_for(command, placement, wish_id)
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))
         return Decision(events, Accepted(instance.instance_id))
@@ -288,6 +269,33 @@ class Cluster:
         known = self.entries.get(WISH + wish_id)
         wish = [] if known and known.value is None else [WISH + wish_id]
         return tuple(Written(key, None) for key in [*wish, *mine])
+
+
+def options_asked_for(command: PlaceModel, asked_at: NodeId | None) -> Options:
+    return Options(
+        node_count_min=command.node_count_min,
+        context_length=command.context_length,
+        slot_count=command.slot_count,
+        node_ids=command.node_ids,
+        quantize=command.quantize,
+        rank_count=command.rank_count,
+        asked_at=asked_at,
+    )
+
+
+def wish_asked_for(command: PlaceModel, placement: Placement, wish_id: str) -> Wish:
+    """What `command` asks for, and what `placement` chose beside it."""
+    return Wish(
+        wish_id=wish_id,
+        card=command.card,
+        node_count_min=command.node_count_min,
+        context_length=placement.context_length,
+        slot_count=placement.slot_count,
+        node_ids=command.node_ids,
+        exact=command.exact,
+        quantize=command.quantize,
+        rank_count=command.rank_count,
+    )
 
 
 def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
