@@ -131,7 +131,7 @@ def test_nodes_of_one_machine_share_layers_with_one_another() -> None:
 
 def test_nodes_with_much_the_same_memory_share_layers_where_there_is_no_other_way() -> None:
     """A group has room for what its smallest has room for: with a big and a small one in each, nothing would fit."""
-    small, big = 650 * MB, 1400 * MB
+    small, big = 350 * MB, 1400 * MB
     all_nodes = [node("a", small), node("b", big), node("c", big), node("d", small)]
     placed = place(card(), all_nodes, shared(2, node_count_min=4, asked_at=NodeId("a")))
     assert isinstance(placed, Placement)
