@@ -184,7 +184,7 @@ def test_what_a_placement_would_be_is_told_without_placing(client: TestClient, b
         ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, 400, "'sharding'"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, 400, "'instance_meta'"),
         ({"model_id": "Tiny-Chat", "min_nodes": "3"}, 400, "Asked for 3 nodes, only 2 are here"),
-        ({"model_id": "Tiny-Chat", "sharding": "Tensor", "min_nodes": "3"}, 400, "only 2 are here"),
+        ({"model_id": "Tiny-Chat", "sharding": "Tensor", "min_nodes": "4"}, 400, "only 2 are here"),
         ({"model_id": "Tiny-Chat", "rank_count": "4"}, 400, "4 ranks need 4 nodes"),
     ],
 )

@@ -144,7 +144,10 @@ def _counted(instance: Instance) -> str:
 
 
 def _shared(instance: Instance) -> str:
-    return f", {instance.rank_count} of which share each layer," if instance.rank_count > 1 else ""
+    if instance.rank_count == 1:
+        return ""
+    some = "" if instance.rank_count == len(instance.stages) else f"{instance.rank_count} of "
+    return f", {some}which share each layer,"
 
 
 def summary(ready: Ready, short_id: str) -> str:
