@@ -100,7 +100,10 @@ class StageEngine(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Runs each shape that serving will use once, and forgets what it computed."""
+        """Runs each shape that serving will use once, and forgets what it computed. A stage's ranks do it together.
+
+        Raises `LinkBrokenError`.
+        """
         ...
 
     def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, overload
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,9 +13,14 @@ from covey.checkpoints.ranks import COLUMNS
 
 Floats = NDArray[np.float32]
 Matrix = PackedBlocks | Floats  # [rows out, columns in]
+Table = PackedBlocks | Floats | NDArray[np.float16]  # of token embeddings: [vocabulary, hidden]
 
 
-def rows_of(matrix: Matrix, ranges: Sequence[range]) -> Matrix:
+@overload
+def rows_of(matrix: Matrix, ranges: Sequence[range]) -> Matrix: ...
+@overload
+def rows_of(matrix: Table, ranges: Sequence[range]) -> Table: ...
+def rows_of(matrix: Table, ranges: Sequence[range]) -> Table:
     """One range is taken without copying."""
     if not isinstance(matrix, PackedBlocks):
         return _taken(matrix, ranges)
@@ -61,6 +67,6 @@ def in_all(ranges: Sequence[range], matrix_rows: int, matrix_count: int) -> list
     return [range(start + each.start, start + each.stop) for start in starts for each in ranges]
 
 
-def _taken(array: NDArray[np.generic], ranges: Sequence[range]) -> NDArray:
+def _taken(array: NDArray[Any], ranges: Sequence[range]) -> NDArray[Any]:
     parts = [array[each.start : each.stop] for each in ranges]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

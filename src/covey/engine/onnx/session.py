@@ -59,7 +59,7 @@ class StageSession:
         self, parts: Sequence[StageGraph], cache: KvCache, *, thread_count: int, hidden_size: int, result_size: int
     ) -> None:
         """`result_size`: what this rank computes of it."""
-        self._parts = [_Part(_open(part, thread_count), part) for part in parts]
+        self._parts = [_Part(_open(part, thread_count, has_arena=len(parts) == 1), part) for part in parts]
         self._cache = cache
         self._arrays = _Arrays(np.empty(0), np.empty((0, result_size), np.float32), ())
         self._hidden_size = hidden_size
@@ -207,13 +207,15 @@ def _shared(array: NDArray[Any]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _open(built: StageGraph, thread_count: int) -> Any:
+def _open(built: StageGraph, thread_count: int, *, has_arena: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = thread_count
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_ERRORS
     # Steps differ in length, and a plan of memory is kept for each length that comes up.
     options.enable_mem_pattern = False
+    # An arena keeps what the longest prompt took; those of many graphs would keep it many times.
+    options.enable_cpu_mem_arena = has_arena
     # Threads wait actively between the operators of a step, which pays, but not between steps. Nor for long: a thread
     # that another one holds up, on a core that a third program has, would burn what is left of its time slice.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US_MAX))

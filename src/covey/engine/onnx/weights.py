@@ -12,13 +12,11 @@ from covey.checkpoints.quantization import PackedBlocks, dequantize, is_blocked,
 from covey.checkpoints.quantizing import can_be_quantized, quantize_tensor
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
-from covey.engine.onnx.cutting import Floats, Matrix, columns_of, in_all, rows_of
+from covey.engine.onnx.cutting import Floats, Matrix, Table, columns_of, in_all, rows_of
 from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
 from covey.engine.onnx.share import WHOLE, Cut, Share
 from covey.engine.onnx.tensors import OUTPUT_NORM
 from covey.schema.model import Shard
-
-Table = PackedBlocks | Floats | NDArray[np.float16]  # of token embeddings: [vocabulary, hidden]
 
 
 class Linear(Struct, frozen=True):
