@@ -86,12 +86,10 @@ class Generation:
         self.has_loaded = True
         self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
         self._wait(WarmUp)
-        self.phase = "warming up"
-        self._computing(engine.warm_up)
-        self.phase = "running"
-        samples = self.spec.stage_index == self.spec.stage_count - 1 and self.spec.rank == 0
-        sampler = Sampler(self.spec.model_path, self.spec.thread_count) if samples else None
-        self._computing(self._serve, Stage(engine, linked.after, sampler, linked.steps))
+        try:
+            self._compute(engine, linked)
+        except LinkBrokenError as error:  # in the middle of a step it says less than what the link was lost by
+            raise LinkBrokenError(self._loss or str(error)) from error
 
     def close(self, message: str) -> None:
         """Tells the clients `message` and the neighbours by closing."""
@@ -146,7 +144,15 @@ class Generation:
             LoadProgressed(progress.layers_loaded, progress.layers_total, progress.bytes_loaded, progress.bytes_total)
         )
 
-    # ---- while it serves ----
+    # ---- while it computes ----
+
+    def _compute(self, engine: StageEngine, linked: Linked) -> NoReturn:
+        self.phase = "warming up"
+        engine.warm_up()
+        self.phase = "running"
+        samples = self.spec.stage_index == self.spec.stage_count - 1 and self.spec.rank == 0
+        sampler = Sampler(self.spec.model_path, self.spec.thread_count) if samples else None
+        self._serve(Stage(engine, linked.after, sampler, linked.steps))
 
     def _serve(self, stage: Stage) -> NoReturn:
         is_head = self.spec.stage_index == self.spec.rank == 0
@@ -175,13 +181,6 @@ class Generation:
                 raise LinkBrokenError(message.reason)
             case _:
                 raise ProtocolError(f"The node sent {type(message).__name__} where {due} was due.")
-
-    def _computing(self, compute: Callable[..., None], *arguments: object) -> None:
-        """Where a rank is lost in the middle of a step, what it was lost by says more than that the step broke off."""
-        try:
-            compute(*arguments)
-        except LinkBrokenError as error:
-            raise LinkBrokenError(self._loss or str(error)) from error
 
     # ---- other threads ----
 
