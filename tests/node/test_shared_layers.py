@@ -15,6 +15,9 @@ import pytest
 from answers import Answer, long_prompt_of
 from nodes import NodeProcess, runner_of, running, stop_all, until
 from tiny_model import write_model
+from typer.testing import CliRunner
+
+from covey.cli.main import app
 
 TOKENS = 250
 FAULT_AFTER = 40  # tokens
@@ -106,3 +109,30 @@ def test_what_cannot_be_shared_is_refused_with_a_sentence(tmp_path: Path) -> Non
             answer = httpx.post(f"{node.url}/place_instance", json={"model_id": str(model), **fields}, timeout=30)
             assert answer.status_code == status, answer.text
             assert words in answer.json()["error"]["message"]
+
+
+def test_three_nodes_that_share_the_demo_model_say_what_one_says(tmp_path: Path, demo_model: Path) -> None:
+    """With real numbers, in exact mode, and as a person asks for it."""
+    question = "Name the capital of France, and one thing that it is known for."
+    with running(tmp_path, "a", "b", "c", engine="onnx") as nodes:
+        seen(nodes)
+
+        def covey(*arguments: str) -> tuple[int, str]:
+            done = CliRunner().invoke(app, arguments, env={"COVEY_URL": nodes[0].url, "COLUMNS": "200"})
+            return done.exit_code, " ".join(done.output.split())
+
+        def place_and_ask(*options: str) -> str:
+            status, output = covey("place", str(demo_model), "--exact", *options)
+            assert status == 0, output
+            return nodes[1].ask(str(demo_model), question, max_tokens=24)
+
+        alone = place_and_ask()
+        assert covey("stop", "--all")[0] == 0
+        until(lambda: not nodes[0].runners())
+        assert place_and_ask("--tensor", "3") == alone
+        [instance] = nodes[0].get("/cluster")["instances"]
+        assert [stage["rank"] for stage in instance["stages"]] == [0, 1, 2]
+        assert "3 ranks" in covey("ps")[1]
+        status, output = covey("place", str(demo_model), "--another", "--tensor", "2")
+        assert status == 1
+        assert "can't be cut into 2 ranks; possible is 3 or 9" in output
