@@ -1,6 +1,7 @@
 """Placing a model whose layers several nodes are to share: who shares with whom, what it costs, and what is refused."""
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ MB = 10**6
 GB = 10**9
 
 
-def card(**changes: object) -> ModelCard:
+def card(**changes: Any) -> ModelCard:
     """12 layers, of which 2, 4 and 8 ranks can have a share each; more than 2 have the same key-value heads."""
     model = ModelCard(
         model_id=ModelId("model"),
@@ -59,7 +60,7 @@ def nodes(names: str, free: int = 100 * GB) -> list[Candidate]:
     return [node(name, free) for name in names]
 
 
-def shared(rank_count: int, **changes: object) -> Options:
+def shared(rank_count: int, **changes: Any) -> Options:
     return Options(context_length=512, slot_count=1, rank_count=rank_count, **changes)
 
 

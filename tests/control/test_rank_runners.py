@@ -2,7 +2,9 @@
 
 import pytest
 from msgspec.structs import replace
+from runner_bench import ME, MINE, Bench, instance
 
+from covey.control.runners import World
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.machine import Effect, RegroupRunner, StartRunner, TellRunner
@@ -20,7 +22,6 @@ from covey.schema.runner import (
     RunnerState,
     WarmUp,
 )
-from tests.control.runner_bench import ME, MINE, Bench, instance
 
 NAMES = ("n0", "n1", "n2", "n3")
 
@@ -76,8 +77,6 @@ class RankBench(Bench):
                 self.say_of(place, state, attempt)
 
     def advance(self, by_ms: int = 0) -> list[Effect]:
-        from covey.control.runners import World
-
         self.now_ms += by_ms
         world = World(self.instances, self.reports, self.paths, self.free_bytes, self.is_memory_fresh)
         return self.runners.advance(self.now_ms, world)

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -78,7 +79,7 @@ def assert_serves(port: int) -> None:
 def test_ranks_of_the_fake_engine_answer_as_one(count: int) -> None:
     whole = loaded(make_spec()).run(PIECES, TOKENS)
 
-    def run(exchange: object) -> np.ndarray:
+    def run(exchange: Any) -> np.ndarray:
         stage = FakeStage()
         stage.load(make_spec(), lambda _: None, exchange)
         return stage.run(PIECES, TOKENS).copy()
