@@ -183,7 +183,8 @@ class Host:
     def counted_bytes(self, spec: RunnerSpec) -> int:
         """What the placement counted for it."""
         assert self.machine is not None
-        return self.machine.cluster.instances[InstanceId(spec.instance_id)].stages[spec.stage_index].memory_bytes
+        stages = self.machine.cluster.instances[InstanceId(spec.instance_id)].stages
+        return next(each.memory_bytes for each in stages if each.runner_id == spec.runner_id)
 
     # ---- its machine ----
 

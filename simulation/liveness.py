@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from covey.control.placement.place import place
+from covey.control.placement.again import place_at_all
 from covey.control.routing import instance_status, nodes_of, options_of
 from covey.schema.cluster import (
     Accepted,
@@ -142,7 +142,7 @@ def _served(world: World, wish: Wish, states: list[ClusterState]) -> Iterator[st
 
 def _must_not_fit(wish: Wish, state: ClusterState) -> Iterator[str]:
     nodes = nodes_of(state, [each for each in state.instances if each.wish_id == wish.wish_id])
-    if not isinstance(place(wish.card, nodes, options_of(wish, nodes)), Refused):
+    if not isinstance(place_at_all(wish.card, nodes, options_of(wish, nodes)), Refused):
         yield f"{wish.wish_id} fits, but is not assigned"
 
 
@@ -169,7 +169,7 @@ def _stopped(world: World, instance: Instance) -> Iterator[str]:
 
 
 def _linked(world: World, instance: Instance) -> Iterator[str]:
-    """The processes of a ready instance form one ring."""
+    """Of the processes of a ready instance the first ranks form one ring, and those of a stage know one another."""
     processes = [
         process
         for stage in instance.stages
@@ -179,7 +179,12 @@ def _linked(world: World, instance: Instance) -> Iterator[str]:
     yield from (f"{process.spec.runner_id} hangs, and is left alone" for process in processes if process.has_stalled)
     if len(processes) != len(instance.stages):
         return
+    ranks = instance.rank_count
     for index, process in enumerate(processes):
-        following = processes[(index + 1) % len(processes)]
-        if process.linked_to is not following:
-            yield f"stage {index} of {instance.instance_id} is not linked to the next one"
+        following = processes[(index + ranks) % len(processes)]
+        if process.spec.rank == 0 and process.linked_to is not following:
+            yield f"stage {index // ranks} of {instance.instance_id} is not linked to the next one"
+        start = index // ranks * ranks
+        others = {rank: processes[start + rank] for rank in range(ranks) if start + rank != index}
+        if process.ranks != others:
+            yield f"{process.spec.runner_id} is not linked to the other ranks of its stage"

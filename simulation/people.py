@@ -82,8 +82,16 @@ class People:
         self.answers: dict[str, CommandOutcome] = {}
         self.ended: dict[str, None] = {}  # keys of wishes and API keys that somebody asked to end
 
-    def place(self, host: Host, model: ModelCard, node_count_min: int = 1, node_ids: tuple[NodeId, ...] = ()) -> str:
-        return self._ask(host, PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids))
+    def place(
+        self,
+        host: Host,
+        model: ModelCard,
+        node_count_min: int = 1,
+        node_ids: tuple[NodeId, ...] = (),
+        rank_count: int = 1,
+    ) -> str:
+        command = PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids, rank_count=rank_count)
+        return self._ask(host, command)
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
         self.ended[WISH + wish_of(instance_id)] = None
@@ -131,7 +139,7 @@ class People:
             model, count = random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3))
             chosen = random.sample(self.world.hosts, random.randint(1, len(self.world.hosts)))
             node_ids = tuple(each.node_id for each in chosen) if random.random() < 0.25 else ()
-            self.place(host, model, count, node_ids)
+            self.place(host, model, count, node_ids, random.choice((1, 1, 2)))
 
     def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
         if command_id in self.answers:

@@ -1,7 +1,8 @@
 """Fake runner processes: they listen, link to one another, load, warm up, and sometimes fail, each at its own pace.
 
-A process accepts one link from the stage before it in a generation, once; what comes later, or of another one, is
-turned away. One that has loaded outlives its generation: it keeps its memory, and grows if it is told to hold more.
+A process accepts one link from the stage before it in a generation, once, and one from each lower rank of its stage;
+what comes later, or of another one, is turned away. Ranks warm up together. One that has loaded outlives its
+generation: it keeps its memory, and grows if it is told to hold more.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class Process:
         self.is_busy = False
         self.resident_bytes = 0
         self.address: Address | None = None
-        self.next_address: Address | None = None
         self.connect_until_ms = 0
         self.linked_to: Process | None = None
         self.linked_from: Process | None = None
+        self.ranks: dict[int, Process] = {}  # the others of its stage
+        self.is_warming_up = False
         self.is_connected = False
         self.has_loaded = False
         self.has_parted = False
@@ -74,12 +76,19 @@ class Process:
 
     def tell(self, command: RunnerCommand) -> None:
         if isinstance(command, ConnectTo):
-            self.next_address, self.connect_until_ms = command.next_stage[0], self.world.now_ms + CONNECT_MS_MAX
-            self.after(20, self._connect)
+            self.connect_until_ms = self.world.now_ms + CONNECT_MS_MAX
+            if command.next_stage:
+                self.after(20, self._connect, command.next_stage[0])
+            for address in [ways[0] for ways in command.ranks[self.spec.rank + 1 :]]:
+                self.after(20, self._connect, address)
         elif isinstance(command, Load):
             self.after(200, self._load, 1)
         elif isinstance(command, WarmUp):
-            self.after(200, self._phase, "warm up", Ready())
+            self.is_warming_up = True
+            group = [self, *self.ranks.values()]
+            if all(each.is_warming_up for each in group) and len(group) == self.spec.rank_count:
+                for each in group:
+                    each.after(200, each._phase, "warm up", Ready())  # noqa: SLF001 (another of its kind)
 
     def regroup(self, spec: RunnerSpec, memory_bytes: int) -> None:
         """What it was about to do in the former generation it leaves."""
@@ -119,30 +128,39 @@ class Process:
         assert self.address is not None
         self.say(Listening(self.address.port))
 
-    def _connect(self) -> None:
-        """Tries until the next stage takes the link or time is up."""
-        assert self.next_address is not None
-        target = self.world.listeners.get(self.next_address)
+    def _connect(self, address: Address) -> None:
+        """Tries until a neighbour takes the link or time is up."""
+        target = self.world.listeners.get(address)
         if target and self.host.reaches(target.host) and target.accept(self):
-            self.linked_to = target
             self.check_connected()
             target.check_connected()
         elif self.world.now_ms >= self.connect_until_ms:
-            self.part("connect", "the next stage was not reached")
+            self.part("connect", "a neighbour was not reached")
         else:
-            self.after(200, self._connect)
+            self.after(200, self._connect, address)
 
     def accept(self, source: Process) -> bool:
-        """Takes a link from the stage before this one."""
-        is_previous = (source.spec.stage_index + 1) % source.spec.stage_count == self.spec.stage_index
+        """Takes a link from the stage before this one, or from a lower rank of its own."""
         generation, theirs = ((each.instance_id, each.generation) for each in (self.spec, source.spec))
-        if self.linked_from or self.has_parted or theirs != generation or not is_previous:
+        if self.has_parted or theirs != generation:
             return False
-        self.linked_from = source
+        if source.spec.rank < self.spec.rank:
+            return self._accept_rank(source)
+        is_previous = (source.spec.stage_index + 1) % source.spec.stage_count == self.spec.stage_index
+        if self.linked_from or not is_previous or self.spec.rank or source.spec.rank:
+            return False
+        self.linked_from, source.linked_to = source, self
+        return True
+
+    def _accept_rank(self, source: Process) -> bool:
+        if source.spec.stage_index != self.spec.stage_index or source.spec.rank in self.ranks:
+            return False
+        self.ranks[source.spec.rank], source.ranks[self.spec.rank] = source, self
         return True
 
     def check_connected(self) -> None:
-        if self.linked_to and self.linked_from and not self.is_connected:
+        is_in_ring = self.spec.rank > 0 or (self.linked_to and self.linked_from)
+        if is_in_ring and len(self.ranks) == self.spec.rank_count - 1 and not self.is_connected:
             self.is_connected = True
             self.after(20, self._phase, "connect", Connected())
 
@@ -189,7 +207,7 @@ class Process:
             self.die("signal 9 (killed)")
             return
         self.resident_bytes, self.is_busy = self.memory_bytes, running > 0
-        if self.spec.stage_index == 0:
+        if self.spec.stage_index == self.spec.rank == 0:
             self.say(Activity(running, 0))
         rests = self.world.faults.models_rest and not running
         self.after(90_000 if rests else 15_000, self._serve, 1 - running)
@@ -218,11 +236,12 @@ class Process:
     def _unlink(self) -> None:
         """Its neighbours learn of it, and whatever was still to come in this generation does not."""
         self.epoch += 1
-        neighbours = [each for each in (self.linked_to, self.linked_from) if each]
-        self.linked_to = self.linked_from = self.next_address = None
-        self.is_connected = False
+        neighbours = [each for each in (self.linked_to, self.linked_from, *self.ranks.values()) if each]
+        self.linked_to = self.linked_from = None
+        self.ranks = {}
+        self.is_connected = self.is_warming_up = False
         for neighbour in neighbours:
-            if neighbour.alive and self in (neighbour.linked_to, neighbour.linked_from):
+            if neighbour.alive and self in (neighbour.linked_to, neighbour.linked_from, *neighbour.ranks.values()):
                 neighbour.lose_link()
 
     def die(self, description: str) -> None:

@@ -157,8 +157,9 @@ class Trace:
 
 def _command(news: CommandSubmitted) -> str:
     match news.command:
-        case PlaceModel(card=card, node_count_min=node_count_min):
-            return f"place {card.model_id} on at least {node_count_min}"
+        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count):
+            shared = f", each layer shared by {rank_count}" if rank_count > 1 else ""
+            return f"place {card.model_id} on at least {node_count_min}{shared}"
         case Rebalance(instance_id):
             return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):

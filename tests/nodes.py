@@ -147,6 +147,17 @@ class NodeProcess:
                 stream.close()
 
 
+def runner_of(node: NodeProcess) -> psutil.Process:
+    [runner] = [each for each in node.children() if "covey.engine" in " ".join(each.cmdline())]
+    return runner
+
+
+def stop_all(node: NodeProcess) -> None:
+    """As when the lid is closed: the node, its runner and its mesh process."""
+    for process in [node.process, *node.children()]:
+        process.send_signal(signal.SIGSTOP)
+
+
 def until(condition: Callable[[], bool], timeout_s: float = START_S_MAX) -> float:
     """Seconds until it held."""
     start = time.monotonic()

@@ -30,6 +30,7 @@ from covey.checkpoints.checkpoint import Checkpoint
 from covey.control import routing
 from covey.control.activity import Activity
 from covey.control.machine import Machine
+from covey.control.previewing import preview
 from covey.control.settings import MachineSettings, PhaseLimits
 from covey.effects import addresses, clock, identity, leftovers, mesh, paths, processes, store
 from covey.effects.code_file import CodeFileError
@@ -59,6 +60,8 @@ from covey.schema.cluster import (
     Hardware,
     Instance,
     InstanceStatus,
+    PlaceModel,
+    Refused,
 )
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
@@ -249,6 +252,7 @@ class Node:
     ) -> None:
         self.node_id = mine.node_id
         self._folder = folder
+        self._engine = options.engine
         self._until_stdin_closes = options.until_stdin_closes
         self._limits = options.limits or PhaseLimits()
         self._mailbox = mailbox
@@ -389,6 +393,9 @@ class Node:
 
     def activity(self, after: int, limit: int) -> ActivityPage:
         return self._activity.page(after, limit)
+
+    def preview(self, command: PlaceModel) -> Instance | Refused:
+        return preview(self.state(), command, self._engine)
 
     async def submit(self, command: Command) -> CommandResult:
         result = await self._driver.submit(command)

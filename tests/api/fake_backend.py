@@ -10,6 +10,7 @@ from covey.api.backend import ListedModel
 from covey.api.errors import RequestError
 from covey.control import routing
 from covey.control.activity import Activity
+from covey.control.previewing import preview
 from covey.schema.activity import ActivityPage
 from covey.schema.cluster import (
     Accepted,
@@ -23,6 +24,8 @@ from covey.schema.cluster import (
     InstanceStatus,
     Member,
     NodeReport,
+    PlaceModel,
+    Refused,
     RunnerReport,
     Stage,
     Visibility,
@@ -194,6 +197,9 @@ class FakeBackend:
 
     def models(self) -> Sequence[ListedModel]:
         return self.listed
+
+    def preview(self, command: PlaceModel) -> Instance | Refused:
+        return preview(self.current, command, "fake")
 
     async def submit(self, command: Command) -> CommandResult:
         self.commands.append(command)

@@ -5,6 +5,7 @@ import json
 import msgspec
 import pytest
 from fastapi.testclient import TestClient
+from msgspec.structs import replace
 
 from covey.api import cluster_objects, cluster_state
 from covey.api.case import camel, camel_case
@@ -20,7 +21,7 @@ from covey.schema.cluster import (
     Visibility,
 )
 from covey.schema.ids import InstanceId, NodeId
-from covey.schema.model import Quantizing
+from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import CARD, FIRST, SECOND, FakeBackend, cluster, member, runner
 
@@ -146,6 +147,94 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
 
 
 @pytest.mark.parametrize(
+    ("body", "rank_count", "node_count_min"),
+    [
+        ({"sharding": "Tensor", "min_nodes": 2}, 2, 2),  # as exo's clients say it
+        ({"sharding": "Tensor"}, 1, 1),
+        ({"sharding": "Pipeline", "min_nodes": 2}, 1, 2),
+        ({"rank_count": 2}, 2, 1),
+        ({"sharding": "Tensor", "rank_count": 2, "min_nodes": 4}, 2, 4),
+    ],
+)
+def test_how_many_nodes_are_to_share_each_layer_is_passed_on(
+    client: TestClient, backend: FakeBackend, body: dict[str, object], rank_count: int, node_count_min: int
+) -> None:
+    assert client.post("/place_instance", json={"model_id": "Tiny-Chat", **body}).status_code == 200
+    assert backend.commands == [PlaceModel(card=CARD, rank_count=rank_count, node_count_min=node_count_min)]
+
+
+def test_what_a_placement_would_be_is_told_without_placing(client: TestClient, backend: FakeBackend) -> None:
+    query = {"model_id": "Tiny-Chat", "sharding": "Tensor", "instance_meta": "MlxRing", "min_nodes": "2"}
+    shown = client.get("/instance/placement", params=query)
+    assert shown.status_code == 200, shown.text
+    shards = shown.json()["MlxRingInstance"]["shardAssignments"]
+    assert {next(iter(each)) for each in shards["runnerToShard"].values()} == {"TensorShardMetadata"}
+    assert set(shards["nodeToRunner"]) == {FIRST, SECOND}
+    assert backend.commands == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "words"),
+    [
+        ({}, 400, "'model_id' is missing"),
+        ({"model_id": "GPT-9"}, 404, "There is no model"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "two"}, 400, "'min_nodes' must be a whole number"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "0"}, 400, "'min_nodes'"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "9" * 5000}, 400, "'min_nodes'"),
+        ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, 400, "'sharding'"),
+        ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, 400, "'instance_meta'"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "3"}, 400, "Asked for 3 nodes, only 2 are here"),
+        ({"model_id": "Tiny-Chat", "sharding": "Tensor", "min_nodes": "4"}, 400, "only 2 are here"),
+        ({"model_id": "Tiny-Chat", "rank_count": "4"}, 400, "4 ranks need 4 nodes"),
+    ],
+)
+def test_a_placement_that_could_not_be_is_told_with_the_reason(
+    client: TestClient, query: dict[str, str], status: int, words: str
+) -> None:
+    answer = client.get("/instance/placement", params=query)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_the_previews_have_a_row_for_each_way_and_number_of_nodes(client: TestClient) -> None:
+    rows = client.get("/instance/previews", params={"model_id": "Tiny-Chat"}).json()["previews"]
+    found = [(row["sharding"], row["instance_meta"], len(row["memory_delta_by_node"] or {})) for row in rows]
+    assert found == [
+        ("Pipeline", "MlxRing", 1),
+        ("Pipeline", "MlxRing", 2),
+        ("Pipeline", "MlxJaccl", 0),
+        ("Tensor", "MlxRing", 1),
+        ("Tensor", "MlxRing", 2),
+        ("Tensor", "MlxJaccl", 0),
+    ]
+    assert all((row["instance"] is None) is (row["error"] is not None) for row in rows)
+
+
+def test_previews_of_chosen_nodes_use_no_others(client: TestClient) -> None:
+    rows = client.get("/instance/previews", params={"model_id": "Tiny-Chat", "node_ids": [SECOND]}).json()["previews"]
+    assert {node for row in rows for node in row["memory_delta_by_node"] or {}} == {SECOND}
+
+
+def test_without_nodes_there_are_no_previews(client: TestClient, backend: FakeBackend) -> None:
+    backend.current = replace(backend.current, members=())
+    assert client.get("/instance/previews", params={"model_id": "Tiny-Chat"}).json() == {"previews": []}
+    assert client.get("/instance/previews").status_code == 400
+
+
+def test_layers_that_are_shared_are_shown_as_exo_does(client: TestClient, backend: FakeBackend) -> None:
+    before = backend.current.instances[0]
+    whole = Shard(0, 4, 4)
+    stages = tuple(replace(each, shard=whole, rank=rank) for rank, each in enumerate(before.stages))
+    shared = replace(before, stages=stages, rank_count=2)
+    backend.current = replace(backend.current, instances=(shared,))
+    shards = client.get("/state").json()["instances"]["inst-1"]["MlxRingInstance"]["shardAssignments"]["runnerToShard"]
+    found = [shards[stage.runner_id]["TensorShardMetadata"] for stage in stages]
+    assert [(each["deviceRank"], each["worldSize"]) for each in found] == [(0, 2), (1, 2)]
+    assert [(each["startLayer"], each["endLayer"]) for each in found] == [(0, 4), (0, 4)]
+    assert found[0]["modelCard"]["supportsTensor"] is True
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, "model_id"),
@@ -154,7 +243,11 @@ def test_placing_passes_everything_on_and_names_the_instance(client: TestClient,
         ({"model_id": "Tiny-Chat", "exact": "very"}, "exact"),
         ({"model_id": "Tiny-Chat", "quantize": "q5"}, "quantize"),
         ({"model_id": "Tiny-Chat", "quantize": 4}, "quantize"),
-        ({"model_id": "Tiny-Chat", "sharding": "Tensor"}, "sharding"),
+        ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, "sharding"),
+        ({"model_id": "Tiny-Chat", "rank_count": 0}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": -2}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": 65}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "rank_count": "2"}, "rank_count"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
         ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),
     ],

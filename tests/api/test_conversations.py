@@ -39,7 +39,7 @@ CONVERSATIONS: dict[str, tuple[FakeBackend, list[Call]]] = {
             ("GET", "/nowhere", None),
             ("GET", "/state/nodeMemory/nobody", None),
             ("GET", "/instance/none", None),
-            ("POST", "/place_instance", {"model_id": "Tiny-Chat", "sharding": "Tensor"}),
+            ("POST", "/place_instance", {"model_id": "Tiny-Chat", "sharding": "Cfg"}),
         ],
     ),
     "models": (FakeBackend(), [("GET", "/v1/models", None), ("GET", "/models?status=downloaded", None)]),

@@ -36,7 +36,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
-from covey.schema.model import Quantizing
+from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerState
 from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster, hardware
 from tests.cli.served_node import ServedNode
@@ -83,6 +83,21 @@ def fewer_nodes() -> Any:
     state = cluster(RunnerState.READY, RunnerState.READY)
     wish = Wish(wish_id="wish-1", card=CARD, node_count_min=3, context_length=1024, slot_count=2)
     return msgspec.structs.replace(state, wishes=(wish,))
+
+
+def shared(rank_count: int, asked_for: int) -> Any:
+    """Two nodes, which share each layer if there are two ranks."""
+    state = cluster(RunnerState.READY, RunnerState.READY)
+    instance = state.instances[0]
+    stages = tuple(
+        msgspec.structs.replace(stage, shard=Shard(0, 4, 4), rank=rank) for rank, stage in enumerate(instance.stages)
+    )
+    ranks = {"stages": stages, "rank_count": 2} if rank_count > 1 else {}
+    instance = msgspec.structs.replace(instance, **ranks)
+    wish = Wish(
+        wish_id=instance.wish_id, card=CARD, node_count_min=1, context_length=512, slot_count=1, rank_count=asked_for
+    )
+    return msgspec.structs.replace(state, instances=(instance,), wishes=(wish,))
 
 
 def no_place() -> Any:
@@ -183,6 +198,17 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         {"current": one_node_and_two()},
         [["place", "Tiny-Chat"], ["place", "Tiny-Chat", "--nodes", "2"], ["place", "Tiny-Chat", "--nodes", "3"]],
     ),
+    "shared": (
+        {"current": shared(2, 2)},
+        [
+            ["ps"],
+            ["place", "Tiny-Chat"],
+            ["place", "Tiny-Chat", "--tensor", "2"],
+            ["place", "Tiny-Chat", "--tensor", "4"],
+            ["place", "Tiny-Chat", "--tensor", "0"],
+        ],
+    ),
+    "fewer_ranks": ({"current": shared(1, 2)}, [["ps"]]),
     "place_refused": (
         {"outcome": Refused("No node has 9 GB free: anna has 1 GB.", 409)},
         [["place", "Tiny-Chat", "--another"]],

@@ -56,6 +56,9 @@ progress begins the time anew, and so does a sleep of the machine.
 | ShuttingDown, Failed | its end | 6 s, then it is killed | `COVEY_SHUTDOWN_TIMEOUT_S` |
 | ShuttingDown, Failed | to be gone after it was killed | 10 s, then it is Stuck | |
 
+Where several ranks share layers, a runner stays Loaded, without a limit of its own, until all ranks of its stage have
+loaded: they warm up together.
+
 Each of the variables takes a number of seconds from 1 to 86400, which is a day.
 
 A process that is overdue is not asked to end: it gets SIGTERM, and SIGKILL 2 s later, or after half of

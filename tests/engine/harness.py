@@ -82,6 +82,25 @@ def make_spec(stage_index: int = 0, stage_count: int = 1, **changes: Any) -> Run
     return msgspec.structs.replace(spec, **changes)
 
 
+def make_rank_spec(place: int, rank_count: int, stage_count: int = 1, **changes: Any) -> RunnerSpec:
+    """Of the runner at `place` in the instance: ranks of a stage stand side by side, each on a node of its own."""
+    stage, rank = divmod(place, rank_count)
+    nodes = [node(number).node_id for number in range(rank_count * stage_count)]
+    ranks = {
+        "runner_id": RunnerId(f"runner-{place}"),
+        "stage_node_ids": tuple(nodes[::rank_count]),
+        "rank": rank,
+        "rank_count": rank_count,
+        "rank_node_ids": tuple(nodes[stage * rank_count : (stage + 1) * rank_count]),
+    }
+    return make_spec(stage, stage_count, **{**ranks, **changes})
+
+
+def number_of(spec: RunnerSpec) -> int:
+    """Of the node that it is for."""
+    return spec.stage_index * spec.rank_count + spec.rank
+
+
 def loaded(spec: RunnerSpec) -> FakeStage:
     stage = FakeStage()
     stage.load(spec, lambda _: None, ALONE)
@@ -101,7 +120,7 @@ class Runner:
         self.messages: list[RunnerMessage] = []
         self.seen: list[RunnerMessage] = []
         self._frames = FrameBuffer()
-        self.tell(Configure(spec, credentials or credentials_of(spec.stage_index)))
+        self.tell(Configure(spec, credentials or credentials_of(number_of(spec))))
 
     def tell(self, command: RunnerCommand) -> None:
         assert self.process.stdin is not None
@@ -154,6 +173,37 @@ def bring_up(runners: Sequence[Runner]) -> list[int]:
     for runner in runners:
         runner.wait(Ready)
     return ports
+
+
+def bring_ranks_up(runners: Sequence[Runner], rank_count: int) -> list[int]:
+    """The same where as many of them in a row share a stage."""
+    ports = [runner.wait(Listening).port for runner in runners]
+    ways = [(Address(HOST, port),) for port in ports]
+    for place, runner in enumerate(runners):
+        begin = place // rank_count * rank_count
+        after, before = ((begin + step) % len(runners) for step in (rank_count, -rank_count))
+        linked = (ways[after], ways[before]) if place == begin else ((), ())
+        runner.tell(ConnectTo(*linked, tuple(ways[begin : begin + rank_count])))
+    for answer, command in ((Connected, Load()), (Loaded, WarmUp())):
+        for runner in runners:
+            runner.wait(answer)
+        for runner in runners:
+            runner.tell(command)
+    for runner in runners:
+        runner.wait(Ready)
+    return ports
+
+
+@contextmanager
+def rank_pipeline(rank_count: int, stage_count: int = 1, **changes: Any) -> Iterator[tuple[list[Runner], int]]:
+    """Ready runners, and the head's port. All are ended at the end."""
+    specs = [make_rank_spec(place, rank_count, stage_count, **changes) for place in range(rank_count * stage_count)]
+    runners = [Runner(spec) for spec in specs]
+    try:
+        yield runners, bring_ranks_up(runners, rank_count)[0]
+    finally:
+        for runner in runners:
+            runner.close()
 
 
 @contextmanager

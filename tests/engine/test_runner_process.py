@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from covey.engine import runner as runner_module
-from covey.engine.handshake import LinkHello, LinkRefused, LinkWelcome, receive_first
+from covey.engine.greeting import LinkHello, LinkRefused, LinkWelcome
+from covey.engine.handshake import receive_first
 from covey.engine.link import LinkBrokenError
 from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
 from covey.schema.ids import RequestId

@@ -14,16 +14,21 @@ from covey.engine import link as link_module
 from covey.engine import port as port_module
 from covey.engine.connection import BACKLOG_BYTES_MAX, ServeConnection
 from covey.engine.contract import Piece
-from covey.engine.handshake import (
-    Dialler,
+from covey.engine.greeting import (
+    Greeting,
     LinkHello,
     LinkOffer,
     LinkRefused,
-    LinkRefusedError,
     LinkWelcome,
-    link_refusal,
-    receive_first,
+    Neighbour,
+    Purpose,
+    RankHello,
+    RankOffer,
+    refusal,
+    stage_after,
+    stage_before,
 )
+from covey.engine.handshake import Dialler, LinkRefusedError, receive_first
 from covey.engine.link import DTYPES, Link, LinkBrokenError, LinkClosedError, Opening
 from covey.engine.link_place import LinkPlace
 from covey.engine.mailbox import Mailbox
@@ -37,7 +42,7 @@ from covey.schema.wire import FrameTooLargeError, pack
 from tests.credentials import credentials, node
 from tests.engine.harness import HOST, channel_pair, make_spec
 
-DIALLER = Dialler(make_spec(0, 2), client_context(credentials(0)))
+DIALLER = Dialler(client_context(credentials(0)))
 PLAN = StepPlan(
     7,
     (Piece(1, 256, 3, wants_logits=True), Piece(0, 5, 1, wants_logits=False)),
@@ -209,7 +214,11 @@ def answer_once(listener: socket.socket, answer: bytes, number: int = 1) -> None
 
 
 def connect_to(port: int, seconds: float, *more: Address) -> Link:
-    return DIALLER.connect((*more, Address(HOST, port)), LinkPlace(), seconds)
+    return DIALLER.connect(second_stage(*more, Address(HOST, port)), LinkPlace(), seconds)
+
+
+def second_stage(*addresses: Address) -> Neighbour:
+    return stage_after(make_spec(0, 2), addresses)
 
 
 def open_link(answer: bytes, seconds: float = 5.0) -> Link:
@@ -275,7 +284,7 @@ def test_all_that_was_tried_is_told() -> None:
     with pytest.raises(LinkBrokenError, match=r"stage 1 at 127.0.0.2:1, 127.0.0.1:1 within 0 s: Connection refused\."):
         connect_to(1, 0, Address("127.0.0.2", 1))
     with pytest.raises(LinkBrokenError, match=r"stage 1 at no address within 0 s: its node reports none"):
-        DIALLER.connect((), LinkPlace(), 0.1)
+        DIALLER.connect(second_stage(), LinkPlace(), 0.1)
 
 
 def test_a_first_frame_must_be_small(channels: tuple[Channel, Channel]) -> None:
@@ -303,7 +312,7 @@ def test_a_first_frame_must_be_quick(channels: tuple[Channel, Channel]) -> None:
     ],
 )
 def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: bool) -> None:  # noqa: FBT001
-    assert (link_refusal(make_spec(1, 3), hello, node(peer).node_id) is None) is is_taken
+    assert (refusal(make_spec(1, 3), hello, node(peer).node_id) is None) is is_taken
 
 
 @pytest.mark.parametrize(
@@ -317,11 +326,45 @@ def test_only_the_stage_before_may_link(hello: LinkHello, peer: int, is_taken: b
     ],
 )
 def test_only_the_stage_after_may_offer_a_link(offer: LinkOffer, peer: int, is_taken: bool) -> None:  # noqa: FBT001
-    assert (link_refusal(make_spec(1, 3), offer, node(peer).node_id) is None) is is_taken
+    assert (refusal(make_spec(1, 3), offer, node(peer).node_id) is None) is is_taken
 
 
 def test_the_only_stage_has_no_links() -> None:
-    assert link_refusal(make_spec(0, 1), LinkHello("instance-1", 0, 0, 1), node(0).node_id) is not None
+    assert refusal(make_spec(0, 1), LinkHello("instance-1", 0, 0, 1), node(0).node_id) is not None
+
+
+STEPS, SUMS = Purpose.STEPS, Purpose.SUMS
+
+
+@pytest.mark.parametrize(
+    ("first", "peer", "is_taken"),
+    [
+        (RankHello("instance-1", 0, 1, 0, 3, STEPS), 0, True),
+        (RankHello("instance-1", 0, 1, 0, 3, SUMS), 0, True),
+        (RankOffer("instance-1", 0, 1, 2, 3, SUMS), 2, True),
+        (RankHello("instance-1", 0, 1, 0, 3, SUMS), 99, False),  # a stranger with a member's certificate
+        (RankHello("instance-1", 0, 1, 0, 3, STEPS), 2, False),  # another rank's node
+        (RankOffer("instance-1", 0, 1, 2, 3, STEPS), 2, False),  # steps come from rank 0 alone
+        (RankHello("instance-1", 0, 1, 2, 3, SUMS), 2, False),  # the lower one dials
+        (RankOffer("instance-1", 0, 1, 0, 3, SUMS), 0, False),
+        (RankHello("instance-1", 0, 1, 1, 3, SUMS), 1, False),  # itself
+        (RankOffer("instance-1", 0, 1, 3, 3, SUMS), 2, False),  # there is none
+        (RankHello("instance-1", 0, 1, -1, 3, SUMS), 2, False),
+        (RankHello("instance-1", 0, 0, 0, 3, SUMS), 0, False),  # another stage
+        (RankHello("instance-1", 0, 1, 0, 2, SUMS), 0, False),  # a share of another size
+        (RankHello("instance-2", 0, 1, 0, 3, SUMS), 0, False),
+        (LinkHello("instance-1", 0, 0, 2), 0, False),  # stages are linked by their first ranks
+    ],
+)
+def test_only_the_ranks_of_its_stage_may_connect_to_a_rank(first: Greeting, peer: int, is_taken: bool) -> None:  # noqa: FBT001
+    nodes = tuple(node(rank).node_id for rank in range(3))
+    spec = make_spec(1, 2, rank=1, rank_count=3, rank_node_ids=nodes)
+    assert (refusal(spec, first, node(peer).node_id) is None) is is_taken
+
+
+def test_a_stage_alone_has_no_ranks() -> None:
+    first = RankHello("instance-1", 0, 0, 0, 2, SUMS)
+    assert refusal(make_spec(0, 1), first, node(0).node_id) is not None
 
 
 def make_port(spec: RunnerSpec, index: int) -> DataPort:
@@ -349,11 +392,13 @@ class Neighbours:
             thread.join()
 
     def _link(self, index: int, hidden: Sequence[int]) -> None:
-        port, dialler = self.ports[index], Dialler(self.specs[index], client_context(credentials(index)))
-        offer = threading.Thread(target=dialler.offer, args=(self.way_to(index - 1, hidden), port.reception.before, 10))
+        port, spec, dialler = self.ports[index], self.specs[index], Dialler(client_context(credentials(index)))
+        before = stage_before(spec, self.way_to(index - 1, hidden))
+        offer = threading.Thread(target=dialler.offer, args=(before, port.reception.before, 10))
         offer.start()
         try:
-            dialler.connect(self.way_to(index + 1, hidden), port.reception.after, 10).send(StepOutcome(index, ()))
+            after = stage_after(spec, self.way_to(index + 1, hidden))
+            dialler.connect(after, port.reception.after, 10).send(StepOutcome(index, ()))
         except (LinkBrokenError, LinkRefusedError) as error:
             self.failures.append(error)
         offer.join()
@@ -407,16 +452,14 @@ def test_a_link_that_came_too_late_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     holder = threading.Thread(target=hold)
     holder.start()
     place = LinkPlace()
-    late = threading.Thread(
-        target=DIALLER._dial_all, args=(DIALLER._neighbour(1, at(port)), place, time.monotonic() + 9)
-    )
+    late = threading.Thread(target=DIALLER._dial_all, args=(second_stage(*at(port)), place, time.monotonic() + 9))
     late.start()
     time.sleep(0.5)
     is_over.set()
     for thread in (holder, late):
         thread.join()
     assert (place.wait(0), port.reception.before.wait(0)) == (None, None)
-    DIALLER.connect(at(port), place, 5).close()
+    DIALLER.connect(second_stage(*at(port)), place, 5).close()
     assert port.reception.before.wait(5) is not None
     port.close()
 
@@ -428,14 +471,15 @@ def at(port: DataPort) -> tuple[Address, ...]:
 def test_two_that_can_only_dial_out_are_no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "OFFER_SECONDS", 0.1)
     with pytest.raises(LinkBrokenError, match="Connection refused"):
-        DIALLER.connect((Address(HOST, 1),), LinkPlace(), 0.5)
+        DIALLER.connect(second_stage(Address(HOST, 1)), LinkPlace(), 0.5)
     place = LinkPlace()
-    Dialler(make_spec(1, 2), client_context(credentials(1))).offer((Address(HOST, 1),), place, 0.5)
+    before = stage_before(make_spec(1, 2), (Address(HOST, 1),))
+    Dialler(client_context(credentials(1))).offer(before, place, 0.5)
     assert place.wait(0) is None
 
 
 def test_the_last_stage_links_to_the_head() -> None:
-    assert link_refusal(make_spec(0, 3), LinkHello("instance-1", 0, 2, 3), node(2).node_id) is None
+    assert refusal(make_spec(0, 3), LinkHello("instance-1", 0, 2, 3), node(2).node_id) is None
 
 
 # ---- connections with requests ----

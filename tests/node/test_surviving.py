@@ -12,22 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 from answers import Answer, long_prompt_of
-from nodes import NodeProcess, running, until
+from nodes import NodeProcess, runner_of, running, stop_all, until
 from tiny_model import write_model
 
 TOKENS = 250
 FAULT_AFTER = 40  # tokens
-
-
-def runner_of(node: NodeProcess) -> psutil.Process:
-    [runner] = [each for each in node.children() if "covey.engine" in " ".join(each.cmdline())]
-    return runner
-
-
-def stop_all(node: NodeProcess) -> None:
-    """As when the lid is closed: the node, its runner and its mesh process."""
-    for process in [node.process, *node.children()]:
-        process.send_signal(signal.SIGSTOP)
 
 
 FAULTS: dict[str, Callable[[NodeProcess], None]] = {

@@ -189,7 +189,7 @@ BUGS: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "a runner whose instance was dormant begins anew": ((Runners, "_record", begin_anew),),
     "a runner starts without looking at the memory": ((Runners, "_has_room", lambda *_: True),),
     "a runner that lacks memory waits for ever": ((Runners, "_has_room", wait_for_ever),),
-    "while one waits for memory the others run on": ((runners, "_is_given_up", never),),
+    "while one waits for memory the others run on": ((runners, "is_given_up", never),),
     "a copy is claimed that nobody confirmed": ((Deciding, "_fulfil", claim_two_disks),),
     "a full disk is written to again and again": ((Keeping, "hear_failed", try_again_at_once),),
     "a map goes out for every heartbeat": ((Replication, "compare", send_a_map_for_every_heartbeat),),

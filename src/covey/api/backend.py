@@ -9,7 +9,16 @@ from typing import Protocol
 from msgspec import Struct
 
 from covey.schema.activity import ActivityPage
-from covey.schema.cluster import ApiKey, ClusterState, Command, CommandResult, Instance, InstanceStatus
+from covey.schema.cluster import (
+    ApiKey,
+    ClusterState,
+    Command,
+    CommandResult,
+    Instance,
+    InstanceStatus,
+    PlaceModel,
+    Refused,
+)
 from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard
@@ -59,6 +68,10 @@ class Backend(Protocol):
 
     def models(self) -> Sequence[ListedModel]:
         """The models listed here: the catalogue's and those placed or on disk, in a stable order."""
+        ...
+
+    def preview(self, command: PlaceModel) -> Instance | Refused:
+        """What `command` would bring now, as far as this node sees it."""
         ...
 
     async def submit(self, command: Command) -> CommandResult:

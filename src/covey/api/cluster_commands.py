@@ -12,6 +12,7 @@ from covey.api.case import camel_case, snake_case
 from covey.api.errors import RequestError, sentence
 from covey.schema.cluster import (
     NODES_MAX,
+    RANKS_MAX,
     SLOTS_MAX,
     TOKENS_MAX,
     Accepted,
@@ -37,7 +38,7 @@ class PlaceBody(DialectBody):
     """exo's fields, then ours."""
 
     model_id: str = Field(min_length=1)
-    sharding: Literal["Pipeline"] = "Pipeline"
+    sharding: Literal["Pipeline", "Tensor"] = "Pipeline"
     instance_meta: Literal["MlxRing"] = "MlxRing"
     min_nodes: int = Field(default=1, ge=1, le=NODES_MAX)
     context_length: int | None = Field(default=None, ge=2, le=TOKENS_MAX)
@@ -45,6 +46,7 @@ class PlaceBody(DialectBody):
     node_ids: list[str] = Field(default_factory=list)
     exact: bool = False
     quantize: Annotated[Quantizing | None, Field(strict=False)] = None  # in JSON it is its text
+    rank_count: int | None = Field(default=None, ge=1, le=RANKS_MAX)  # how many nodes are to share each layer
 
     def command(self, card: ModelCard) -> PlaceModel:
         return PlaceModel(
@@ -55,7 +57,14 @@ class PlaceBody(DialectBody):
             node_ids=tuple(NodeId(node_id) for node_id in self.node_ids),
             exact=self.exact,
             quantize=self.quantize,
+            rank_count=self._rank_count(),
         )
+
+    def _rank_count(self) -> int:
+        """Exo's "Tensor" is one stage, which all its nodes share."""
+        if self.rank_count is not None:
+            return self.rank_count
+        return self.min_nodes if self.sharding == "Tensor" else 1
 
 
 def parse_place(body: bytes) -> PlaceBody:

@@ -6,6 +6,7 @@ Each is rendered in the `Case` that its route speaks; tagged objects are `{"Clas
 from typing import Any, Final
 
 from covey.api.case import Case
+from covey.checkpoints.ranks import Heads, rank_counts
 from covey.schema.cluster import ClusterState, DownloadReport, DownloadState, Instance, RunnerReport, Stage
 from covey.schema.ids import NodeId, RunnerId
 from covey.schema.model import ModelCard
@@ -30,7 +31,7 @@ def model_card(case: Case, card: ModelCard) -> dict[str, Any]:
         storage_size=memory(case, card.file_bytes),
         n_layers=card.layer_count,
         hidden_size=card.hidden_size,
-        supports_tensor=False,
+        supports_tensor=can_be_shared(card),
         num_key_value_heads=card.kv_head_count,
         tasks=["TextGeneration"],
         components=None,
@@ -49,11 +50,20 @@ def model_card(case: Case, card: ModelCard) -> dict[str, Any]:
     )
 
 
+def can_be_shared(card: ModelCard) -> bool:
+    """Whether several nodes can compute each of its layers together."""
+    heads = Heads(card.attention_head_count, card.kv_head_count, card.head_size)
+    return len(rank_counts(card.architecture, heads, card.feed_forward_size)) > 1
+
+
 def shard(case: Case, instance: Instance, rank: int) -> dict[str, Any]:
-    """The layers of the stage `rank`, half open: start <= layer < end."""
+    """The layers of the runner `rank`, half open: start <= layer < end. Of each it has all, or in a
+    `TensorShardMetadata` a share.
+    """
     layers = instance.stages[rank].shard
+    kind = "TensorShardMetadata" if instance.rank_count > 1 else "PipelineShardMetadata"
     return {
-        "PipelineShardMetadata": case(
+        kind: case(
             model_card=model_card(case, instance.card),
             device_rank=rank,
             world_size=len(instance.stages),

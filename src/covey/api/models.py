@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from covey.api.backend import ListedModel
+from covey.api.cluster_objects import can_be_shared
 from covey.api.errors import MODEL_NOT_FOUND, RequestError
 from covey.checkpoints import mistaken
 from covey.schema.cluster import Instance
@@ -47,7 +48,7 @@ def render_model(model: ListedModel, placed: Sequence[Instance], created_s: int)
         "tags": [],
         "storage_size_megabytes": card.file_bytes // 1024**2,  # exo's megabytes
         "file_bytes": card.file_bytes,
-        "supports_tensor": False,
+        "supports_tensor": can_be_shared(card),
         "tasks": ["TextGeneration"],
         "is_custom": False,
         "family": card.architecture,

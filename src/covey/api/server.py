@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from covey.api import cluster_commands, native, openai_chat, sse
+from covey.api import cluster_commands, native, openai_chat, previews, sse
 from covey.api.answers import ERROR_HANDLERS, NO_STORE, RETRY_AFTER_S, BodyReader, StreamResponse, json_response, stream
 from covey.api.backend import Backend
 from covey.api.cluster_routes import WAIT_S_MAX, ClusterRoutes
@@ -27,7 +27,7 @@ from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard, account_of
 from covey.api.key_routes import KeyRoutes
-from covey.schema.cluster import DeleteInstance, Rebalance
+from covey.schema.cluster import DeleteInstance, Rebalance, Visibility
 from covey.schema.generation import (
     GenerationEvent,
     GenerationFailed,
@@ -73,6 +73,8 @@ def create_app(backend: Backend) -> FastAPI:
         ("GET", "/v1/models/{model_id:path}", cluster.model),
         ("POST", "/place_instance", instances.place),
         ("GET", "/instance/await", instances.wait_ready),
+        ("GET", "/instance/placement", instances.placement),
+        ("GET", "/instance/previews", instances.previews),
         ("GET", "/instance/{instance_id}", instances.get),
         ("DELETE", "/instance/{instance_id}", instances.delete),
         ("POST", "/instance/{instance_id}/rebalance", instances.rebalance),
@@ -201,6 +203,21 @@ class InstanceRoutes:
         result = await self._backend.submit(asked.command(card))
         decided = cluster_commands.accepted(result.outcome)
         return json_response(cluster_commands.render_placed(result.command_id, card, decided))
+
+    async def placement(self, request: Request) -> Response:
+        """The instance that a placement would make; nothing is placed."""
+        asked = previews.parse_placement(request.query_params)
+        card = await self._backend.resolve_model(asked.model_id)
+        return json_response(previews.render_placement(self._backend.preview(asked.command(card))), headers=NO_STORE)
+
+    async def previews(self, request: Request) -> Response:
+        """What a model could be placed as: for each way to split it and each number of nodes, or why not."""
+        card = await self._backend.resolve_model(previews.parse_previews(request.query_params.get("model_id")))
+        chosen = request.query_params.getlist("node_ids")
+        members = [each for each in self._backend.state().members if each.visibility is Visibility.VISIBLE]
+        commands = previews.commands(card, len(chosen) or len(members), chosen)
+        tried = [(sharding, self._backend.preview(command)) for sharding, command in commands]
+        return json_response(previews.render_previews(card, tried), headers=NO_STORE)
 
     async def get(self, request: Request) -> Response:
         """One instance."""

@@ -17,7 +17,7 @@ from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
 from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
 from covey.control.routing import instance_status
-from covey.schema.cluster import NODES_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
+from covey.schema.cluster import NODES_MAX, RANKS_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
 from covey.schema.model import Quantizing
 
 app = typer.Typer(
@@ -189,6 +189,9 @@ def place(
         int | None, typer.Option(min=2, max=TOKENS_MAX, help="Tokens of prompt and answer together.")
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, max=SLOTS_MAX, help="How many requests run at a time.")] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, max=RANKS_MAX, help="How many nodes share each layer; --nodes is a multiple.")
+    ] = None,
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     exact: Exact = False,  # noqa: FBT002
     quantize: Quantize = None,
@@ -199,7 +202,12 @@ def place(
     from covey.cli import placing  # noqa: PLC0415
 
     wanted = placing.Wanted(
-        node_count=nodes, context_length=context, slot_count=slots, exact=exact or None, quantize=quantize
+        node_count=nodes,
+        context_length=context,
+        slot_count=slots,
+        exact=exact or None,
+        quantize=quantize,
+        rank_count=tensor,
     )
     with NodeClient(url) as node:
         ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)

@@ -27,6 +27,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     slot_count: int | None = None
     exact: bool | None = None
     quantize: Quantizing | None = None
+    rank_count: int | None = None  # nodes that share each layer
 
     def body(self) -> dict[str, int | str]:
         given = {
@@ -35,6 +36,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             "slot_count": self.slot_count,
             "exact": self.exact,
             "quantize": self.quantize,
+            "rank_count": self.rank_count,
         }
         return {key: value for key, value in given.items() if value is not None}
 
@@ -45,6 +47,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             and instance.slot_count >= (self.slot_count or 0)
             and (instance.exact or not self.exact)
             and self.quantize in {None, instance.quantize}
+            and self.rank_count in {None, instance.rank_count}
         )
 
 
@@ -86,9 +89,16 @@ def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Re
     missed = "--exact" if wanted.exact and not instance.exact else ""
     if wanted.quantize not in {None, instance.quantize}:
         missed = f"--quantize {wanted.quantize}"
+    if wanted.rank_count not in {None, _ranks_asked_for(node.cluster(), instance)}:
+        missed = f"--tensor {wanted.rank_count}"
     if missed:
         raise CliError(f"It is placed, but not as {missed}: the leader is an older version, which knows no such mode.")
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
+
+
+def _ranks_asked_for(state: ClusterState, instance: Instance) -> int:
+    """It may have fewer meanwhile, if nodes were lost."""
+    return next((each.rank_count for each in state.wishes if each.wish_id == instance.wish_id), instance.rank_count)
 
 
 def _placed(state: ClusterState, model: str, wanted: Wanted) -> Instance | None:
@@ -116,6 +126,7 @@ def _make_anew(node: NodeClient, state: ClusterState, failed: Instance, wanted: 
         slot_count=failed.slot_count,
         exact=failed.exact or None,
         quantize=failed.quantize,
+        rank_count=_ranks_asked_for(state, failed),
     )
     reason = instance_status(state, failed).text.partition("\n")[0].rstrip(".")
     err.print(f"{failed.card.model_id} {reason}. It is placed anew.", style="dim", soft_wrap=True, markup=False)
@@ -126,10 +137,17 @@ def _make_anew(node: NodeClient, state: ClusterState, failed: Instance, wanted: 
 def _counted(instance: Instance) -> str:
     nodes, slots = len(instance.stages), instance.slot_count
     return (
-        f"{nodes} node{'s' * (nodes > 1)} with a context of {instance.context_length} tokens in "
+        f"{nodes} node{'s' * (nodes > 1)}{_shared(instance)} with a context of {instance.context_length} tokens in "
         f"{slots} slot{'s' * (slots > 1)}{', exact' * instance.exact}"
         f"{f', {instance.quantize}' if instance.quantize else ''}"
     )
+
+
+def _shared(instance: Instance) -> str:
+    if instance.rank_count == 1:
+        return ""
+    some = "" if instance.rank_count == len(instance.stages) else f"{instance.rank_count} of "
+    return f", {some}which share each layer,"
 
 
 def summary(ready: Ready, short_id: str) -> str:
@@ -210,6 +228,6 @@ def _show(progress: Progress, task: TaskID, state: ClusterState, instance: Insta
         return
     runner_ids = {stage.runner_id for stage in instance.stages}
     runners = [runner for report in reports for runner in report.runners if runner.runner_id in runner_ids]
-    loaded, total = sum(runner.layers_loaded for runner in runners), instance.card.layer_count
+    loaded, total = sum(each.layers_loaded for each in runners) // instance.rank_count, instance.card.layer_count
     text = f"{loaded} of {total} layers" if loaded else instance_status(state, instance).text
     progress.update(task, description="loading", completed=loaded, total=total, text=text)

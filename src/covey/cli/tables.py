@@ -20,7 +20,7 @@ def node_names(state: ClusterState) -> dict[str, str]:
 
 def instance_rows(state: ClusterState) -> list[Row]:
     """Also of wishes that wait for a place: these have no nodes, and their own id."""
-    asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
+    asked = {wish.wish_id: wish for wish in state.wishes}
     names = node_names(state)
     return [
         {
@@ -31,11 +31,17 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "slots": each.slot_count,
             "exact": each.exact,
             "quantize": each.quantize,
-            "nodes_asked_for": asked.get(each.wish_id, 1),
+            "ranks": each.rank_count,
+            "ranks_asked_for": asked[each.wish_id].rank_count if each.wish_id in asked else each.rank_count,
+            "nodes_asked_for": _nodes_asked_for(asked.get(each.wish_id)),
             "nodes": stage_rows(each, names) if isinstance(each, Instance) else [],
         }
         for each in asked_for(state)
     ]
+
+
+def _nodes_asked_for(wish: Wish | None) -> int:
+    return max(wish.node_count_min, wish.rank_count) if wish else 1
 
 
 def _status(state: ClusterState, asked: Instance | Wish) -> str:
@@ -45,12 +51,15 @@ def _status(state: ClusterState, asked: Instance | Wish) -> str:
 
 
 def stage_rows(instance: Instance, names: dict[str, str]) -> list[Row]:
-    """Which node holds which layers (half open), and the memory that placement counted."""
+    """Which node holds which layers (half open), as which of the ranks that share them, and the memory that placement
+    counted.
+    """
     return [
         {
             "name": names.get(stage.node_id, stage.node_id[:8]),
             "node_id": stage.node_id,
             "layers": [stage.shard.layer_start, stage.shard.layer_end],
+            "rank": stage.rank if instance.rank_count > 1 else None,
             "memory_bytes": stage.memory_bytes,
         }
         for stage in instance.stages
@@ -76,15 +85,19 @@ def instances_table(rows: Sequence[Row]) -> Listing:
 
 def _model_cell(row: Row) -> str:
     ways = ["exact"] * row["exact"] + [row["quantize"]] * bool(row["quantize"])
+    ways += [f"{row['ranks']} ranks"] * (row["ranks"] > 1)
     return f"{row['model_id']} ({', '.join(ways)})" if ways else row["model_id"]
 
 
 def _status_cell(row: Row) -> str:
-    """Without the log of what failed; and that it is placed on fewer nodes than somebody asked for, since no more are
-    left.
+    """Without the log of what failed; and that it is placed on fewer nodes or ranks than somebody asked for, since no
+    more are left.
     """
     status, count, asked = row["status"].partition("\n")[0], len(row["nodes"]), row["nodes_asked_for"]
-    return status if count >= asked or not count else f"{status} (on {count} of {asked} nodes asked for)"
+    if count and count < asked:
+        return f"{status} (on {count} of {asked} nodes asked for)"
+    lacks_ranks = count and row["ranks"] < row["ranks_asked_for"]
+    return f"{status} (with {row['ranks']} of {row['ranks_asked_for']} ranks asked for)" if lacks_ranks else status
 
 
 def layers_table(rows: Sequence[Row]) -> Listing:
@@ -93,7 +106,8 @@ def layers_table(rows: Sequence[Row]) -> Listing:
 
 
 def _layers_cells(node: Row) -> tuple[str, str, str]:
-    return (node["name"], f"{node['layers'][0]}–{node['layers'][1] - 1}", size(node["memory_bytes"]))
+    rank = "" if node["rank"] is None else f", rank {node['rank']}"
+    return (node["name"], f"{node['layers'][0]}–{node['layers'][1] - 1}{rank}", size(node["memory_bytes"]))
 
 
 def node_rows(state: ClusterState) -> list[Row]:

@@ -156,7 +156,8 @@ def _instances(before: Seen, after: Seen) -> Iterator[Note]:
     for instance_id, instance in new.items():
         if instance_id not in old:
             names = enumerated([_name(after.state, stage.node_id) for stage in instance.stages])
-            text = f"{instance.card.model_id} is placed on {names} as {instance_id}."
+            shared = f", each layer shared by {instance.rank_count} of them," if instance.rank_count > 1 else ""
+            text = f"{instance.card.model_id} is placed on {names}{shared} as {instance_id}."
             yield EventKind.INSTANCE_PLACED, instance_id, text
     for instance_id in _ready(after.state):
         if instance_id not in were_ready:

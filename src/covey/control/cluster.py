@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from covey.control import keys
-from covey.control.placement.again import place_anew
+from covey.control.placement.again import place_anew, with_ranks
 from covey.control.placement.nodes import Candidate
 from covey.control.placement.place import Options, Placement, place
 from covey.control.placement.refusal import CONFLICT
@@ -42,6 +42,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
 from covey.schema.model import Shard
+from covey.schema.pipeline import is_regular
 
 WISH: Final = "wish/"
 INSTANCE: Final = "instance/"
@@ -200,28 +201,10 @@ class Cluster:
         done = self._done_before(wish_id)
         if done:
             return Decision((), Accepted(done), (WISH + wish_id, INSTANCE + done))
-        options = Options(
-            node_count_min=command.node_count_min,
-            context_length=command.context_length,
-            slot_count=command.slot_count,
-            node_ids=command.node_ids,
-            quantize=command.quantize,
-            exact=command.exact,
-            asked_at=context.asked_at,
-        )
-        placement = place(command.card, context.nodes, options)
+        placement = place(command.card, context.nodes, options_asked_for(command, context.asked_at))
         if isinstance(placement, Refused):
             return placement
-        wish = Wish(
-            wish_id=wish_id,
-            card=command.card,
-            node_count_min=command.node_count_min,
-            context_length=placement.context_length,
-            slot_count=placement.slot_count,
-            node_ids=command.node_ids,
-            exact=command.exact,
-            quantize=command.quantize,
-        )
+        wish = wish_asked_for(command, placement, wish_id)
         instance = assignment(wish, placement, context)
         events = (Written(WISH + wish_id, wish), Written(INSTANCE + instance.instance_id, instance))
         return Decision(events, Accepted(instance.instance_id))
@@ -292,12 +275,47 @@ class Cluster:
         return tuple(Written(key, None) for key in [*wish, *mine])
 
 
+def options_asked_for(command: PlaceModel, asked_at: NodeId | None) -> Options:
+    return Options(
+        node_count_min=command.node_count_min,
+        context_length=command.context_length,
+        slot_count=command.slot_count,
+        node_ids=command.node_ids,
+        quantize=command.quantize,
+        exact=command.exact,
+        rank_count=command.rank_count,
+        asked_at=asked_at,
+    )
+
+
+def wish_asked_for(command: PlaceModel, placement: Placement, wish_id: str) -> Wish:
+    """What `command` asks for, and what `placement` chose beside it."""
+    return Wish(
+        wish_id=wish_id,
+        card=command.card,
+        node_count_min=command.node_count_min,
+        context_length=placement.context_length,
+        slot_count=placement.slot_count,
+        node_ids=command.node_ids,
+        exact=command.exact,
+        quantize=command.quantize,
+        rank_count=command.rank_count,
+    )
+
+
 def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
     """The instance that serves `wish` as placed, under a fresh id."""
     instance_id = InstanceId(f"{wish.wish_id}.{context.instance_mark}")
     names = {node.node_id: node.name for node in context.nodes}
     stages = tuple(
-        Stage(RunnerId(f"{instance_id}.{index}"), part.node_id, part.shard, part.memory_bytes, names[part.node_id])
+        Stage(
+            RunnerId(f"{instance_id}.{index}"),
+            part.node_id,
+            part.shard,
+            part.memory_bytes,
+            names[part.node_id],
+            part.rank,
+        )
         for index, part in enumerate(placement.parts)
     )
     return Instance(
@@ -310,6 +328,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         stages=stages,
         exact=wish.exact,
         quantize=wish.quantize,
+        rank_count=placement.rank_count,
     )
 
 
@@ -319,18 +338,18 @@ def replacement(instances: Sequence[Instance], moved: Instance) -> tuple[Written
     return (Written(INSTANCE + moved.instance_id, moved), *deleted)
 
 
-def shards(instance: Instance) -> list[tuple[NodeId, Shard]]:
-    """Who holds what."""
-    return [(stage.node_id, stage.shard) for stage in instance.stages]
+def shards(instance: Instance) -> list[tuple[NodeId, Shard, int, int]]:
+    """Who holds what: which share of which layers."""
+    return [(stage.node_id, stage.shard, stage.rank, instance.rank_count) for stage in instance.stages]
 
 
 def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
-    """For placing a wish again: on fewer nodes than it asked for, rather than not at all.
+    """For placing a wish again: on fewer nodes or with fewer ranks than it asked for, rather than not at all.
 
     Of the nodes that a person chose those that are here; where none is, all are named, and that is refused.
     """
     here = [node.node_id for node in nodes if node.node_id in wish.node_ids or not wish.node_ids]
-    return Options(
+    options = Options(
         node_count_min=min(wish.node_count_min, max(len(here), 1)),
         context_length=wish.context_length,
         slot_count=wish.slot_count,
@@ -338,6 +357,12 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
         quantize=wish.quantize,
         exact=wish.exact,
     )
+    return with_ranks(options, _rank_count(wish, len(here)))
+
+
+def _rank_count(wish: Wish, here: int) -> int:
+    """The most ranks for which there are nodes, of those that divide what was asked for."""
+    return max((each for each in range(1, min(wish.rank_count, here) + 1) if wish.rank_count % each == 0), default=1)
 
 
 def _no_instance(instance_id: InstanceId) -> Refused:
@@ -384,7 +409,7 @@ def value_of(entry: Entry) -> Value | None:
         value = _decoder.decode(entry.value)
     except msgspec.DecodeError:  # a validation error is one
         return None
-    return None if isinstance(value, Instance) and not value.stages else value
+    return None if isinstance(value, Instance) and not is_regular(value) else value
 
 
 def _key_of(value: Value) -> str:

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
 from covey.control.cluster import options_of
+from covey.control.placement.again import place_at_all
 from covey.control.placement.memory import still_to_take_bytes
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import place
 from covey.control.runner_table import LINKING_STATES, MEASURED_STATES, SERVING_STATES, STARTED_STATES, has_given_up
 from covey.schema.cluster import (
     ClusterState,
@@ -106,7 +106,7 @@ def _lost(state: ClusterState, instance: Instance, names: str) -> Progress:
 @lru_cache(maxsize=16)  # every request that waits asks this of every snapshot; with tight memory many splits are tried
 def _refusal_of(wish: Wish, nodes: tuple[Candidate, ...]) -> str:
     """Why the wish can't be placed on these nodes; empty where it can."""
-    placement = place(wish.card, nodes, options_of(wish, nodes))
+    placement = place_at_all(wish.card, nodes, options_of(wish, nodes))
     return placement.reason if isinstance(placement, Refused) else ""
 
 
@@ -170,6 +170,7 @@ def _loading(instance: Instance, reports: Reports) -> Progress:
     if parted:
         return InstancePhase.LOADING, f"linking its runners again ({parted.reason.partition(chr(10))[0].rstrip('.')})"
     loaded = sum(each.layers_loaded for each in runners if each and each.state not in LINKING_STATES)
+    loaded //= instance.rank_count
     total = instance.card.layer_count
     if loaded >= total and RunnerState.LOADING not in states:
         return InstancePhase.LOADING, "warming up"

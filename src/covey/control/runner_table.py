@@ -57,6 +57,7 @@ ENDING_STATES: Final = (SHUTTING_DOWN, FAILED)  # its process, if it has one, wa
 MOVING_STATES: Final = (LOADING, *ENDING_STATES)  # its process, if it has one, takes or gives back memory
 LOADED_STATES: Final = (LOADED, WARMING_UP, READY, RUNNING, PARTED)
 SERVING_STATES: Final = (READY, RUNNING)
+WARMED_BY_ALL_STATES: Final = (LOADED, WARMING_UP, *SERVING_STATES)  # its weights are there, and so are its links
 MEASURED_STATES: Final = (*LOADED_STATES, STUCK)  # what it holds is known, and what it will still take is the rest
 HUNG_GRACE_MS: Final = 2_000  # between SIGTERM and SIGKILL for a process that did not get on: long enough for its log
 SILENT_GRACE_MS: Final = 200  # for one none of whose threads runs: it has no more to say
@@ -91,7 +92,7 @@ class Runner(Struct):
     partings: int = 0  # since it was last well for a while
     listen_host: str = ""
     data_address: Address | None = None
-    linked_to: int | None = None  # the boot of the next stage's node
+    linked_to: tuple[tuple[int, int], ...] | None = None  # whom it links to: which runner, and the boot of its node
     layers_loaded: int = 0
     bytes_loaded: int = 0
     steps: int = 0  # that it has finished in its life
@@ -167,11 +168,14 @@ class Regroup(Struct, frozen=True):
 
 
 class Link(Struct, frozen=True):
-    """All stages listen, in the same generation; `boot` is that of the next one's node."""
+    """All runners listen, in the same generation; `boots` are those of the nodes of those that this one links to, by
+    their places in the instance.
+    """
 
-    boot: int
+    boots: tuple[tuple[int, int], ...]
     following: tuple[Address, ...]  # in the order to be tried
     before: tuple[Address, ...]
+    ranks: tuple[tuple[Address, ...], ...] = ()
 
 
 class Proceed(Struct, frozen=True):
@@ -277,8 +281,8 @@ def _listening(runner: Runner, news: Listening) -> Outcome:
 
 
 def _link(runner: Runner, news: Link) -> Outcome:
-    runner.linked_to = news.boot
-    return CONNECTING, [_tell(runner, ConnectTo(news.following, news.before))]
+    runner.linked_to = news.boots
+    return CONNECTING, [_tell(runner, ConnectTo(news.following, news.before, news.ranks))]
 
 
 def _connected(_: Runner, __: Connected) -> Outcome:

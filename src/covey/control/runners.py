@@ -12,7 +12,9 @@ from the others' reports, with these rules:
    instance is dormant for a while neither shortens the wait nor refills the budget. One that has merely lost a link
    does so too, unless a failed one will; it does so for as long as it takes, since cables are plugged in again.
 4. Everybody else follows the highest attempt seen.
-5. A runner whose next stage's node has started anew since it linked to it opens a new generation too.
+5. A runner opens a new generation too when a node has started anew since it linked to that: the next stage's, or one
+   of those that share its layers.
+6. Where ranks share layers, none warms up before all of them have loaded: they compute together.
 
 Attempts only grow, so all runners end in one generation; a runner whose budget is used up stays failed, and by the
 second rule the others end.
@@ -31,6 +33,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
+from covey.control.companions import (
+    Neighbour,
+    can_warm_up,
+    has_failed,
+    index_of,
+    is_alike,
+    is_given_up,
+    linked_runners,
+    neighbours,
+    open_generation,
+)
 from covey.control.deadlines import due_ms, halted, overdue
 from covey.control.placement.again import overlap
 from covey.control.placement.memory import loading_bytes, still_to_take_bytes
@@ -51,24 +64,17 @@ from covey.control.runner_table import (
     Runner,
     Stop,
     can_step,
-    has_given_up,
     inherit,
     step,
 )
-from covey.control.settings import COUNTER_LEAP_MAX, RUNNERS_REMEMBERED_MAX, MachineSettings
+from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
+from covey.schema.pipeline import leaders, ranks_of, stage_count, stage_index
 from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 RunnerNews = RunnerStarted | RunnerSaid | RunnerHalted | RunnerExited
-
-
-class Neighbour(Struct, frozen=True):
-    """Another runner of the same instance, as its node last reported it."""
-
-    boot: int
-    report: RunnerReport
 
 
 class World(Struct, frozen=True):
@@ -237,7 +243,8 @@ class Runners:
             each
             for runner_id, each in self.runners.items()
             if runner_id not in assigned and each.has_process and each.state in STARTED_STATES
-            if each.holds and overlap(each.holds, stage.shard) and _is_alike(each.instance, instance)
+            if each.holds and overlap(each.holds, stage.shard) and is_alike(each.instance, instance)
+            if each.stage.rank == stage.rank
         ]
         return max(found, key=lambda each: overlap(each.holds or each.stage.shard, stage.shard), default=None)
 
@@ -270,11 +277,11 @@ class Runners:
         late = overdue(now_ms, runner, self.settings.limits)
         if late:
             return self._end(now_ms, runner, late)
-        others = _neighbours(runner, world.reports)
+        others = neighbours(runner, world.reports)
         if self._must_stop(runner, others):
             return self._step(runner, Stop())
         if runner.state is RunnerState.FAILED and runner.retry_ms is not None and now_ms >= runner.retry_ms:
-            self._step(runner, Retry(_open_generation(runner, others)))
+            self._step(runner, Retry(open_generation(runner, others)))
         if runner.state is RunnerState.IDLE and not runner.has_process:
             return self._begin(now_ms, runner, others, world)
         if self._is_over(now_ms, runner, others):
@@ -290,9 +297,8 @@ class Runners:
         """To the next phase of its generation."""
         if runner.state is RunnerState.CONNECTING and runner.linked_to is None:
             return self._link(runner, others, world.reports)
-        if runner.state in (RunnerState.CONNECTED, RunnerState.LOADED):
-            return self._step(runner, Proceed())
-        return []
+        is_due = runner.state is RunnerState.CONNECTED or can_warm_up(runner, others)
+        return self._step(runner, Proceed()) if is_due else []
 
     @staticmethod
     def _must_stop(runner: Runner, others: dict[int, Neighbour]) -> bool:
@@ -302,21 +308,20 @@ class Runners:
             return True
         if not runner.has_process or runner.state not in STARTED_STATES:
             return False
-        return _is_given_up(others)
+        return is_given_up(others)
 
     def _is_over(self, now_ms: int, runner: Runner, others: dict[int, Neighbour]) -> bool:
         """Whether the generation that its process takes part in is, or it takes part in none of this instance's."""
         if runner.state not in REGROUPED_STATES:
             return False
         is_behind = any(other.report.attempt > runner.attempt for other in others.values())
-        is_due = runner.retry_ms is not None and now_ms >= runner.retry_ms and not _has_failed(others)
+        is_due = runner.retry_ms is not None and now_ms >= runner.retry_ms and not has_failed(others)
         return runner.is_inherited or is_due or is_behind or self._lost_neighbour(runner, others)
 
     @staticmethod
     def _lost_neighbour(runner: Runner, others: dict[int, Neighbour]) -> bool:
-        """Whether the next stage's node was started anew since we linked to it."""
-        following = others.get(_next_index(runner))
-        return following is not None and runner.linked_to is not None and following.boot > runner.linked_to
+        """Whether the node of a runner that we linked to was started anew since then."""
+        return any(index in others and others[index].boot > boot for index, boot in runner.linked_to or ())
 
     def _begin(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         path = world.paths.get(runner.instance.card.model_id)
@@ -324,9 +329,9 @@ class Runners:
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
         if path is None or too_soon or not runner.is_seen_gone:
             return []
-        if not self._has_room(runner, others, world) or _is_given_up(others) or _has_failed(others):
+        if not self._has_room(runner, others, world) or is_given_up(others) or has_failed(others):
             return []
-        attempt = _open_generation(runner, others)
+        attempt = open_generation(runner, others)
         return self._step(runner, Begin(attempt, self._spec(runner, path, attempt), now_ms))
 
     def _regroup(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
@@ -342,7 +347,7 @@ class Runners:
                 return self._step(runner, Stop())
         if runner.state not in SERVING_STATES:
             runner.heard_ms = now_ms  # only what serves has been beating
-        attempt = _open_generation(runner, others)
+        attempt = open_generation(runner, others)
         effects = self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
         self._note(now_ms, runner)  # whether it was well until now, before its time begins anew
         return effects
@@ -355,7 +360,7 @@ class Runners:
         if lack and (self.is_memory_moving or not world.is_memory_fresh):
             return False  # a later probe tells
         if lack and not runner.waiting:
-            runner.attempt = _open_generation(runner, others) + 1  # the others stop, and begin in this one with it
+            runner.attempt = open_generation(runner, others) + 1  # the others stop, and begin in this one with it
         self.revision += lack != runner.waiting
         runner.waiting = lack
         return not lack
@@ -378,15 +383,18 @@ class Runners:
 
     def _link(self, runner: Runner, others: dict[int, Neighbour], reports: dict[NodeId, NodeReport]) -> list[Effect]:
         """Once all stages listen: a link that waits for a stage whose file is still coming would run out of time."""
-        stages = {**others, _index(runner): Neighbour(self.boot, runner.report())}
+        stages = {**others, index_of(runner): Neighbour(self.boot, runner.report())}
         listening = [
             each for each in stages.values() if each.report.attempt == runner.attempt and each.report.data_address
         ]
         if len(listening) < len(runner.instance.stages):
             return []
-        before, following = (_index(runner) - 1) % len(stages), _next_index(runner)
-        ways = [self._ways(runner, stages, index, reports) for index in (following, before)]
-        return self._step(runner, Link(stages[following].boot, *ways))
+        before, following, ranks = linked_runners(runner)
+        boots = tuple((index, stages[index].boot) for index in sorted({*following, *ranks}))
+        ways = [
+            [self._ways(runner, stages, index, reports) for index in indices] for indices in (following, before, ranks)
+        ]
+        return self._step(runner, Link(boots, _only(ways[0]), _only(ways[1]), tuple(ways[2])))
 
     def _ways(
         self, runner: Runner, stages: dict[int, Neighbour], index: int, reports: dict[NodeId, NodeReport]
@@ -399,7 +407,8 @@ class Runners:
         return step(runner, news)
 
     def _spec(self, runner: Runner, path: str, attempt: int) -> RunnerSpec:
-        instance = runner.instance
+        instance, index = runner.instance, index_of(runner)
+        stage = stage_index(instance, index)
         return RunnerSpec(
             runner_id=runner.stage.runner_id,
             instance_id=instance.instance_id,
@@ -409,9 +418,12 @@ class Runners:
             model_path=path,
             vocabulary_size=instance.card.vocabulary_size,
             shard=runner.stage.shard,
-            stage_index=_index(runner),
-            stage_count=len(instance.stages),
-            stage_node_ids=tuple(stage.node_id for stage in instance.stages),
+            stage_index=stage,
+            stage_count=stage_count(instance),
+            stage_node_ids=tuple(each.node_id for each in leaders(instance)),
+            rank=runner.stage.rank,
+            rank_count=instance.rank_count,
+            rank_node_ids=tuple(instance.stages[each].node_id for each in ranks_of(instance, stage)),
             context_length=instance.context_length,
             slot_count=instance.slot_count,
             thread_count=self.settings.thread_count,
@@ -437,49 +449,5 @@ def _keep_time(now_ms: int, runner: Runner) -> None:
         runner.progress, runner.phase_since_ms, runner.progressed_ms = progress, now_ms, now_ms
 
 
-def _index(runner: Runner) -> int:
-    return runner.instance.stages.index(runner.stage)
-
-
-def _next_index(runner: Runner) -> int:
-    return (_index(runner) + 1) % len(runner.instance.stages)
-
-
-def _neighbours(runner: Runner, reports: dict[NodeId, NodeReport]) -> dict[int, Neighbour]:
-    """The other runners of the instance that have been reported, by stage, but for those whose attempt is made up."""
-    highest = runner.attempt + COUNTER_LEAP_MAX
-    found: dict[int, Neighbour] = {}
-    for index, stage in enumerate(runner.instance.stages):
-        report = reports.get(stage.node_id)
-        if stage == runner.stage or report is None:
-            continue
-        for each in report.runners:
-            if each.runner_id == stage.runner_id and each.attempt <= highest:
-                found[index] = Neighbour(report.boot, each)
-    return found
-
-
-def _is_given_up(others: dict[int, Neighbour]) -> bool:
-    """Whether another runner of the instance can't go on without memory or a person, so that none of them can."""
-    reports = [other.report for other in others.values()]
-    return any(each.waiting or has_given_up(each) for each in reports)
-
-
-def _has_failed(others: dict[int, Neighbour]) -> bool:
-    """Whether another runner will open a new generation, or has given up."""
-    return any(other.report.state is RunnerState.FAILED for other in others.values())
-
-
-def _is_alike(first: Instance, second: Instance) -> bool:
-    """Whether what is loaded for one serves the other."""
-    kinds = [
-        (each.card, each.engine, each.exact, each.quantize, each.context_length, each.slot_count)
-        for each in (first, second)
-    ]
-    return kinds[0] == kinds[1]
-
-
-def _open_generation(runner: Runner, others: dict[int, Neighbour]) -> int:
-    """The attempt that a new process of `runner` begins with: the highest seen, unless it has used that one."""
-    latest = max((other.report.attempt for other in others.values()), default=0)
-    return max(runner.last_attempt + 1, runner.attempt, latest)
+def _only(ways: list[tuple[Address, ...]]) -> tuple[Address, ...]:
+    return ways[0] if ways else ()

@@ -27,9 +27,9 @@ from covey.control.cluster import (
     wish_of,
 )
 from covey.control.dormancy import lacks
-from covey.control.placement.again import place_again, place_anew
+from covey.control.placement.again import place_again, place_anew, place_at_all
 from covey.control.placement.nodes import Candidate
-from covey.control.placement.place import Options, Part, Placement, place
+from covey.control.placement.place import Options, Part, Placement
 from covey.control.routing import (
     Reports,
     has_failed,
@@ -122,7 +122,7 @@ class Tending:
             return ()
         options = _options_without(_hung(stuck, reports), wish, context.nodes)
         kept = None if stuck or not lost else place_again(lost[0], context.nodes, options)
-        placement = kept or place(wish.card, context.nodes, options)
+        placement = kept or place_at_all(wish.card, context.nodes, options)
         instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
         if instance is None or any(shards(each) == shards(instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
@@ -130,23 +130,23 @@ class Tending:
         return (Written(INSTANCE + instance.instance_id, instance),)
 
     def _widen(self, wish: Wish, instance: Instance, look: Look, reports: Reports) -> tuple[Written, ...]:
-        """Over as many nodes as were asked for, once enough that have the file are here again and it has had nothing to
-        do for a while.
+        """Over as many nodes and ranks as were asked for, once enough that have the file are here again and it has had
+        nothing to do for a while.
 
         Anything else that could be better about a placement is not worth that what is loaded is read again elsewhere,
         unless a person says so.
         """
-        is_wide = len(instance.stages) >= wish.node_count_min
+        is_wide = _is_so_wide(wish.rank_count, wish.node_count_min, instance)
         if is_wide or instance.instance_id not in self.rested or wish.wish_id in self.narrow:
             return ()
         context = look((instance,))
         having = {stage.node_id for stage in instance.stages} | _having_file(wish, reports)
         nodes = tuple(each for each in context.nodes if each.node_id in having)
         options = options_of(wish, nodes)
-        if options.node_count_min <= len(instance.stages):
+        if _is_so_wide(options.rank_count, options.node_count_min, instance):
             return ()
         placement = place_anew(instance, nodes, options)
-        if isinstance(placement, Refused):
+        if isinstance(placement, Refused) or _is_so_wide(placement.rank_count, len(placement.parts), instance):
             return ()
         moved = assignment(wish, placement, context)
         self.widened_from[moved.instance_id] = instance
@@ -159,11 +159,16 @@ class Tending:
             return ()
         self.narrow.add(wish.wish_id)
         context = look((instance,))
-        parts = tuple(Part(stage.node_id, stage.shard, stage.memory_bytes) for stage in before.stages)
-        placement = Placement(parts, before.context_length, before.slot_count)
+        parts = tuple(Part(stage.node_id, stage.shard, stage.memory_bytes, stage.rank) for stage in before.stages)
+        placement = Placement(parts, before.context_length, before.slot_count, before.rank_count)
         if not {part.node_id for part in parts} <= {node.node_id for node in context.nodes}:
             return ()
         return replacement((instance,), assignment(wish, placement, context))
+
+
+def _is_so_wide(rank_count: int, node_count: int, instance: Instance) -> bool:
+    """Whether it has so many ranks and nodes, or more. Of two the one with more ranks is the wider."""
+    return (instance.rank_count, len(instance.stages)) >= (rank_count, node_count)
 
 
 def _having_file(wish: Wish, reports: Reports) -> set[NodeId]:

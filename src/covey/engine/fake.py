@@ -4,6 +4,9 @@ Each layer keeps a 32-bit hash per position, made of the layer before and its ow
 layer of a model attends to its cache. The hash travels between stages in the first lanes of the activations. So a
 wrong slot, a lost chunk or one that comes twice changes the answer, or is refused; the number of stages does not.
 
+Where ranks share a layer, each has a part of every lane's number, and only the sum of all is the hash; of the logits
+each has some columns. So a lost sum, or one of another step, changes the answer, and the number of ranks does not.
+
 `engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long),
 `load_delay_ms` (so does each layer's load), and `lookup`, which is the head's. `exact` it is anyway, and there is
 nothing to `quantize`.
@@ -56,19 +59,20 @@ class FakeStage:
             progress(LoadProgress(count, len(wanted), count * LAYER_BYTES, len(wanted) * LAYER_BYTES))
 
     def warm_up(self) -> None:
-        """There is nothing to warm."""
+        """There is nothing to warm, but the ranks meet here, as those of any engine do."""
+        self._exchange.add_up(np.zeros((1, LANES), np.float32))
 
     def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
         if sum(piece.token_count for piece in pieces) != len(values):
             raise EngineError("The step's pieces and its numbers do not fit together.")
         if self._step_seconds:  # even a sleep of nothing gives the processor away
             time.sleep(self._step_seconds)
-        hashes = self._tokens(values) if self._is_first else _unpack(values)
-        start = 0
         for piece in pieces:
-            end = start + piece.token_count
-            hashes[start:end] = self._run_piece(piece, hashes[start:end])
-            start = end
+            self._check(piece)
+        hashes = self._tokens(values) if self._is_first else _unpack(values)
+        for layer in self._layers.values():
+            hashes = self._sum(layer.run(pieces, hashes))
+            layer.keep(pieces, hashes)
         return self._logits(pieces, hashes) if self._is_last else _pack(hashes, self._hidden_size)
 
     def _tokens(self, values: Activations) -> list[int]:
@@ -76,23 +80,33 @@ class FakeStage:
             raise EngineError(f"A token id is outside the vocabulary of {self._vocabulary_size}.")
         return values.tolist()
 
-    def _run_piece(self, piece: Piece, hashes: list[int]) -> list[int]:
+    def _check(self, piece: Piece) -> None:
         if not 0 <= piece.slot < self._spec.slot_count:
             raise EngineError(f"Slot {piece.slot} does not exist.")
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"Slot {piece.slot} is full.")
-        for layer in self._layers.values():
-            hashes = layer.run(piece.slot, piece.position, hashes)
-        return hashes
+
+    def _sum(self, hashes: list[int]) -> list[int]:
+        """What the ranks' parts of it make together."""
+        rank, count = self._exchange.rank, self._exchange.count
+        if count == 1:
+            return hashes
+        lanes = np.array(hashes, "<u4").view(np.uint8).reshape(-1, LANES)
+        part = (lanes // count + (rank < lanes % count)).astype(np.float32)
+        self._exchange.add_up(part)
+        return _unpack(part)
 
     def _logits(self, pieces: Sequence[Piece], hashes: list[int]) -> Logits:
         ends = accumulate(piece.token_count for piece in pieces)
         wanted = [each for piece, end in zip(pieces, ends, strict=True) for each in hashes[end - piece.row_count : end]]
-        words = self._vocabulary + np.array(wanted, np.uint32)[:, None]
+        columns = np.array_split(self._vocabulary, self._exchange.count)[self._exchange.rank]
+        words = columns + np.array(wanted, np.uint32)[:, None]
         words ^= words >> np.uint32(15)
         words *= np.uint32(0x85EBCA6B)
         words ^= words >> np.uint32(13)
-        return words.astype(np.float32) * np.float32(LOGITS_SPAN / 2**32)
+        own = words.astype(np.float32) * np.float32(LOGITS_SPAN / 2**32)
+        joined = self._exchange.join(own)
+        return own[:0] if joined is None else joined
 
 
 class _Layer:
@@ -102,17 +116,27 @@ class _Layer:
         self._number = number
         self._slots: list[list[int]] = [[] for _ in range(slot_count)]
 
-    def run(self, slot: int, position: int, hashes: list[int]) -> list[int]:
-        cache = self._slots[slot]
-        if position > len(cache):
-            raise EngineError(f"Slot {slot} holds {len(cache)} positions; a step began at {position}.")
-        del cache[position:]
-        before = cache[-1] if cache else 0
-        for value in hashes:
-            before = ((before * 31 + value + self._number + 1) * 0x9E3779B1) & WORD
-            before ^= before >> 15
-            cache.append(before)
-        return cache[position:]
+    def run(self, pieces: Sequence[Piece], hashes: list[int]) -> list[int]:
+        """The hashes after this layer, of all pieces one after another. The slots forget what came at their places."""
+        found: list[int] = []
+        for piece in pieces:
+            cache = self._slots[piece.slot]
+            if piece.position > len(cache):
+                held = f"Slot {piece.slot} holds {len(cache)} positions"
+                raise EngineError(f"{held}; a step began at {piece.position}.")
+            del cache[piece.position :]
+            before = cache[-1] if cache else 0
+            for value in hashes[len(found) : len(found) + piece.token_count]:
+                before = ((before * 31 + value + self._number + 1) * 0x9E3779B1) & WORD
+                before ^= before >> 15
+                found.append(before)
+        return found
+
+    def keep(self, pieces: Sequence[Piece], hashes: list[int]) -> None:
+        start = 0
+        for piece in pieces:
+            self._slots[piece.slot] += hashes[start : start + piece.token_count]
+            start += piece.token_count
 
 
 def _options(given: dict[str, str]) -> dict[str, int]:
@@ -132,5 +156,5 @@ def _pack(hashes: list[int], hidden_size: int) -> Activations:
 
 
 def _unpack(values: Activations) -> list[int]:
-    lanes = np.ascontiguousarray(values[:, :LANES]).astype(np.uint8)
+    lanes = np.ascontiguousarray(values[:, :LANES]).astype(np.int64).astype(np.uint8)
     return lanes.view("<u4")[:, 0].tolist()

@@ -13,8 +13,9 @@ from typing import NoReturn, TypeVar
 import psutil
 
 from covey.engine.contract import ALONE, LoadProgress, StageEngine
-from covey.engine.handshake import Dialler
+from covey.engine.exchange import ChannelExchange
 from covey.engine.link import PULSE_SECONDS, Frame, Link, LinkBrokenError, LinkClosedError
+from covey.engine.linking import Linking
 from covey.engine.loop import Follower, Head, Loop, ProtocolError, Stage
 from covey.engine.mailbox import Linked, LinkLost, Mailbox, Message, ServeCame, ServeGone, ServeSaid, Unlinked
 from covey.engine.pipe import NodePipe
@@ -67,6 +68,8 @@ class Generation:
         self._mailbox = mailbox
         self._port_number, self._reception = port.number, port.reception
         self._find_engine = find_engine
+        self._exchange: ChannelExchange | None = None  # with the other ranks
+        self._loss = ""  # why the first link that was lost was
         self._early: list[Message] = []  # came before this stage was ready for it
 
     def live(self) -> NoReturn:
@@ -79,22 +82,22 @@ class Generation:
         self._wait(Load)
         self.phase = "loading"
         engine = self._find_engine(self.spec)
-        engine.load(self.spec, self._tell_progress, ALONE)
+        engine.load(self.spec, self._tell_progress, self._exchange or ALONE)
         self.has_loaded = True
         self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
         self._wait(WarmUp)
-        self.phase = "warming up"
-        engine.warm_up()
-        self.phase = "running"
-        is_last = self.spec.stage_index == self.spec.stage_count - 1
-        sampler = Sampler(self.spec.model_path, self.spec.thread_count) if is_last else None
-        self._serve(Stage(engine, linked.after, sampler))
+        try:
+            self._compute(engine, linked)
+        except LinkBrokenError as error:  # in the middle of a step it says less than what the link was lost by
+            raise LinkBrokenError(self._loss or str(error)) from error
 
     def close(self, message: str) -> None:
         """Tells the clients `message` and the neighbours by closing."""
         loop, self.loop = self.loop, None
         if loop:
             loop.close(message)
+        if self._exchange:
+            self._exchange.close()
         self._reception.close()
 
     # ---- before it serves ----
@@ -112,41 +115,48 @@ class Generation:
                 self._refuse(message, kind.__name__)
 
     def _connect(self, neighbours: ConnectTo) -> Linked:
-        """Reaches the next stage and waits for the one before. Alone there is nobody to link."""
+        """Reaches the next stage and the ranks above, and waits for the others. Alone there is nobody to link."""
         linked = Linked()
-        if self.spec.stage_count > 1:
+        if self.spec.stage_count > 1 or self.spec.rank_count > 1:
             self._start("linking", self._link, neighbours)
             linked = self._wait(Linked)
-        if linked.before and linked.after:
-            self._start("link after", self._report_end, linked.after)
+        if linked.sums:
+            channels = {rank: link.channel for rank, link in linked.sums.items()}
+            self._exchange = ChannelExchange(self.spec.rank, channels)
+        for link in (linked.after, *linked.steps):
+            if link:
+                self._start("link after", self._report_end, link)
+        if linked.before:
             self._start("link before", self._pass_on_frames, linked.before)
         self._pipe.tell(Connected())
         return linked
 
     def _link(self, neighbours: ConnectTo) -> None:
         """In a thread of its own."""
-        seconds, reception = self.spec.connect_ms / 1000, self._reception
-        deadline = time.monotonic() + seconds
-        dialler = Dialler(self.spec, client_context(self._credentials))
-        self._start("offer", dialler.offer, neighbours.stage_before, reception.before, seconds)
+        linking = Linking(self.spec, neighbours, self._reception, client_context(self._credentials))
         try:
-            after = dialler.connect(neighbours.next_stage, reception.after, seconds)
-            before = reception.before.wait(deadline - time.monotonic())
+            self._mailbox.put(linking.link())
         except Exception as error:  # noqa: BLE001 - whatever it was, the main thread is to fail by it
             self._mailbox.put(Unlinked(error))
-            return
-        late = LinkBrokenError(f"The stage before opened no link within {seconds:.0f} s.")
-        self._mailbox.put(Linked(before, after) if before else Unlinked(late))
 
     def _tell_progress(self, progress: LoadProgress) -> None:
         self._pipe.tell(
             LoadProgressed(progress.layers_loaded, progress.layers_total, progress.bytes_loaded, progress.bytes_total)
         )
 
-    # ---- while it serves ----
+    # ---- while it computes ----
+
+    def _compute(self, engine: StageEngine, linked: Linked) -> NoReturn:
+        self.phase = "warming up"
+        engine.warm_up()
+        self.phase = "running"
+        samples = self.spec.stage_index == self.spec.stage_count - 1 and self.spec.rank == 0
+        sampler = Sampler(self.spec.model_path, self.spec.thread_count) if samples else None
+        self._serve(Stage(engine, linked.after, sampler, linked.steps))
 
     def _serve(self, stage: Stage) -> NoReturn:
-        loop = self.loop = Head(self.spec, stage, self._pipe.tell) if self.spec.stage_index == 0 else Follower(stage)
+        is_head = self.spec.stage_index == self.spec.rank == 0
+        loop = self.loop = Head(self.spec, stage, self._pipe.tell) if is_head else Follower(stage)
         self._reception.open_for_requests()
         self._pipe.tell(Ready())
         for message in self._early:
@@ -195,7 +205,14 @@ class Generation:
             while True:
                 self._mailbox.put(link.receive())
         except (LinkClosedError, LinkBrokenError) as error:
-            self._mailbox.put(LinkLost(str(error)))
+            self._lose(str(error))
 
     def _report_end(self, link: Link) -> None:
-        self._mailbox.put(LinkLost(str(link.wait_end())))
+        self._lose(str(link.wait_end()))
+
+    def _lose(self, reason: str) -> None:
+        """Also wakes the main thread where it waits for a rank that will say nothing more."""
+        self._loss = self._loss or reason
+        self._mailbox.put(LinkLost(reason))
+        if self._exchange:
+            self._exchange.close()

@@ -1,26 +1,26 @@
-"""How a link is opened: TLS, then one `wire` frame each way, `LinkHello`, answered by `LinkWelcome` or `LinkRefused`.
+"""How a link is opened: TLS, then one `wire` frame each way, as `greeting` has them.
 
 So neither a stranger nor a stage of another node or instance, or in the wrong place, ends up in the middle of a
 pipeline. The stage before connects. A node behind a firewall or an address translation can only dial out: a stage that
-nobody has reached after a while connects to the one before and says `LinkOffer`, and that one sends by this connection.
+nobody has reached after a while connects to the one before and offers the link, and that one sends by this connection.
+Between the ranks of a stage it is the same: the lower one connects, or else the higher one offers.
 """
 
 import logging
 import socket
 import ssl
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
+from covey.engine.greeting import LinkRefused, LinkWelcome, Neighbour
 from covey.engine.link import Link, LinkBrokenError, LinkClosedError
 from covey.engine.link_place import LinkPlace
 from covey.engine.tls import Channel, PeerError, explain
-from covey.schema.ids import NodeId
-from covey.schema.runner import Address, RunnerSpec
+from covey.schema.runner import Address
 from covey.schema.wire import LENGTH_BYTES, FrameTooLargeError, body_length, pack
 
 HELLO_BYTES_MAX: Final = 4096  # a stranger's first frame makes nobody reserve memory
@@ -37,67 +37,21 @@ class LinkRefusedError(Exception):
     """The other side does not want this link, and says why."""
 
 
-class LinkHello(Struct, frozen=True, tag=True):
-    """Who opens a link: its own stage, and whose it is."""
-
-    instance_id: str
-    generation: int
-    stage_index: int
-    stage_count: int
-
-
-class LinkOffer(Struct, frozen=True, tag=True):
-    """The same of a stage that wants the link from the one before, which may not be able to reach it."""
-
-    instance_id: str
-    generation: int
-    stage_index: int
-    stage_count: int
-
-
-class LinkWelcome(Struct, frozen=True, tag=True):
-    pass
-
-
-class LinkRefused(Struct, frozen=True, tag=True):
-    reason: str
-
-
 _answers = msgspec.msgpack.Decoder(LinkWelcome | LinkRefused)
 
 
-def link_refusal(spec: RunnerSpec, first: LinkHello | LinkOffer, peer: NodeId) -> str | None:
-    """Why the stage of `spec` does not take a link from, or to, node `peer`, which says `first`."""
-    if first.instance_id != spec.instance_id:
-        return f"this stage belongs to instance {spec.instance_id}, not {first.instance_id}."
-    if spec.stage_count == 1:
-        return "this stage is the only one."
-    step, goes = (-1, "follows") if isinstance(first, LinkHello) else (1, "comes before")
-    expected = (spec.stage_index + step) % spec.stage_count
-    if (first.stage_index, first.stage_count) != (expected, spec.stage_count):
-        return (
-            f"stage {spec.stage_index} of {spec.stage_count} {goes} stage {expected},"
-            f" not stage {first.stage_index} of {first.stage_count}."
-        )
-    if peer != spec.stage_node_ids[expected]:
-        return f"stage {expected} belongs to node {spec.stage_node_ids[expected][:8]}, not to node {peer[:8]}."
-    return None
-
-
 class Dialler(Struct, frozen=True):
-    """Connects a stage to its neighbours. `addresses` of methods come in the order to be tried."""
+    """Connects a runner to its neighbours."""
 
-    spec: RunnerSpec
     context: ssl.SSLContext
 
-    def connect(self, addresses: Sequence[Address], place: LinkPlace, seconds: float) -> Link:
-        """Opens the link to the stage after, trying again for up to `seconds` while it is not there yet, or takes what
-        that one offers, which fills `place`.
+    def connect(self, neighbour: Neighbour, place: LinkPlace, seconds: float) -> Link:
+        """Opens a link to one that waits for it, trying again for up to `seconds` while it is not there yet, or takes
+        what that one offers, which fills `place`.
 
         Raises `LinkRefusedError`, also where only strangers answer, `LinkBrokenError` if there is none by then, and
         `LinkClosedError` once `place` is closed.
         """
-        neighbour = self._neighbour(1, addresses)
         begun, pause = time.monotonic(), RETRY_SECONDS
         deadline, known = begun + seconds, dict[str, None]()
         while True:
@@ -116,13 +70,12 @@ class Dialler(Struct, frozen=True):
                 raise LinkBrokenError(f"No link to {neighbour.name} within {seconds:.0f} s: {reasons}.")
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
-    def offer(self, addresses: Sequence[Address], place: LinkPlace, seconds: float) -> None:
-        """Connects to the stage before, unless that one comes by itself, which fills `place`."""
-        neighbour = self._neighbour(-1, addresses)
+    def offer(self, neighbour: Neighbour, place: LinkPlace, seconds: float) -> None:
+        """Connects to one that should open the link, unless it does, which fills `place`."""
         deadline = time.monotonic() + seconds
         link = place.wait(min(OFFER_SECONDS, seconds))
         while link is None and not place.is_closed and time.monotonic() < deadline:
-            for address in addresses:
+            for address in neighbour.addresses:
                 try:
                     channel = self._meet(neighbour, address, deadline)
                     if not place.fill(partial(_agree, channel, neighbour)):
@@ -132,14 +85,7 @@ class Dialler(Struct, frozen=True):
                 time.sleep(RETRY_SECONDS)  # in which it may come by itself
             link = place.wait(RETRY_SECONDS_MAX)
 
-    def _neighbour(self, step: int, addresses: Sequence[Address]) -> "_Neighbour":
-        index = (self.spec.stage_index + step) % self.spec.stage_count
-        places = ", ".join(f"{address.host}:{address.port}" for address in addresses) or "no address"
-        kind = LinkHello if step > 0 else LinkOffer
-        first = kind(self.spec.instance_id, self.spec.generation, self.spec.stage_index, self.spec.stage_count)
-        return _Neighbour(f"stage {index} at {places}", self.spec.stage_node_ids[index], first, tuple(addresses))
-
-    def _dial_all(self, neighbour: "_Neighbour", place: LinkPlace, deadline: float) -> list[OSError]:
+    def _dial_all(self, neighbour: Neighbour, place: LinkPlace, deadline: float) -> list[OSError]:
         """Tries each address until `place` is filled; what failed. Raises `LinkRefusedError`."""
         failures: list[OSError] = []
         for address in neighbour.addresses:
@@ -157,7 +103,7 @@ class Dialler(Struct, frozen=True):
                     link.close()
         return failures
 
-    def _meet(self, neighbour: "_Neighbour", address: Address, deadline: float) -> Channel:
+    def _meet(self, neighbour: Neighbour, address: Address, deadline: float) -> Channel:
         """One try at one address: a connection to the neighbour's node. Raises `OSError` where another may help."""
         left = max(deadline - time.monotonic(), RETRY_SECONDS)
         connection = socket.create_connection((address.host, address.port), min(left, REACH_SECONDS))
@@ -170,14 +116,7 @@ class Dialler(Struct, frozen=True):
         return channel
 
 
-class _Neighbour(Struct, frozen=True):
-    name: str
-    node_id: NodeId
-    first: LinkHello | LinkOffer  # what it is told
-    addresses: tuple[Address, ...]
-
-
-def _agree(channel: Channel, neighbour: _Neighbour) -> Link:
+def _agree(channel: Channel, neighbour: Neighbour) -> Link:
     """Makes a link of the connection, or closes it. Raises `OSError` where another may help, `LinkRefusedError`."""
     try:
         channel.socket.settimeout(HELLO_SECONDS)

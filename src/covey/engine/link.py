@@ -68,7 +68,7 @@ class Link:
     def __init__(self, channel: Channel, peer: str) -> None:
         channel.socket.settimeout(None)
         tune(channel.socket)
-        self._channel = channel
+        self.channel = channel  # for those that say by themselves what goes over it
         self._peer = peer
         self._closed = False
         self._given_up: LinkBrokenError | None = None
@@ -77,7 +77,7 @@ class Link:
         """Raises `LinkClosedError`, `LinkBrokenError`."""
         try:
             if values is None:
-                self._channel.send(pack(Opening(message)))
+                self.channel.send(pack(Opening(message)))
             else:
                 self._send_values(message, little_endian(values))
         except OSError as error:
@@ -86,10 +86,10 @@ class Link:
     def _send_values(self, message: StepPlan | StepOutcome, values: Values) -> None:
         opening = pack(Opening(message, DTYPE_NAMES[values.dtype], values.shape))
         if values.nbytes <= JOINED_BYTES_MAX:
-            self._channel.send(opening + values.tobytes())
+            self.channel.send(opening + values.tobytes())
         else:
-            self._channel.send(opening)
-            self._channel.send(values.data.cast("B"))
+            self.channel.send(opening)
+            self.channel.send(values.data.cast("B"))
 
     def receive(self) -> Frame:
         """Waits for the next frame. Raises `LinkClosedError`, `LinkBrokenError`."""
@@ -102,13 +102,13 @@ class Link:
     def pulse(self) -> None:
         """For a link that only receives: says that this side is alive. Raises `LinkClosedError`, `LinkBrokenError`."""
         try:
-            self._channel.send(PULSE)
+            self.channel.send(PULSE)
         except OSError as error:
             raise self._lost(explain(error)) from error
 
     def wait_end(self) -> Exception:
         """For a link that only sends: returns why it ended, as soon as it has, or the other side's pulse stopped."""
-        self._channel.silence_ms_max = PULSE_SILENCE_SECONDS * 1000
+        self.channel.silence_ms_max = PULSE_SILENCE_SECONDS * 1000
         try:
             while self._read(1) == PULSE:
                 pass
@@ -123,8 +123,8 @@ class Link:
     def close(self) -> None:
         self._closed = True
         with contextlib.suppress(OSError):  # it may be gone already
-            self._channel.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-        self._channel.socket.close()
+            self.channel.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        self.channel.socket.close()
 
     def _receive_values(self, opening: Opening) -> Values:
         if opening.dtype not in DTYPES or min(opening.shape, default=0) < 0:
@@ -134,13 +134,13 @@ class Link:
         if length > VALUES_BYTES_MAX:
             raise ValueError(f"{length} bytes of numbers were announced; the limit is {VALUES_BYTES_MAX}")
         values = np.empty(opening.shape, dtype)
-        if length and self._channel.fill(values.data.cast("B")) != length:
+        if length and self.channel.fill(values.data.cast("B")) != length:
             raise self._lost("it closed the link in the middle of a step")
         return values
 
     def _read(self, length: int) -> bytes:
         data = bytearray(length)
-        if self._channel.fill(memoryview(data)) < length:
+        if self.channel.fill(memoryview(data)) < length:
             raise self._lost("it closed the link")
         return bytes(data)
 
@@ -148,7 +148,7 @@ class Link:
         """Wakes the thread that sends, which may wait for the other side to read."""
         self._given_up = LinkBrokenError(f"The link to {self._peer} is lost: {reason}.")
         with contextlib.suppress(OSError):  # it may be gone already
-            self._channel.socket.shutdown(socket.SHUT_RDWR)
+            self.channel.socket.shutdown(socket.SHUT_RDWR)
         return self._given_up
 
     def _lost(self, reason: str) -> LinkClosedError | LinkBrokenError:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from covey.engine.connection import ServeConnection
@@ -25,18 +25,23 @@ class ProtocolError(Exception):
 
 
 class Stage:
-    """One engine and the way on from it."""
+    """One engine, those that compute together with it, and the way on from it."""
 
-    def __init__(self, engine: StageEngine, link: Link | None, sampler: Sampler | None) -> None:
+    def __init__(
+        self, engine: StageEngine, link: Link | None, sampler: Sampler | None, ranks: Sequence[Link] = ()
+    ) -> None:
         self._engine = engine
-        self._link = link  # to the next stage; None where one stage is alone
-        self._sampler = sampler  # of the last stage
+        self._link = link  # to the next stage; None where one stage is alone, and at ranks above 0
+        self._sampler = sampler  # of the last stage, at rank 0
+        self._ranks = ranks  # at rank 0: to the others of this stage
 
     def run(self, plan: StepPlan, values: Values) -> StepOutcome | None:
-        """Runs one step and sends on what came out; alone, returns the outcome.
+        """Runs one step and sends on what came out; alone, returns the outcome. Ranks above 0 keep nothing of it.
 
         Raises `EngineError`, `LinkBrokenError`, `LinkClosedError`.
         """
+        for rank in self._ranks:
+            rank.send(StepPlan(plan.step, plan.pieces), values)
         result = self._engine.run(plan.pieces, values)
         outcome = self._sampler.sample(plan, result) if self._sampler else None
         if self._link is None:
@@ -71,7 +76,7 @@ class Loop(Protocol):
 
 
 class Follower:
-    """Any stage but the first: runs what comes."""
+    """Any stage but the first, and any rank above 0: runs what comes."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -80,7 +85,7 @@ class Follower:
 
     def handle(self, message: ServeMessage | Frame) -> None:
         if not (isinstance(message, Frame) and isinstance(message.message, StepPlan) and message.values is not None):
-            raise ProtocolError("The stage before sent something that is no step.")
+            raise ProtocolError("What came in the place of a step is none.")
         self.is_busy = True
         self._stage.run(message.message, message.values)
         self.steps, self.is_busy = self.steps + 1, False

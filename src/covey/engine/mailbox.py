@@ -24,10 +24,16 @@ class ServeGone(Struct, frozen=True):
 
 
 class Linked(Struct, frozen=True):
-    """Both neighbours are. Alone, a stage has no link."""
+    """All neighbours are. Alone, a stage has no link.
+
+    `before`: where steps come from, which for ranks above 0 is rank 0 of their stage. `steps`: at rank 0, where they go
+    to beside the stage after. `sums`: the connections to the other ranks, by rank.
+    """
 
     before: Link | None = None
     after: Link | None = None
+    steps: tuple[Link, ...] = ()
+    sums: dict[int, Link] = {}
 
 
 class Unlinked(Struct, frozen=True):

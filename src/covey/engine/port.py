@@ -15,15 +15,19 @@ from typing import Final
 import msgspec
 
 from covey.engine.connection import ServeConnection
-from covey.engine.handshake import (
-    HELLO_SECONDS,
+from covey.engine.greeting import (
+    Greeting,
     LinkHello,
     LinkOffer,
     LinkRefused,
     LinkWelcome,
-    link_refusal,
-    receive_first,
+    Purpose,
+    RankHello,
+    RankOffer,
+    name_of,
+    refusal,
 )
+from covey.engine.handshake import HELLO_SECONDS, receive_first
 from covey.engine.link import Link
 from covey.engine.link_place import LinkPlace
 from covey.engine.mailbox import Mailbox, ServeCame, ServeGone, ServeSaid
@@ -40,7 +44,7 @@ WELCOME_SECONDS_MAX: Final = HELLO_SECONDS - 1  # then the answer may come too l
 EXHAUSTED_SECONDS: Final = 0.2  # before the next try where this process has no file descriptor left
 
 log = logging.getLogger(__name__)
-First = ServeHello | LinkHello | LinkOffer
+First = ServeHello | LinkHello | LinkOffer | RankHello | RankOffer
 _firsts = msgspec.msgpack.Decoder(First)
 
 
@@ -51,13 +55,34 @@ class Reception:
         self.spec = spec
         self.context = server_context(credentials)
         self.mailbox = mailbox
-        self.before, self.after = LinkPlace(), LinkPlace()  # the links from the stage before and to the one after
+        self.before, self.after = LinkPlace(), LinkPlace()  # the links that steps come by, and go on by to a stage
+        others = [rank for rank in range(spec.rank_count) if rank != spec.rank]
+        self.steps = {rank: LinkPlace() for rank in others if spec.rank == 0}  # the links to those that compute as told
+        self.sums = {rank: LinkPlace() for rank in others}
         self.takes_requests = False
         self._coming = threading.Lock()
         self._guests: set[ServeConnection] = set()
 
     def open_for_requests(self) -> None:
-        self.takes_requests = self.spec.stage_index == 0
+        self.takes_requests = self.spec.stage_index == self.spec.rank == 0
+
+    def place_for(self, first: Greeting) -> LinkPlace:
+        """Where a connection goes that is not refused."""
+        match first:
+            case LinkHello():
+                return self.before
+            case LinkOffer():
+                return self.after
+            case RankHello() | RankOffer() if first.purpose is Purpose.SUMS:
+                return self.sums[first.rank]
+            case RankHello():
+                return self.before
+            case RankOffer():
+                return self.steps[first.rank]
+
+    @property
+    def is_closed(self) -> bool:
+        return self.before.is_closed
 
     def welcome(self, guest: ServeConnection) -> bool:
         """Whether this connection with requests may stay; if not, it is closed."""
@@ -79,8 +104,8 @@ class Reception:
         with self._coming:
             self.takes_requests = False
             guests = tuple(self._guests)
-        self.before.close()
-        self.after.close()
+        for place in (self.before, self.after, *self.steps.values(), *self.sums.values()):
+            place.close()
         for guest in guests:
             guest.close()
 
@@ -133,10 +158,10 @@ class DataPort:
 
     def _take(self, reception: Reception, channel: Channel, peer: NodeId, first: First) -> None:
         try:
-            if isinstance(first, LinkHello | LinkOffer):
-                _take_link(reception, channel, peer, first)
-            else:
+            if isinstance(first, ServeHello):
                 self._take_requests(reception, channel, first)
+            else:
+                _take_link(reception, channel, peer, first)
         except OSError as error:
             log.warning("a connection of node %s is closed: %s", peer, explain(error))
             channel.socket.close()
@@ -164,14 +189,13 @@ def _meet(connection: socket.socket, reception: Reception) -> tuple[Channel, Nod
     return channel, peer, _firsts.decode(receive_first(channel, deadline))
 
 
-def _take_link(reception: Reception, channel: Channel, peer: NodeId, first: LinkHello | LinkOffer) -> None:
-    place = reception.before if isinstance(first, LinkHello) else reception.after
-    if place.is_closed or first.generation != reception.spec.generation:
+def _take_link(reception: Reception, channel: Channel, peer: NodeId, first: Greeting) -> None:
+    if reception.is_closed or first.generation != reception.spec.generation:
         channel.socket.close()  # one of the two is late, and will be told; till then it may try again
         return
-    reason = link_refusal(reception.spec, first, peer)
-    patience = time.monotonic() + WELCOME_SECONDS_MAX
-    if reason is None and not place.fill(partial(_welcome, channel, first.stage_index, patience)):
+    reason = refusal(reception.spec, first, peer)
+    welcome = partial(_welcome, channel, name_of(first), time.monotonic() + WELCOME_SECONDS_MAX)
+    if reason is None and not reception.place_for(first).fill(welcome):
         reason = "this stage has its link already."
     if reason:
         log.warning("a link is refused: %s", reason)
@@ -179,12 +203,12 @@ def _take_link(reception: Reception, channel: Channel, peer: NodeId, first: Link
         channel.socket.close()
 
 
-def _welcome(channel: Channel, stage_index: int, deadline: float) -> Link:
+def _welcome(channel: Channel, name: str, deadline: float) -> Link:
     """Raises `OSError`, also after `deadline`: whoever asked no longer waits for the answer."""
     if time.monotonic() > deadline:
         raise TimeoutError("another connection for the same link held it up for too long")
     channel.send(pack(LinkWelcome()))
-    return Link(channel, f"stage {stage_index}")
+    return Link(channel, name)
 
 
 def _listen(host: str) -> socket.socket:

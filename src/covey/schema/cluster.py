@@ -31,6 +31,7 @@ class Stage(Struct, frozen=True):
     shard: Shard
     memory_bytes: int
     node_name: str = ""  # as it was when the stage was assigned, for people who wait for that node
+    rank: int = 0  # of those that share these layers; rank 0 speaks for them
 
 
 class Wish(Struct, frozen=True, tag="wish", kw_only=True):
@@ -44,10 +45,13 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
     exact: bool = False
     quantize: Quantizing | None = None
+    rank_count: int = 1  # how many runners share each layer
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
-    """What the leader assigned for a wish: the stages of a pipeline, in order; the first is the head."""
+    """What the leader assigned for a wish: the runners of a pipeline, in order of layers, then of rank; the first is
+    the head. `schema/pipeline` finds one's way among them.
+    """
 
     instance_id: InstanceId
     wish_id: str
@@ -58,6 +62,7 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     stages: tuple[Stage, ...]
     exact: bool = False  # activations are not rounded: a token's logits hardly depend on what is computed beside it
     quantize: Quantizing | None = None  # matrices in full precision are rounded so when they are loaded
+    rank_count: int = 1  # how many runners share each layer
 
 
 class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
@@ -210,6 +215,7 @@ class IntentKept(Struct, frozen=True, tag=True):
 
 
 NODES_MAX: Final = 1024  # of what may be asked for: far more than a home has, and far from what a number can't hold
+RANKS_MAX: Final = 64  # each is linked to all others of its stage
 SLOTS_MAX: Final = 1024
 TOKENS_MAX: Final = 2**31 - 1
 
@@ -224,6 +230,7 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
     node_ids: tuple[NodeId, ...] = ()  # empty: any
     exact: bool = False  # slower, and answers that were interrupted go on as they would have
     quantize: Quantizing | None = None  # round matrices in full precision; refused where there are none
+    rank_count: int = 1  # how many runners are to share each layer
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):

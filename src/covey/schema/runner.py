@@ -85,7 +85,8 @@ class Configure(Struct, frozen=True, tag=True):
 class ConnectTo(Struct, frozen=True, tag=True):
     """Open the link to the next stage; the last stage's next is the head. Alone, a stage is given itself.
 
-    Addresses are in the order to be tried; those of the stage before are for a link that it can't open itself.
+    Addresses are in the order to be tried; those of the stage before are for a link that it can't open itself. Only
+    rank 0 of a stage is linked to other stages. All ranks are linked to the other ranks of their stage.
     """
 
     next_stage: tuple[Address, ...]

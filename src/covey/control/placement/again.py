@@ -2,10 +2,14 @@
 
 `place_again` after a loss: what is lost is given to the nodes that are left, and what is loaded stays where it is.
 `place_anew` where nothing is lost: as a new instance would be placed, with its nodes in the order that moves least.
+`place_at_all` where anything is better than nothing: with fewer ranks, if as many as were asked for find no room.
 
 A layer that moves has to be read again, gigabytes of a large model, while everybody waits. So a survivor keeps all its
 layers, and takes on some of those that were lost beside them. Only where the survivors have no room for a gap between
 them, or more nodes were asked for, another node takes it, whole.
+
+What a rank holds is of use only to the same rank of as many: where ranks share layers, another node takes the very
+place of one that was lost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,33 +21,65 @@ from msgspec.structs import replace
 
 from covey.control.placement.memory import Load, shard_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
-from covey.control.placement.place import Options, Part, Placement, parts_of, place
+from covey.control.placement.place import Group, Options, Part, Placement, group_budgets_bytes, parts_of, place
 from covey.control.placement.split import split
-from covey.schema.cluster import Instance, Refused
-from covey.schema.model import Shard
+from covey.schema.cluster import Instance, Refused, Stage
+from covey.schema.ids import NodeId
+from covey.schema.model import ModelCard, Shard
 
 ORDERS_MAX: Final = 120  # of five nodes all
 
 
 def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
     """`nodes` as they would be without `former`."""
-    placement = place(former.card, nodes, options)
+    placement = place_at_all(former.card, nodes, options)
     if isinstance(placement, Refused):
         return placement
-    load = Load(former.card, placement.context_length, placement.slot_count, former.quantize, former.exact)
+    ranks = placement.rank_count
+    load = Load(former.card, placement.context_length, placement.slot_count, former.quantize, former.exact, ranks)
     allowed = among(nodes, options.node_ids)
     chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
+    groups = [_in_former_order(former, chosen[start : start + ranks]) for start in range(0, len(chosen), ranks)]
     best = placement.parts
-    for order in islice(permutations(chosen), ORDERS_MAX):
-        cuts = split(load, budgets_bytes(allowed, order))
+    for order in islice(permutations(groups), ORDERS_MAX):
+        cuts = split(load, group_budgets_bytes(allowed, order))
         parts = parts_of(load, order, cuts) if cuts else placement.parts
-        best = max(best, parts, key=lambda each: _kept_layers(former, each))
+        best = max(best, parts, key=lambda each: _kept_layers(former, each, ranks))
     return replace(placement, parts=best)
 
 
-def _kept_layers(former: Instance, parts: Sequence[Part]) -> int:
-    held = {stage.node_id: stage.shard for stage in former.stages}
-    return sum(overlap(held[part.node_id], part.shard) for part in parts if part.node_id in held)
+def place_at_all(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
+    """With the most ranks that find a place, of those that divide what was asked for; what that is refused with."""
+    asked = options.rank_count
+    first = place(card, nodes, options)
+    fewer = (place(card, nodes, with_ranks(options, count)) for count in range(asked - 1, 0, -1) if asked % count == 0)
+    return next((each for each in (first, *fewer) if isinstance(each, Placement)), first)
+
+
+def with_ranks(options: Options, rank_count: int) -> Options:
+    """The same with so many ranks, and no more nodes than make whole stages of them."""
+    nodes = max(options.node_count_min // rank_count * rank_count, 1)
+    return replace(options, rank_count=rank_count, node_count_min=nodes)
+
+
+def _in_former_order(former: Instance, group: Group) -> Group:
+    """Each at the rank that it had, as far as that is to be had."""
+    ranks = {stage.node_id: stage.rank for stage in former.stages}
+    places: list[Candidate | None] = [None] * len(group)
+    for node in group:
+        rank = ranks.get(node.node_id, len(group))
+        if rank < len(group) and places[rank] is None:
+            places[rank] = node
+    rest = iter([node for node in group if node not in places])
+    return [place or next(rest) for place in places]
+
+
+def _kept_layers(former: Instance, parts: Sequence[Part], rank_count: int) -> int:
+    if rank_count != former.rank_count:
+        return 0
+    held = {(stage.node_id, stage.rank): stage.shard for stage in former.stages}
+    found = [(held.get((part.node_id, part.rank)), part.shard) for part in parts]
+    return sum(overlap(before, shard) for before, shard in found if before)
 
 
 def overlap(first: Shard, second: Shard) -> int:
@@ -65,6 +101,10 @@ def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) 
     `nodes` as they would be without `former`; `options.context_length` and `slot_count` are those of `former`.
     """
     allowed = {node.node_id: node for node in among(nodes, options.node_ids)}
+    if options.rank_count != former.rank_count:
+        return None
+    if former.rank_count > 1:
+        return _with_places_taken(former, allowed, options)
     kept = [
         _Keeper(allowed[stage.node_id], stage.shard.layer_start, stage.shard.layer_end)
         for stage in former.stages
@@ -79,6 +119,28 @@ def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) 
         if parts:
             return Placement(parts, former.context_length, former.slot_count)
     return None
+
+
+def _with_places_taken(former: Instance, allowed: dict[NodeId, Candidate], options: Options) -> Placement | None:
+    """Every node that is left keeps its place, and others take those of the lost ones; None where they have no room."""
+    if len(former.stages) < options.node_count_min:
+        return None
+    kept = {stage.node_id for stage in former.stages}
+    spare = (node for node in ranked(list(allowed.values()), options.asked_at) if node.node_id not in kept)
+    chosen = [allowed.get(stage.node_id) or next(spare, None) for stage in former.stages]
+    found = [node for node in chosen if node]
+    if len(found) < len(former.stages) or not _has_room(found, former.stages, list(allowed.values())):
+        return None
+    parts = tuple(
+        Part(node.node_id, stage.shard, stage.memory_bytes, stage.rank)
+        for node, stage in zip(found, former.stages, strict=True)
+    )
+    return Placement(parts, former.context_length, former.slot_count, former.rank_count)
+
+
+def _has_room(chosen: Sequence[Candidate], stages: Sequence[Stage], nodes: Sequence[Candidate]) -> bool:
+    budgets = budgets_bytes(nodes, chosen)
+    return all(stage.memory_bytes <= budget for stage, budget in zip(stages, budgets, strict=True))
 
 
 def _newcomers(

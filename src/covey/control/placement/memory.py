@@ -4,12 +4,14 @@ from typing import Final
 
 from msgspec import Struct
 
+from covey.checkpoints.ranks import Heads
 from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MEBIBYTE: Final = 1024 * 1024
 KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
 RUNNER_OVERHEAD_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
+WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
 
 
@@ -21,6 +23,7 @@ class Load(Struct, frozen=True):
     slot_count: int
     quantize: Quantizing | None = None
     exact: bool = False
+    rank_count: int = 1  # how many runners share each layer; all sizes are those of one of them
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -31,7 +34,7 @@ def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
 def kv_bytes_of_layer(load: Load) -> int:
     """Keys and values of one layer, for all slots at full length."""
     card = load.card
-    token_bytes = 2 * card.kv_head_count * card.head_size * KV_ELEMENT_BYTES
+    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * KV_ELEMENT_BYTES
     return token_bytes * load.context_length * load.slot_count
 
 
@@ -39,22 +42,44 @@ def layer_bytes(load: Load, layer: int) -> int:
     """One layer: its weights and its KV cache."""
     spared = _spared(load)
     weights = weight_sizes(load).layer_bytes[layer] - (spared.layer_bytes[layer] if spared else 0)
-    return weights + kv_bytes_of_layer(load)
+    whole = weights * _whole_permille(load) // 1000
+    return share(weights, load) + whole + kv_bytes_of_layer(load)
+
+
+def heads_of(card: ModelCard) -> Heads:
+    return Heads(card.attention_head_count, card.kv_head_count, card.head_size)
+
+
+def _whole_permille(load: Load) -> int:
+    """Of a layer's weights, what a rank holds beyond its even share: where there are more ranks than key-value heads,
+    some have the same one.
+    """
+    if load.rank_count == 1:
+        return 0
+    card, query, keys = load.card, load.card.attention_head_count, load.card.kv_head_count
+    rows = 2 * card.head_size * (query + keys) + 3 * card.feed_forward_size
+    repeated = 2 * card.head_size * max(0, load.rank_count - keys) // load.rank_count
+    return WHOLE_PERMILLE + -(-repeated * 1000 // rows)
 
 
 def first_bytes(load: Load) -> int:
-    """What the first stage holds beside its layers."""
+    """What the first stage holds beside its layers, each rank of it whole."""
     return weight_sizes(load).embedding_bytes
 
 
 def last_bytes(load: Load) -> int:
     """What the last stage holds beside its layers."""
     spared = _spared(load)
-    return weight_sizes(load).output_bytes - (spared.output_bytes if spared else 0)
+    return share(weight_sizes(load).output_bytes - (spared.output_bytes if spared else 0), load)
 
 
 def _spared(load: Load) -> SparedBytes | None:
     return weight_sizes(load).spared if load.exact else None
+
+
+def share(count: int, load: Load) -> int:
+    """The most that a rank has of something that is cut in parts as even as can be."""
+    return -(-count // load.rank_count)
 
 
 def shard_bytes(load: Load, shard: Shard) -> int:
@@ -67,7 +92,8 @@ def shard_bytes(load: Load, shard: Shard) -> int:
 def whole_bytes(load: Load, stage_count: int) -> int:
     """Memory of all runners of a pipeline of so many stages."""
     layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
-    return layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+    one_rank = layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+    return load.rank_count * one_rank
 
 
 def loading_bytes(counted_bytes: int) -> int:

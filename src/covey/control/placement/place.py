@@ -1,5 +1,8 @@
 """`place`: a pipeline for a model on the nodes that are here, or the reason why there is none.
 
+Where several ranks are to share each layer, as many nodes as there are ranks take the place of one: their *group* has
+room for what each of them has room for, so those of one machine, or else of much the same memory, are put together.
+
 The fewest nodes that hold the model are used (each link costs time per token), preferring those with most memory. The
 head is the node that asked, if it is among them: prompts most likely come in there and tokens go back there, which
 saves a hop. Else it is the node with most memory, since the head does the scheduling beside its layers.
@@ -16,7 +19,7 @@ from covey.control.placement import refusal
 from covey.control.placement.memory import Load, shard_bytes, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
 from covey.control.placement.split import split
-from covey.schema.cluster import Refused
+from covey.schema.cluster import RANKS_MAX, Refused
 from covey.schema.ids import NodeId
 from covey.schema.model import ModelCard, Quantizing, Shard
 
@@ -36,22 +39,28 @@ class Options(Struct, frozen=True, kw_only=True):
     asked_at: NodeId | None = None
     quantize: Quantizing | None = None
     exact: bool = False
+    rank_count: int = 1  # how many nodes share each layer
 
 
 class Part(Struct, frozen=True):
-    """One stage to be: a node, its layers, and the memory counted for them."""
+    """One runner to be: a node, its layers, the memory counted for them, and its rank among those with these layers."""
 
     node_id: NodeId
     shard: Shard
     memory_bytes: int
+    rank: int = 0
 
 
 class Placement(Struct, frozen=True):
-    """A pipeline in order, the head first, and what was chosen for its KV cache."""
+    """A pipeline in order of layers and ranks, the head first, and what was chosen for its KV cache."""
 
     parts: tuple[Part, ...]
     context_length: int
     slot_count: int
+    rank_count: int = 1
+
+
+Group = Sequence[Candidate]  # the nodes that share a stage, in order of rank
 
 
 def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
@@ -59,17 +68,21 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    load = Load(card, lengths[0], slot_count, options.quantize, options.exact)
-    refused = _refuse_load(load) or _refuse_nodes(load, nodes, allowed, options)
+    load = Load(card, lengths[0], slot_count, options.quantize, options.exact, options.rank_count)
+    refused = _refuse_load(load) or _refuse_ranks(card, options) or _refuse_nodes(load, nodes, allowed, options)
     if refused:
         return refused
     for length in lengths:
         found = _place_with(replace(load, context_length=length), allowed, options)
         if found:
-            return Placement(found, length, slot_count)
+            return Placement(found, length, slot_count, options.rank_count)
     least = replace(load, context_length=lengths[-1])
     fitting = next((each for each in _smaller(least) if _place_with(each, allowed, options)), None)
-    return refusal.too_little_memory(least, allowed, max(options.node_count_min, 1), fitting)
+    return refusal.too_little_memory(least, allowed, _stage_count_min(options), fitting)
+
+
+def _stage_count_min(options: Options) -> int:
+    return max(-(-options.node_count_min // options.rank_count), 1)
 
 
 def _smaller(load: Load) -> Iterator[Load]:
@@ -99,6 +112,16 @@ def _refuse_load(load: Load) -> Refused | None:
     return None
 
 
+def _refuse_ranks(card: ModelCard, options: Options) -> Refused | None:
+    """`node_count_min` 1 is what nobody has to ask for."""
+    ranks, nodes = options.rank_count, options.node_count_min
+    if not 1 <= ranks <= RANKS_MAX:
+        return refusal.odd_ranks(ranks)
+    if nodes > 1 and nodes % ranks:
+        return refusal.nodes_without_rank(nodes, ranks)
+    return refusal.uneven_heads(card, ranks)
+
+
 def _refuse_nodes(
     load: Load, nodes: Sequence[Candidate], allowed: Sequence[Candidate], options: Options
 ) -> Refused | None:
@@ -108,8 +131,10 @@ def _refuse_nodes(
         return refusal.unknown_nodes(missing)
     if not nodes:
         return refusal.no_figures()
-    if options.node_count_min > load.card.layer_count:
+    if _stage_count_min(options) > load.card.layer_count:
         return refusal.more_nodes_than_layers(options.node_count_min, load)
+    if options.rank_count > len(allowed) >= options.node_count_min:
+        return refusal.too_few_for_ranks(options.rank_count, len(allowed))
     if options.node_count_min > len(allowed):
         return refusal.too_few_nodes(options.node_count_min, len(allowed))
     return None
@@ -127,20 +152,43 @@ def _place_with(load: Load, nodes: Sequence[Candidate], options: Options) -> tup
     """The fewest nodes that hold it; counts whose best nodes together have too little are passed over."""
     preferred = ranked(nodes, options.asked_at)
     best = sorted((budgets_bytes(nodes, [node])[0] for node in nodes), reverse=True)
-    for count in range(max(options.node_count_min, 1), min(len(nodes), load.card.layer_count) + 1):
-        if sum(best[:count]) < whole_bytes(load, count):
+    ranks = options.rank_count
+    for count in range(_stage_count_min(options), min(len(nodes) // ranks, load.card.layer_count) + 1):
+        if sum(best[: count * ranks]) < whole_bytes(load, count):
             continue
-        for chosen in islice(_selections(preferred, count, options), SPLITS_TRIED_MAX):
-            cuts = split(load, budgets_bytes(nodes, chosen))
+        for groups in islice(_selections(preferred, count, options), SPLITS_TRIED_MAX):
+            cuts = split(load, group_budgets_bytes(nodes, groups))
             if cuts:
-                return parts_of(load, chosen, cuts)
+                return parts_of(load, groups, cuts)
     return None
 
 
-def _selections(preferred: Sequence[Candidate], count: int, options: Options) -> Iterator[list[Candidate]]:
-    """Sets of so many nodes, the preferred ones first, each in several orders."""
-    for chosen in combinations(preferred, count):
-        yield from _orders(_in_order(chosen, options))
+def group_budgets_bytes(nodes: Sequence[Candidate], groups: Sequence[Group]) -> tuple[int, ...]:
+    """What each node of a group may take, if all these are used together."""
+    left = iter(budgets_bytes(nodes, [node for group in groups for node in group]))
+    return tuple(min(islice(left, len(group))) for group in groups)
+
+
+def _selections(preferred: Sequence[Candidate], count: int, options: Options) -> Iterator[list[Group]]:
+    """Sets of so many groups of nodes, the preferred ones first, each in several orders."""
+    for chosen in combinations(preferred, count * options.rank_count):
+        ordered = _in_order(chosen, options)
+        yield from _orders(_groups(ordered, options.rank_count))
+        if options.rank_count > 1:
+            yield from _orders(_groups(_alike_together(ordered), options.rank_count))
+
+
+def _groups(nodes: Sequence[Candidate], rank_count: int) -> list[Group]:
+    return [nodes[start : start + rank_count] for start in range(0, len(nodes), rank_count)]
+
+
+def _alike_together(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """The head, then the others by what is free there, beginning at the end that is nearer to what the head has."""
+    head, *others = ordered
+    others.sort(key=lambda node: (-node.memory_bytes_free, node.node_id))
+    most, least = others[0].memory_bytes_free, others[-1].memory_bytes_free
+    is_small = abs(head.memory_bytes_free - least) < abs(head.memory_bytes_free - most)
+    return [head, *(reversed(others) if is_small else others)]
 
 
 def _in_order(chosen: Sequence[Candidate], options: Options) -> list[Candidate]:
@@ -160,21 +208,23 @@ def _in_order(chosen: Sequence[Candidate], options: Options) -> list[Candidate]:
     )
 
 
-def _orders(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
-    """The preferred order, then those with another first or last node: only these two hold more than layers."""
+def _orders(chosen: list[Group]) -> Iterator[list[Group]]:
+    """The preferred order, then those with another first or last group: only these two hold more than layers."""
     yield chosen
     for first in range(len(chosen)):
         for last in range(len(chosen)):
             if first == last or (first == 0 and last == len(chosen) - 1):
                 continue
-            middle = [node for index, node in enumerate(chosen) if index not in (first, last)]
+            middle = [group for index, group in enumerate(chosen) if index not in (first, last)]
             yield [chosen[first], *middle, chosen[last]]
 
 
-def parts_of(load: Load, chosen: Sequence[Candidate], cuts: tuple[int, ...]) -> tuple[Part, ...]:
-    """A stage for each node, in this order; each ends before one of the cuts."""
+def parts_of(load: Load, groups: Sequence[Group], cuts: tuple[int, ...]) -> tuple[Part, ...]:
+    """A stage for each group, in this order; each ends before one of the cuts."""
     starts = (0, *cuts)
     shards = [Shard(start, end, load.card.layer_count) for start, end in zip(starts, cuts, strict=False)]
     return tuple(
-        Part(node.node_id, shard, shard_bytes(load, shard)) for node, shard in zip(chosen, shards, strict=True)
+        Part(node.node_id, shard, shard_bytes(load, shard), rank)
+        for group, shard in zip(groups, shards, strict=True)
+        for rank, node in enumerate(group)
     )

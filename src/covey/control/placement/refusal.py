@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Final
 
-from covey.control.placement.memory import Load, whole_bytes
+from covey.checkpoints import ranks
+from covey.control.placement.memory import Load, heads_of, whole_bytes
 from covey.control.placement.nodes import Candidate, machines
-from covey.schema.cluster import Refused
+from covey.schema.cluster import RANKS_MAX, Refused
 from covey.schema.model import ModelCard, Quantizing
 
 CONTEXT_LENGTH_MIN: Final = 2  # one token of prompt, one of answer
@@ -29,6 +30,34 @@ def more_nodes_than_layers(asked: int, load: Load) -> Refused:
     card = load.card
     return Refused(
         f"asked for {asked} nodes, but {card.model_id} has only {card.layer_count} layers: ask for fewer nodes.",
+        BAD_REQUEST,
+    )
+
+
+def too_few_for_ranks(rank_count: int, here: int) -> Refused:
+    return Refused(
+        f"{rank_count} ranks need {rank_count} nodes, {_are_here(here)}: "
+        f"run `covey up` on {_more(rank_count - here)}, or ask for fewer ranks.",
+        CONFLICT,
+    )
+
+
+def odd_ranks(rank_count: int) -> Refused:
+    return Refused(
+        f"a layer can't be shared by {rank_count} ranks: ask for a number from 1 to {RANKS_MAX}.", BAD_REQUEST
+    )
+
+
+def uneven_heads(card: ModelCard, rank_count: int) -> Refused | None:
+    """None where its layers can be cut into so many ranks."""
+    reason = ranks.refusal(card.architecture, heads_of(card), card.feed_forward_size, rank_count)
+    return Refused(f"{card.model_id} is {reason}.", BAD_REQUEST) if reason else None
+
+
+def nodes_without_rank(nodes: int, rank_count: int) -> Refused:
+    return Refused(
+        f"{_nodes(nodes)} can't be divided into stages of {rank_count} ranks, each of which is a node: "
+        f"ask for {rank_count} nodes, or a multiple of that.",
         BAD_REQUEST,
     )
 
@@ -75,7 +104,7 @@ def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, 
     )
     each = "; ".join(_machine_lines(nodes))
     size = f"a context of {load.context_length} tokens in {_slots(load)}"
-    opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count)} with {size}"
+    opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count * load.rank_count)} with {size}"
     if needed > usable:
         lack = f"the cluster has {amount(usable)} to give, so {amount(needed - usable)} are missing"
     else:
