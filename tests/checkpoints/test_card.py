@@ -49,7 +49,7 @@ def test_a_card_says_what_the_header_says() -> None:
         file_bytes=4557,
         layer_bytes=(312, 312, 312),  # two blocks of 16 bytes of codes and 12 of the kernel, and 64 floats
         embedding_bytes=7456,  # 200 packed blocks of 36 bytes; rope factors may be needed anywhere
-        output_bytes=9312,  # the embedding again, as it is tied, and 8 bytes for each block
+        output_bytes=9312,  # the embedding again, as it is tied, and 8 bytes more for each block
         spared=SparedBytes((8, 8, 8), 600),  # 4 bytes for each block with offsets, and 3 for each of 8 bits without
     )
 
@@ -75,7 +75,7 @@ def test_what_full_precision_takes_where_it_is_quantised() -> None:
     assert q4.layer_bytes == (312, 256 + 128 * (16 + 4 + 8) + routers_and_narrow, 312)
     assert q8.layer_bytes == (312, 256 + 128 * (32 + 4 + 8) + routers_and_narrow, 312)
     assert (card.spared, q4.spared, q8.spared) == tuple(  # the layer in the middle has no blocks in the file
-        SparedBytes((16, count, 16), 16) for count in (0, 128 * 8, 128 * 3)
+        SparedBytes((8, count, 8), 8) for count in (0, 128 * 8, 128 * 3)
     )
     assert card.embedding_bytes - q4.embedding_bytes == 12800 - 200 * (16 + 4)
     assert (q4.output_bytes, q8.output_bytes) == (card.output_bytes, card.output_bytes)
