@@ -13,7 +13,7 @@ from covey.engine.onnx.tensors import output_name
 from covey.schema.model import Shard
 
 GRAPHS: Final = 8  # about as many has a large stage; what it holds twice while it loads is so much smaller
-GRAPH_BYTES_MIN: Final = 24 * 1024 * 1024  # of the file: below, a graph of its own takes more than it saves
+GRAPH_BYTES_MIN: Final = 48 * 1024 * 1024  # of the file: what a graph costs a token shows in small models
 EXPERTS_MAX: Final = 512  # in one graph; ONNX Runtime takes 1 s to load their branches, and 90 s for those of 6,000
 
 
