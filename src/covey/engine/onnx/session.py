@@ -59,7 +59,8 @@ class StageSession:
         self, parts: Sequence[StageGraph], cache: KvCache, *, thread_count: int, hidden_size: int, result_size: int
     ) -> None:
         """`result_size`: what this rank computes of it."""
-        self._parts = [_Part(_open(part, thread_count, has_arena=len(parts) == 1), part) for part in parts]
+        is_whole = len(parts) == 1
+        self._parts = [_Part(_open(part, thread_count, has_arena=is_whole), _without_weights(part)) for part in parts]
         self._cache = cache
         self._arrays = _Arrays(np.empty(0), np.empty((0, result_size), np.float32), ())
         self._hidden_size = hidden_size
@@ -205,6 +206,11 @@ class _Binding:
 def _shared(array: NDArray[Any]) -> Any:
     """An OrtValue over the array's own memory, which it keeps alive."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _without_weights(part: StageGraph) -> StageGraph:
+    """What a binding has to know of it. A session packs what it multiplies by, and holds no second copy."""
+    return replace(part, model=b"", weights={})
 
 
 def _open(built: StageGraph, thread_count: int, *, has_arena: bool) -> Any:
