@@ -63,9 +63,7 @@ class StageSession:
     ) -> None:
         """`file`: what the parts' matrices are kept in; `result_size`: what this rank computes of it."""
         with file.named() if file else nullcontext("") as folder:
-            opened = [_open(part, thread_count, folder) for part in parts]
-        names = [replace(part, model=b"", weights={}) for part in parts]  # the session has what it wants of them
-        self._parts = [_Part(session, part) for session, part in zip(opened, names, strict=True)]
+            self._parts = [_Part(_open(part, thread_count, folder), _without_weights(part)) for part in parts]
         self._cache = cache
         self._arrays = _Arrays(np.empty(0), np.empty((0, result_size), np.float32), ())
         self._hidden_size = hidden_size
@@ -206,6 +204,11 @@ class _Binding:
             reading.bind_ortvalue_input(graph.RESIDUAL, bound[side])
             reading.bind_ortvalue_input(graph.UPDATE, bound[side + 1])
             self.steps[index] = (part, writing, between[side + 1])
+
+
+def _without_weights(part: StageGraph) -> StageGraph:
+    """What a binding has to know of it. A session packs what it multiplies by, and holds no second copy."""
+    return replace(part, model=b"", weights={})
 
 
 def _open(built: StageGraph, thread_count: int, folder: str) -> Any:
