@@ -107,6 +107,23 @@ def test_where_there_is_no_room_the_session_packs_for_itself(monkeypatch: pytest
         assert file.add(make_matrix(40, 3, 32, 4)[0]) is None
 
 
+def test_a_disk_that_fails_meanwhile_leaves_the_matrix_to_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    matrix, _ = make_matrix(40, 3, 32, 4)
+    with KernelFile() as file:
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "pwrite", full)
+            assert file.add(matrix) is None
+        assert file.add(matrix) is not None
+
+
+def test_elsewhere_it_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not kernel_file.is_usable.__wrapped__()
+
+
 @pytest.fixture
 def leftover() -> Iterator[Path]:
     path = FOLDER / f"{kernel_file.PREFIX}test-{os.getpid()}"

@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import secrets
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,13 +62,20 @@ class KernelFile:
 
     def add(self, matrix: PackedBlocks) -> Kept | None:
         """None where the layout is not the one that is known, or there is no room."""
+        try:
+            return self._add(matrix)
+        except OSError as error:
+            log.warning("a matrix is left to the session to pack: %s", error)
+            return None
+
+    def _add(self, matrix: PackedBlocks) -> Kept | None:
         content = _packed(matrix)[1]
         if not _carry_offsets(content, matrix) or not self._has_room(len(content)):
             return None
-        self._count += 1
-        blank = _blank(matrix, self._count)
+        blank = _blank(matrix, self._count + 1)
         kept = Kept(self.name, BLANK_AT, f"{_packed(blank)[0]}|{self._end};{len(content)};0", blank.scales)
         self._write(content)
+        self._count += 1
         self._blank_bytes = max(self._blank_bytes, blank.codes.nbytes)
         return kept
 
@@ -108,6 +116,8 @@ def opened() -> Generator[KernelFile | None]:
 @functools.cache
 def is_usable() -> bool:
     """Whether a file on this machine, with this version of ONNX Runtime, makes products come out right."""
+    if sys.platform != "linux":
+        return False
     try:
         return all(_is_right(bits) for bits in (4, 8))
     except (OSError, RuntimeError) as error:
