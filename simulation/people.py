@@ -139,7 +139,8 @@ class People:
             model, count = random.choice((SMALL, SMALL, LARGE, LARGE, HUGE)), random.choice((1, 1, 1, 2, 2, 3))
             chosen = random.sample(self.world.hosts, random.randint(1, len(self.world.hosts)))
             node_ids = tuple(each.node_id for each in chosen) if random.random() < 0.25 else ()
-            self.place(host, model, count, node_ids, random.choice((1, 1, 2)))
+            ranks = random.choice((1, 1, 2))
+            self.place(host, model, random.choice((1, 2, 4)) if ranks == 2 else count, node_ids, ranks)
 
     def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
         if command_id in self.answers:
