@@ -291,7 +291,7 @@ def test_a_node_does_not_start_what_two_leaders_assigned_to_the_same_memory() ->
     assert instance_status(state(ada), instance).phase is InstancePhase.READY
     status = instance_status(state(ada), other)
     assert status.phase is InstancePhase.WAITING
-    assert status.text == "node0 has too little memory now: 3.0 GB free, 3.2 GB needed"
+    assert status.text == "node0 has too little memory now: 3.0 GB free, 3.5 GB needed"
     assert len(ada.processes) == 1
 
 
