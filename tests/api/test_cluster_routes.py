@@ -179,6 +179,7 @@ def test_what_a_placement_would_be_is_told_without_placing(client: TestClient, b
         ({}, 400, "'model_id' is missing"),
         ({"model_id": "GPT-9"}, 404, "There is no model"),
         ({"model_id": "Tiny-Chat", "min_nodes": "two"}, 400, "'min_nodes' must be a whole number"),
+        ({"model_id": "Tiny-Chat", "min_nodes": "--3"}, 400, "'min_nodes' must be a whole number"),
         ({"model_id": "Tiny-Chat", "min_nodes": "0"}, 400, "'min_nodes'"),
         ({"model_id": "Tiny-Chat", "min_nodes": "9" * 5000}, 400, "'min_nodes'"),
         ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, 400, "'sharding'"),

@@ -106,6 +106,6 @@ def _render(card: ModelCard, row: Row) -> dict[str, Any]:
 
 
 def _number(name: str, text: str) -> int:
-    if not text.lstrip("-").isdecimal() or len(text) > len(str(NODES_MAX)) + 1:
+    if not text.removeprefix("-").isdecimal() or len(text) > len(str(NODES_MAX)) + 1:
         raise RequestError(f"The parameter '{name}' must be a whole number, for example 2.", param=name)
     return int(text)

@@ -27,7 +27,7 @@ from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard, account_of
 from covey.api.key_routes import KeyRoutes
-from covey.schema.cluster import DeleteInstance, Rebalance, Visibility
+from covey.schema.cluster import DeleteInstance, Instance, Rebalance, Refused, Visibility
 from covey.schema.generation import (
     GenerationEvent,
     GenerationFailed,
@@ -216,7 +216,10 @@ class InstanceRoutes:
         chosen = request.query_params.getlist("node_ids")
         members = [each for each in self._backend.state().members if each.visibility is Visibility.VISIBLE]
         commands = previews.commands(card, len(chosen) or len(members), chosen)
-        tried = [(sharding, self._backend.preview(command)) for sharding, command in commands]
+        tried: list[tuple[str, Instance | Refused]] = []
+        for sharding, command in commands:
+            tried.append((sharding, self._backend.preview(command)))
+            await anyio.sleep(0)  # a placement takes a while, and others are served here
         return json_response(previews.render_previews(card, tried), headers=NO_STORE)
 
     async def get(self, request: Request) -> Response:

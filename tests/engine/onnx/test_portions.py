@@ -32,6 +32,13 @@ def test_where_another_packs_it_is_one_graph(tiny, monkeypatch):
     assert len(portions(header, read_settings(header), Shard(0, LAYERS, LAYERS), packs_itself=False)) == 1
 
 
+def test_where_there_is_hardly_room_for_what_is_packed_it_is_several(tiny, monkeypatch):
+    monkeypatch.setattr("covey.engine.onnx.portions.GRAPH_BYTES_MIN", 0)
+    monkeypatch.setattr("covey.engine.onnx.kernel_file.has_room", lambda _: False)
+    header = open_checkpoint(tiny)
+    assert len(portions(header, read_settings(header), Shard(0, LAYERS, LAYERS), packs_itself=False)) > 1
+
+
 def test_a_small_stage_is_one_graph(tiny):
     assert cut(open_checkpoint(tiny)) == [(0, LAYERS)]
 

@@ -10,6 +10,7 @@ floats are not what they must be is refused, and before the first one a trial is
 (docs/decisions/0010-kernel-file.md).
 """
 
+import ctypes
 import fcntl
 import functools
 import logging
@@ -18,7 +19,7 @@ import os
 import secrets
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -35,7 +36,9 @@ FOLDER: Final = Path("/dev/shm")  # noqa: S108 - memory, on Linux; files have no
 PREFIX: Final = "covey-kernels-"
 ALIGNMENT: Final = 64  # bytes; a kernel's layout depends on where it begins
 LANES: Final = 16  # rows whose floats lie side by side
+POPULATE_READ: Final = 22  # MADV_POPULATE_READ, of Linux 5.14 and newer; before, pages count later
 BLANK_AT: Final = 1 << 40  # far behind all matrices: a hole of zeros
+ROOM_TIMES: Final = 3  # of what a stage has in its file, of which it takes up to twice as much
 TRIAL: Final = (40, 3, 32)  # rows, blocks, weights of a block
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ class KernelFile:
         """None where the layout is not the one that is known, or there is no room."""
         try:
             return self._add(matrix)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no class of their own in common
             log.warning("a matrix is left to the session to pack: %s", error)
             return None
 
@@ -87,9 +90,20 @@ class KernelFile:
         os.link(f"/proc/self/fd/{self._file}", path, src_dir_fd=self._file, follow_symlinks=True)
         try:
             yield str(FOLDER)
+            self._make_resident()
         finally:
             path.unlink()
             os.ftruncate(self._file, self._end)  # zeros that were read took memory
+
+    def _make_resident(self) -> None:
+        """Pages count as this process's when they are first read. They are taken from what is free already, and who
+        compares the two would count them twice.
+        """
+        library = ctypes.CDLL(None, use_errno=True)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if self.name in line:
+                start, end = (int(each, 16) for each in line.split()[0].split("-"))
+                library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), POPULATE_READ)
 
     def _has_room(self, byte_count: int) -> bool:
         found = os.fstatvfs(self._file)
@@ -105,12 +119,20 @@ class KernelFile:
 
 @contextmanager
 def opened() -> Generator[KernelFile | None]:
-    """None where sessions have to pack for themselves. Raises `OSError`."""
-    if not is_usable():
-        yield None
-        return
-    with KernelFile() as file:
-        yield file
+    """None where sessions have to pack for themselves."""
+    try:
+        file = KernelFile() if is_usable() else None
+    except OSError as error:
+        log.warning("weights are packed by the sessions themselves: %s", error)
+        file = None
+    with file or nullcontext() as found:
+        yield found
+
+
+def has_room(byte_count: int) -> bool:
+    """Whether a stage that takes so many bytes of a model file has clearly room there, though others load, too."""
+    found = os.statvfs(FOLDER)
+    return found.f_bavail * found.f_frsize > ROOM_TIMES * byte_count
 
 
 @functools.cache
@@ -120,8 +142,8 @@ def is_usable() -> bool:
         return False
     try:
         return all(_is_right(bits) for bits in (4, 8))
-    except (OSError, RuntimeError) as error:
-        log.info("weights are packed by the sessions themselves: %s", error)
+    except Exception as error:  # noqa: BLE001 - likewise: whatever it is, sessions can do without
+        log.warning("weights are packed by the sessions themselves: %s", error)
         return False
 
 
@@ -129,9 +151,10 @@ def _remove_leftovers() -> None:
     """Names that processes which were killed had given to their files. Who still uses one holds a lock on it."""
     for left in FOLDER.glob(f"{PREFIX}*"):
         try:
-            with left.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+            if left.lstat().st_uid == os.getuid() and left.is_file() and not left.is_symlink():
+                with left.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
         except OSError as error:  # in use, another user's, or gone meanwhile
             log.debug("%s is left: %s", left, error)
 

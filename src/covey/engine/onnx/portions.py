@@ -8,6 +8,7 @@ What that costs a token is told by `bench/segments.py`; and a tied embedding is 
 from typing import Final
 
 from covey.checkpoints.checkpoint import EMBEDDING, Checkpoint
+from covey.engine.onnx import kernel_file
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.tensors import output_name
 from covey.schema.model import Shard
@@ -23,7 +24,8 @@ def portions(header: Checkpoint, architecture: Architecture, shard: Shard, *, pa
     """
     sizes = _file_bytes(header, shard)
     total = sum(sizes.values())
-    bytes_most = max(total // GRAPHS, GRAPH_BYTES_MIN) if packs_itself else total
+    is_one = not packs_itself and kernel_file.has_room(total)
+    bytes_most = total if is_one else max(total // GRAPHS, GRAPH_BYTES_MIN)
     layers_most = _layers_most(architecture)
     starts: list[int] = []
     size = 0
