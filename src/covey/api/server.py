@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
@@ -219,7 +220,7 @@ class InstanceRoutes:
         tried: list[tuple[str, Instance | Refused]] = []
         for sharding, command in commands:
             tried.append((sharding, self._backend.preview(command)))
-            await anyio.sleep(0)  # a placement takes a while, and others are served here
+            await anyio.lowlevel.checkpoint()  # a placement takes a while, and others are served here
         return json_response(previews.render_previews(card, tried), headers=NO_STORE)
 
     async def get(self, request: Request) -> Response:
