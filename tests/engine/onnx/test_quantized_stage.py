@@ -114,15 +114,16 @@ def card_of(path: Path) -> ModelCard:
 
 
 def byte_count(held: Any, *, is_multiplied: bool = True) -> int:
-    """Of all arrays in it, and of what a kernel adds to blocks."""
+    """Of all arrays in it; blocks as a kernel holds them."""
     if isinstance(held, np.ndarray):
         return held.nbytes
     if isinstance(held, tuple | list):
         return sum(map(byte_count, held))
     if not isinstance(held, msgspec.Struct):
         return 0
-    added = KERNEL_BYTES * held.scales.size if isinstance(held, PackedBlocks) and is_multiplied else 0
-    return added + sum(map(byte_count, msgspec.structs.astuple(held)))
+    if isinstance(held, PackedBlocks) and is_multiplied:
+        return held.codes.nbytes + KERNEL_BYTES * held.scales.size
+    return sum(map(byte_count, msgspec.structs.astuple(held)))
 
 
 def read(path: Path, shard: Shard, quantize: Quantizing | None) -> tuple[list[Any], list[Any]]:
