@@ -66,9 +66,9 @@ def rounded(weights: Floats, bits: int) -> Blocks:
     largest: Any = np.take_along_axis(groups, places, -1)
     # With 4 bits the largest weight becomes code 0, for there is one code more below the middle than above it.
     scales: Any = largest / np.float32(-8) if bits == 4 else np.abs(largest) / np.float32(127)  # noqa: PLR2004
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    steps: Any = np.divide(groups, scales, out=np.zeros_like(groups), where=scales != 0)
     zero, top = 1 << (bits - 1), (1 << bits) - 1
-    codes: Any = np.clip(np.rint(groups * inverse) + zero, 0, top)
+    codes: Any = np.clip(np.rint(steps) + zero, 0, top)
     return Blocks(codes.astype(np.uint8), bits, zero, scales[..., 0].astype(np.float32), None)
 
 

@@ -124,10 +124,14 @@ class ModelGraph:
         self._residual = builder.node("Gather", [self._residual, ROWS], "wanted.residual", axis=0)
         self._update = builder.node("Gather", [self._update, ROWS], "wanted.update", axis=0)
         normed = self._summed_norm("output_norm", head.norm)
-        logits = self._products.linear("output", normed, Linear(head.output))
+        logits = self._output().linear("output", normed, Linear(head.output))
         logits = self._capped(self._scaled(logits, 1 / self._architecture.logit_divisor))
         builder.node("Identity", [logits], RESULT)
         builder.output(RESULT, np.float32, ["wanted", head.own_size])
+
+    def _output(self) -> Products:
+        """To pack a matrix takes three times its size for a moment, and this one may be as large as ten layers."""
+        return Products(self._builder, None, is_exact=self._is_exact)
 
     def _embed(self, tokens: str, table: Table) -> str:
         """[tokens] to [tokens, hidden]. The operators don't check that a token is in the table."""

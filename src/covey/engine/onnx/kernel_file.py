@@ -72,11 +72,12 @@ class KernelFile:
             return None
 
     def _add(self, matrix: PackedBlocks) -> Kept | None:
+        blank = _blank(matrix, self._count + 1)
+        mark = _packed(blank)[0]  # before the matrix itself: both together would be more than is ever needed
         content = _packed(matrix)[1]
         if not _carry_offsets(content, matrix) or not self._has_room(len(content)):
             return None
-        blank = _blank(matrix, self._count + 1)
-        kept = Kept(self.name, BLANK_AT, f"{_packed(blank)[0]}|{self._end};{len(content)};0", blank.scales)
+        kept = Kept(self.name, BLANK_AT, f"{mark}|{self._end};{len(content)};0", blank.scales)
         self._write(content)
         self._count += 1
         self._blank_bytes = max(self._blank_bytes, blank.codes.nbytes)
