@@ -38,11 +38,12 @@ def grow(model: Llama) -> None:
         name: np.ones(shape, np.float32)
         if len(shape) == 1
         else random.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
-        for name, shape in shapes(vocabulary_size).items()
+        for name, shape in shapes(vocabulary_size, LAYERS).items()
     }
 
 
-def shapes(vocabulary_size: int) -> dict[str, tuple[int, ...]]:
+def shapes(vocabulary_size: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Of all tensors; the output matrix is the embedding."""
     inside: dict[str, tuple[int, ...]] = {
         "attn_norm": (HIDDEN,),
         "attn_q": (HEADS * HEAD, HIDDEN),
@@ -58,7 +59,7 @@ def shapes(vocabulary_size: int) -> dict[str, tuple[int, ...]]:
         "token_embd.weight": (vocabulary_size, HIDDEN),
         "output_norm.weight": (HIDDEN,),
     }
-    return found | {f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in inside.items()}
+    return found | {f"blk.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in inside.items()}
 
 
 def main() -> None:

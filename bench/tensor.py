@@ -26,6 +26,7 @@ import numpy as np
 from bare_engine import spec_of
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
+from one_billion import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, shapes
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +39,7 @@ from covey.engine.onnx.stage import OnnxStage
 from covey.engine.tls import Channel, client_context, server_context
 from covey.schema.trust import Credentials
 
-HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCABULARY = 2048, 32, 8, 64, 8192, 32_000
+VOCABULARY = 32_000
 PREFILL_TOKENS, DECODE_TOKENS, SUMS = 512, 24, 1000
 WAIT_SECONDS = 60.0
 MEASURES = ("prefill", "decode")
@@ -56,7 +57,7 @@ def write_model(path: Path, kind: str, layers: int) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500_000.0)
     writer.add_rope_dimension_count(HEAD)
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(VOCABULARY, layers).items():
         if len(shape) == 1:
             writer.add_tensor(name, np.ones(shape, np.float32))
         else:
@@ -66,22 +67,6 @@ def write_model(path: Path, kind: str, layers: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,)}
-    inside: dict[str, tuple[int, ...]] = {
-        "attn_norm": (HIDDEN,),
-        "attn_q": (HEADS * HEAD, HIDDEN),
-        "attn_k": (KV_HEADS * HEAD, HIDDEN),
-        "attn_v": (KV_HEADS * HEAD, HIDDEN),
-        "attn_output": (HIDDEN, HEADS * HEAD),
-        "ffn_norm": (HIDDEN,),
-        "ffn_gate": (INNER, HIDDEN),
-        "ffn_up": (INNER, HIDDEN),
-        "ffn_down": (HIDDEN, INNER),
-    }
-    return found | {f"blk.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in inside.items()}
 
 
 def random_blocks(generator: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,19 @@ def take_away(node: NodeProcess) -> None:
     until(lambda: not reports(node), READY_S_MAX, "nothing runs")
 
 
+def is_runner(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return "covey.engine" in process.cmdline()
+    return False  # it has just ended
+
+
 def runner_of(node: NodeProcess) -> psutil.Process | None:
-    found = [each for each in census.family(node.process.pid) if "covey.engine" in each.cmdline()]
-    return found[0] if found else None
+    return next(filter(is_runner, census.family(node.process.pid)), None)
+
+
+def held_bytes(node: NodeProcess) -> int:
+    """Without the next try, which begins at once where a runner was stopped."""
+    return census.resident_bytes(each for each in census.family(node.process.pid) if not is_runner(each))
 
 
 def stopped(node: NodeProcess) -> psutil.Process:
@@ -86,7 +97,8 @@ def test_a_load_that_hangs_gives_its_memory_back(
         place(node, demo_model)
         until(lambda: is_at(node, "Ready"), READY_S_MAX, "it serves")
         take_away(node)
-        before_bytes = census.resident_bytes(census.family(node.process.pid))
+        assert runner_of(node) is None
+        before_bytes = held_bytes(node)
 
         if not is_stopped:
             wrong.begin("disk-hangs")
@@ -99,15 +111,17 @@ def test_a_load_that_hangs_gives_its_memory_back(
         took_s = time.monotonic() - hung_s
         assert took_s < LIMIT_S + GONE_S_MAX
 
-        def held_bytes() -> int:
-            return census.resident_bytes(census.family(node.process.pid)) - before_bytes
+        def more_bytes() -> int:
+            return held_bytes(node) - before_bytes
 
-        until(lambda: held_bytes() < BACK_BYTES, BACK_S_MAX, "its memory is back", held_bytes)
-        print(f"gone after {took_s:.1f} s of {LIMIT_S:g} s, {held_bytes() / census.MIB:+.1f} MiB")
+        until(lambda: more_bytes() < BACK_BYTES, BACK_S_MAX, "its memory is back", more_bytes)
+        print(f"gone after {took_s:.1f} s of {LIMIT_S:g} s, {more_bytes() / census.MIB:+.1f} MiB")
         until(lambda: "COVEY_LOAD_TIMEOUT_S" in reports(node)[0]["reason"], 10, "it says why", lambda: reports(node))
         until(lambda: is_at(node, "Ready"), READY_S_MAX, "the next try serves", lambda: reports(node))
         print(f"ready again after {time.monotonic() - hung_s:.1f} s")
         take_away(node)
+        until(lambda: runner_of(node) is None, READY_S_MAX, "no process of it is left")
+        until(lambda: more_bytes() < BACK_BYTES, BACK_S_MAX, "all memory is back", more_bytes)
         place(node, demo_model)
         until(lambda: is_at(node, "Ready"), READY_S_MAX, "another instance serves", lambda: reports(node))
         assert node.ask(str(demo_model), "Hello", max_tokens=4)
