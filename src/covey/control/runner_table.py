@@ -84,7 +84,7 @@ class Runner(Struct):
     last_attempt: int = 0  # that a process took part in
     started_ms: int | None = None  # when that was started
     serving_since_ms: int | None = None
-    working_since_ms: int | None = None  # it serves, and has ended a step
+    working_beats: int = 0  # since then: those that told of a further step
     was_well: bool = False  # until now: what goes wrong then is tried again at once, and costs none of its budget
     has_failed: bool = False  # and its back-off is not over, also while it is not assigned
     retries_left: int = 0
@@ -146,7 +146,7 @@ def inherit(heir: Runner, donor: Runner) -> None:
     heir.layers_loaded, heir.bytes_loaded = donor.layers_loaded, donor.bytes_loaded
     _forget_process(donor)
     donor.state, donor.retry_ms, donor.is_seen_gone = IDLE, None, True
-    donor.serving_since_ms = donor.working_since_ms = None
+    donor.serving_since_ms, donor.working_beats = None, 0
 
 
 # ---- what the node itself decides ----
@@ -320,6 +320,7 @@ def _activity(runner: Runner, news: Activity) -> Outcome:
 
 
 def _beat(runner: Runner, news: Beat) -> Outcome:
+    runner.working_beats += news.steps > runner.steps
     runner.steps, runner.is_busy = news.steps, news.is_busy
     return runner.state, []
 

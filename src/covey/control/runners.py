@@ -72,7 +72,7 @@ from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
 from covey.schema.pipeline import leaders, ranks_of, stage_count, stage_index
-from covey.schema.runner import Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
+from covey.schema.runner import BEAT_MS, Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 RunnerNews = RunnerStarted | RunnerSaid | RunnerHalted | RunnerExited
 
@@ -128,25 +128,21 @@ class Runners:
         """Keeps the times that back-off and budget are counted from."""
         if runner.state in SERVING_STATES:
             runner.serving_since_ms = now_ms if runner.serving_since_ms is None else runner.serving_since_ms
-            if runner.steps and runner.working_since_ms is None:
-                runner.working_since_ms = now_ms
             return
         steps = self.settings.runner_back_off_ms
         if self._was_well(now_ms, runner):
             runner.was_well, runner.retries_left, runner.partings = True, len(steps), min(runner.partings, 1)
-        runner.serving_since_ms = runner.working_since_ms = None
+        runner.serving_since_ms, runner.working_beats = None, 0
         if runner.state is RunnerState.PARTED and runner.retry_ms is None:
             runner.retry_ms = now_ms + (0 if runner.was_well else steps[min(runner.partings, len(steps)) - 1])
         if runner.has_failed and not runner.has_process and runner.retries_left:
             runner.retry_ms = now_ms + (0 if runner.was_well else steps[len(steps) - runner.retries_left])
 
     def _was_well(self, now_ms: int, runner: Runner) -> bool:
-        """Whether it served for a while: less long if it got on with work. The time that it hung does not count."""
-        progressed_ms = runner.progressed_ms
-        waited, worked = runner.serving_since_ms, runner.working_since_ms
-        until_ms = progressed_ms if runner.is_overdue else now_ms
-        is_healthy = waited is not None and until_ms - waited >= self.settings.runner_healthy_ms
-        return is_healthy or (worked is not None and progressed_ms - worked >= self.settings.runner_proven_ms)
+        """Whether it served for a while: less long if it worked all the while. The time that it hung does not count."""
+        since_ms, until_ms = runner.serving_since_ms, runner.progressed_ms if runner.is_overdue else now_ms
+        is_healthy = since_ms is not None and until_ms - since_ms >= self.settings.runner_healthy_ms
+        return is_healthy or runner.working_beats * BEAT_MS >= self.settings.runner_proven_ms
 
     def measure(self, resident_bytes: Mapping[int, int]) -> None:
         """What the processes hold now, by process id: of those that have loaded, whose caches fill as they serve.
@@ -164,8 +160,8 @@ class Runners:
         for runner in self.runners.values():
             runner.phase_since_ms = runner.heard_ms = now_ms
             runner.progressed_ms += slept_ms
-            runner.serving_since_ms = _later(runner.serving_since_ms, slept_ms)
-            runner.working_since_ms = _later(runner.working_since_ms, slept_ms)
+            if runner.serving_since_ms is not None:
+                runner.serving_since_ms += slept_ms
 
     # ---- desired minus actual ----
 
@@ -435,10 +431,6 @@ class Runners:
 def _engine_options(instance: Instance) -> dict[str, str]:
     exact = {"exact": "1"} if instance.exact else {}
     return exact | ({"quantize": instance.quantize.value} if instance.quantize else {})
-
-
-def _later(at_ms: int | None, by_ms: int) -> int | None:
-    return None if at_ms is None else at_ms + by_ms
 
 
 def _keep_time(now_ms: int, runner: Runner) -> None:
