@@ -120,6 +120,19 @@ def test_a_step_that_hangs_is_found_and_a_long_one_is_not_taken_for_it() -> None
     assert bench.mine.reason.startswith("no step ended for 300 s after 2 steps (COVEY_STEP_TIMEOUT_S allows more)")
 
 
+def test_who_waits_for_a_step_that_hangs_is_not_ended_before_it() -> None:
+    ended_ms = {}
+    for waits in (False, True):
+        bench = in_state(RunnerState.READY)
+        bench.say(Activity(1, 0))
+        begun_ms = bench.now_ms
+        while bench.mine.state is not RunnerState.FAILED:
+            bench.say(Beat(3, is_busy=True, waits_for_others=waits))
+            bench.advance(2_000)
+        ended_ms[waits] = bench.now_ms - begun_ms
+    assert ended_ms == {False: 300_000, True: 310_000}
+
+
 def test_a_stopped_process_is_found_also_while_it_answers() -> None:
     bench = in_state(RunnerState.READY)
     bench.say(Activity(1, 0))

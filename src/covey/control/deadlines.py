@@ -20,8 +20,10 @@ from covey.schema.runner import BEAT_MS, RunnerState
 BEATS_MISSED_MAX: Final = 3
 SILENCE_MS: Final = 10_000  # a machine that swaps can hold up any thread for seconds; as long as a node may be silent
 PARTED_SILENCE_MS: Final = 5_000  # its neighbours have left it, for its pulse or for something else
+WAITING_MORE_MS: Final = 10_000  # so that what the others wait for is ended before them
 HALTED_MS: Final = 1_000  # whoever stops a process for a moment has let it go on by then
 REAP_MS: Final = 10_000  # a killed process ends within milliseconds, unless a driver or a disk holds it
+MORE_FOR_STEPS: Final = "(COVEY_STEP_TIMEOUT_S allows more)"
 
 
 class Phase(Struct, frozen=True):
@@ -52,9 +54,7 @@ PHASES: Final[dict[RunnerState, Phase]] = {
         SERVING_STATES,
         Phase(
             lambda limits: limits.step_ms,
-            lambda runner: (
-                f"no step ended for {{seconds}} s after {runner.steps} steps (COVEY_STEP_TIMEOUT_S allows more)"
-            ),
+            lambda runner: f"no step ended for {{seconds}} s after {runner.steps} steps {MORE_FOR_STEPS}",
         ),
     ),
     **dict.fromkeys(
@@ -77,8 +77,10 @@ def due_ms(runner: Runner, limits: PhaseLimits) -> int | None:
         return None
     limit_ms = runner.phase_since_ms + phase.limit_ms(limits)
     if _ends_its_step(runner):
-        return min(max(limit_ms, runner.phase_since_ms + limits.step_ms), _silent_ms(runner, limits))
+        since_ms = runner.phase_since_ms if runner.ending_since_ms is None else runner.ending_since_ms
+        return min(max(limit_ms, since_ms + limits.step_ms), _silent_ms(runner, limits))
     if runner.state in SERVING_STATES:
+        limit_ms += WAITING_MORE_MS if runner.waits_for_others else 0
         return min(limit_ms, _silent_ms(runner, limits)) if runner.is_busy else _silent_ms(runner, limits)
     waits_for_others = runner.state is RunnerState.CONNECTING and runner.linked_to is None
     return None if waits_for_others else limit_ms
@@ -94,6 +96,8 @@ def overdue(now_ms: int, runner: Runner, limits: PhaseLimits) -> Overdue | None:
         at = "when it was to begin anew" if _ends_its_step(runner) else "while it served"
         told = f"it gave no sign of life for {_silence_ms(runner, limits) // 1000} s {at}"
         return Overdue(told, is_silent=True)
+    if _ends_its_step(runner):
+        return Overdue(f"the step that it was to leave did not end within {limits.step_ms / 1000:g} s {MORE_FOR_STEPS}")
     return Overdue(phase.told(runner).format(seconds=f"{phase.limit_ms(limits) / 1000:g}"))
 
 

@@ -97,8 +97,10 @@ class Runner(Struct):
     bytes_loaded: int = 0
     steps: int = 0  # that it has finished in its life
     is_busy: bool = False  # with a step; the head: with a request
+    waits_for_others: bool = False  # its own part of that is done
     phase_since_ms: int = 0  # when its phase began, or last got further, or its machine woke
     progressed_ms: int = 0  # the same but for waking
+    ending_since_ms: int | None = None  # the same, of the step that it was in when it was told to begin anew
     progress: tuple[object, ...] = ()  # as it was then
     heard_ms: int = 0  # when its process last said something
     is_overdue: bool = False  # it was ended because it did not get further
@@ -256,6 +258,7 @@ def _regroup(runner: Runner, news: Regroup) -> Outcome:
         raise UnexpectedInputError(f"attempt {news.attempt} of {runner.stage.runner_id} follows {runner.last_attempt}")
     runner.attempt = runner.last_attempt = news.attempt
     runner.retry_ms, runner.waiting, runner.is_inherited, runner.was_well = None, "", False, False
+    runner.ending_since_ms = runner.phase_since_ms if runner.is_busy else None
     _leave_generation(runner)
     return IDLE, [RegroupRunner(*runner.key, news.spec)]
 
@@ -276,6 +279,7 @@ def _started(runner: Runner, news: RunnerStarted) -> Outcome:
 
 
 def _listening(runner: Runner, news: Listening) -> Outcome:
+    runner.ending_since_ms = None
     runner.data_address = Address(runner.listen_host, news.port)
     return CONNECTING, []
 
@@ -321,7 +325,7 @@ def _activity(runner: Runner, news: Activity) -> Outcome:
 
 def _beat(runner: Runner, news: Beat) -> Outcome:
     runner.working_beats += news.steps > runner.steps
-    runner.steps, runner.is_busy = news.steps, news.is_busy
+    runner.steps, runner.is_busy, runner.waits_for_others = news.steps, news.is_busy, news.waits_for_others
     return runner.state, []
 
 
@@ -395,13 +399,13 @@ def _stop_effect(runner: Runner) -> StopRunner:
 def _leave_generation(runner: Runner) -> None:
     runner.data_address = runner.linked_to = None
     runner.requests_running = runner.requests_queued = runner.steps = 0
-    runner.is_busy = False
+    runner.is_busy = runner.waits_for_others = False
 
 
 def _forget_process(runner: Runner) -> None:
     _leave_generation(runner)
     runner.has_process, runner.process_id, runner.process_key, runner.holds = False, 0, None, None
-    runner.is_inherited = False
+    runner.is_inherited, runner.ending_since_ms = False, None
     runner.layers_loaded = runner.bytes_loaded = runner.resident_bytes = 0
     runner.is_seen_gone, runner.is_overdue, runner.waiting = False, False, ""
 

@@ -125,13 +125,17 @@ class Runners:
         return PhaseFailed("protocol", f"the runner said {type(message).__name__} while {runner.state}")
 
     def _note(self, now_ms: int, runner: Runner) -> None:
-        """Keeps the times that back-off and budget are counted from."""
+        """Keeps the times that back-off and budget are counted from. What has come to serve is never given up: what it
+        was asked may have killed it, and whoever asks gives up first.
+        """
         if runner.state in SERVING_STATES:
             runner.serving_since_ms = now_ms if runner.serving_since_ms is None else runner.serving_since_ms
             return
         steps = self.settings.runner_back_off_ms
         if self._was_well(now_ms, runner):
             runner.was_well, runner.retries_left, runner.partings = True, len(steps), min(runner.partings, 1)
+        elif runner.serving_since_ms is not None:
+            runner.retries_left = max(runner.retries_left, 1)
         runner.serving_since_ms, runner.working_beats = None, 0
         if runner.state is RunnerState.PARTED and runner.retry_ms is None:
             runner.retry_ms = now_ms + (0 if runner.was_well else steps[min(runner.partings, len(steps)) - 1])
@@ -162,6 +166,8 @@ class Runners:
             runner.progressed_ms += slept_ms
             if runner.serving_since_ms is not None:
                 runner.serving_since_ms += slept_ms
+            if runner.ending_since_ms is not None:
+                runner.ending_since_ms = now_ms
 
     # ---- desired minus actual ----
 

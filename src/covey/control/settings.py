@@ -71,7 +71,7 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
     memory_wait_ms: int = 60_000  # a runner may wait for so long for others' memory before its wish is placed elsewhere
     runner_spacing_ms: int = 1_000  # between two starts of one runner, for whatever reason
     runner_healthy_ms: int = 60_000  # a runner that was ready for so long has its budget of failures back ...
-    runner_proven_ms: int = 10_000  # ... as has one that worked for so long
+    runner_proven_ms: int = 4_000  # ... as has one that worked for so long, by its beats
     limits: PhaseLimits = PhaseLimits()
 
     life: str = ""  # drawn at random at every start

@@ -38,6 +38,7 @@ class ChannelExchange:
         assert sorted([rank, *channels]) == list(range(len(channels) + 1)), "there is a channel to each other rank"
         self.rank = rank
         self.count = len(channels) + 1
+        self.is_waiting = False  # for another rank's part; other threads look
         self._number = 0
         self._peers = [_Peer(other, channels[other]) for other in sorted(channels)]
 
@@ -47,7 +48,7 @@ class ChannelExchange:
         try:
             for peer in self._peers:
                 peer.begin_to_send(opening, values)
-            parts = [peer.receive(self._number, SUM, len(values), values.shape[1]) for peer in self._peers]
+            parts = self._receive(SUM, len(values), values.shape[1])
             for peer in self._peers:
                 peer.end_sending()
         except LinkBrokenError:
@@ -65,7 +66,7 @@ class ChannelExchange:
         opening = self._opening(JOIN, values)
         try:
             if self.rank == 0:
-                parts = [peer.receive(self._number, JOIN, len(values)) for peer in self._peers]
+                parts = self._receive(JOIN, len(values))
                 return np.concatenate([values, *parts], axis=1)
             self._peers[0].begin_to_send(opening, values)
             self._peers[0].end_sending()
@@ -78,6 +79,12 @@ class ChannelExchange:
         """Whoever waits in `add_up` or `join`, or calls them later, gets a `LinkBrokenError`."""
         for peer in self._peers:
             peer.close()
+
+    def _receive(self, kind: int, rows: int, columns: int | None = None) -> list[Floats]:
+        self.is_waiting = True
+        parts = [peer.receive(self._number, kind, rows, columns) for peer in self._peers]
+        self.is_waiting = False
+        return parts
 
     def _opening(self, kind: int, values: Floats) -> bytes:
         assert values.dtype == np.float32, "parts of a step are float32"

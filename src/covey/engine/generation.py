@@ -23,6 +23,7 @@ from covey.engine.port import DataPort
 from covey.engine.sampler import Sampler
 from covey.engine.tls import client_context
 from covey.schema.runner import (
+    Beat,
     Configure,
     Connected,
     ConnectTo,
@@ -90,6 +91,14 @@ class Generation:
             self._compute(engine, linked)
         except LinkBrokenError as error:  # in the middle of a step it says less than what the link was lost by
             raise LinkBrokenError(self._loss or str(error)) from error
+
+    def beat(self) -> Beat | None:
+        """How its steps get on; None while there are none. For another thread."""
+        loop = self.loop
+        if loop is None:
+            return None
+        waits = loop.waits_for_others or (self._exchange is not None and self._exchange.is_waiting)
+        return Beat(loop.steps, loop.is_busy, waits)
 
     def close(self, message: str) -> None:
         """Tells the clients `message` and the neighbours by closing."""

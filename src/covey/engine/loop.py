@@ -34,6 +34,7 @@ class Stage:
         self._link = link  # to the next stage; None where one stage is alone, and at ranks above 0
         self._sampler = sampler  # of the last stage, at rank 0
         self._ranks = ranks  # at rank 0: to the others of this stage
+        self.is_running = False
 
     def run(self, plan: StepPlan, values: Values) -> StepOutcome | None:
         """Runs one step and sends on what came out; alone, returns the outcome. Ranks above 0 keep nothing of it.
@@ -42,8 +43,10 @@ class Stage:
         """
         for rank in self._ranks:
             rank.send(StepPlan(plan.step, plan.pieces), values)
+        self.is_running = True
         result = self._engine.run(plan.pieces, values)
         outcome = self._sampler.sample(plan, result) if self._sampler else None
+        self.is_running = False
         if self._link is None:
             return outcome
         if outcome is None:
@@ -63,6 +66,11 @@ class Loop(Protocol):
 
     @property
     def is_busy(self) -> bool: ...
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether its own part of what is under way is done."""
+        ...
 
     def handle(self, message: ServeMessage | Frame) -> None: ...
 
@@ -89,6 +97,10 @@ class Follower:
         self.is_busy = True
         self._stage.run(message.message, message.values)
         self.steps, self.is_busy = self.steps + 1, False
+
+    @property
+    def waits_for_others(self) -> bool:
+        return self.is_busy and not self._stage.is_running
 
     def step(self) -> bool:
         return False
@@ -119,6 +131,10 @@ class Head:
     def is_busy(self) -> bool:
         """Whether a request is under way, so that steps come back."""
         return self._scheduler.running_count > 0
+
+    @property
+    def waits_for_others(self) -> bool:
+        return self.is_busy and not self._stage.is_running
 
     def step(self) -> bool:
         """Starts the next step if there is one: schedule, run, learn."""

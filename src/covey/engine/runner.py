@@ -22,7 +22,7 @@ from covey.engine.mailbox import Mailbox
 from covey.engine.parent import end_with_parent
 from covey.engine.pipe import NodePipe
 from covey.engine.port import DataPort, Reception
-from covey.schema.runner import BEAT_MS, Beat, Configure, Parted, PhaseFailed, RunnerSpec
+from covey.schema.runner import BEAT_MS, Configure, Parted, PhaseFailed, RunnerSpec
 
 LOST: Final = "A part of the model was lost while it answered."  # for the clients
 
@@ -99,9 +99,9 @@ class Runner:
     def _beat(self) -> NoReturn:
         """Tells the node, which sees from outside neither whether a process was stopped nor how its work gets on."""
         while True:
-            loop = self._generation.loop if self._generation else None
-            if loop:
-                self._pipe.tell(Beat(loop.steps, loop.is_busy))
+            beat = self._generation.beat() if self._generation else None
+            if beat:
+                self._pipe.tell(beat)
             time.sleep(BEAT_MS / 1000)
 
 

@@ -146,6 +146,7 @@ class Beat(Struct, frozen=True, tag=True):
 
     steps: int  # that have ended; the head counts those that came back from the last stage
     is_busy: bool  # one is under way; the head: a request is
+    waits_for_others: bool = False  # what is under way: it has done its part, as far as it can
 
 
 class Parted(Struct, frozen=True, tag=True):
