@@ -51,7 +51,7 @@ progress begins the time anew, and so does a sleep of the machine.
 | Connecting, once all stages listen | links to its neighbours | 30 s | `COVEY_CONNECT_TIMEOUT_S` |
 | Loading | the next layer; after the last one, to have packed them all | 300 s | `COVEY_LOAD_TIMEOUT_S` |
 | WarmingUp | the end of one short prompt | 120 s | `COVEY_WARM_UP_TIMEOUT_S` |
-| Ready, Running | the end of a step, while it is busy with one | 300 s, waiting for others 310 s | `COVEY_STEP_TIMEOUT_S` |
+| Ready, Running | the end of a step, while it is busy | 300 s, waiting for others 310 s | `COVEY_STEP_TIMEOUT_S` |
 | Ready, Running | a beat every 2 s | 10 s, or less if a step has less | |
 | Idle, once its neighbours have left it | a beat every 2 s, while it ends its step | 5 s | |
 | Idle, once its neighbours have left it | its end | 300 s in all, at least 30 s | `COVEY_STEP_TIMEOUT_S` |

@@ -24,6 +24,7 @@ ALIGNMENT_BYTES_DEFAULT: Final = 32
 ALIGNMENT_BYTES_MAX: Final = 1 << 20
 HEADER_BYTES_MAX: Final = 512 * 1024 * 1024  # the largest vocabularies take under 20 MB
 READ_BYTES: Final = 1024 * 1024  # of one read; one or two hold the header of small vocabularies
+LENGTH: Final = struct.Struct("<Q")  # of a text, in bytes
 NAME_BYTES_MAX: Final = 65535  # of a metadata key, by the specification; tensor names are shorter still
 DIMENSIONS_MAX: Final = 4
 ARRAY_DEPTH_MAX: Final = 4
@@ -152,8 +153,27 @@ class _Cursor:
         return str(self.take(byte_count), "utf-8", "replace")
 
     def texts(self, count: int) -> list[str]:
-        self._expect_room(count, 8)
-        return [self.text() for _ in range(count)]  # the bulk of the header's time: a few 100,000 tokens and merges
+        """The bulk of the header's time: a few 100,000 tokens and merges."""
+        self._expect_room(count, LENGTH.size)
+        found = self._texts_in_window(count)
+        while len(found) < count:
+            found.append(self.text())  # moves the window
+            found += self._texts_in_window(count - len(found))
+        return found
+
+    def _texts_in_window(self, count: int) -> list[str]:
+        """Those of the next `count` that end in it."""
+        found: list[str] = []
+        window, start, end = self._window, self.position - self._window_start, len(self._window)
+        while len(found) < count and start + LENGTH.size <= end:
+            content = start + LENGTH.size
+            stop = content + LENGTH.unpack_from(window, start)[0]
+            if stop > end:
+                break
+            found.append(str(window[content:stop], "utf-8", "replace"))
+            start = stop
+        self.position = self._window_start + start
+        return found
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
