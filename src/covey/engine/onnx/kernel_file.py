@@ -19,6 +19,7 @@ import os
 import secrets
 import sys
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Self
@@ -73,11 +74,12 @@ class KernelFile:
 
     def _add(self, matrix: PackedBlocks) -> Kept | None:
         blank = _blank(matrix, self._count + 1)
-        mark = _packed(blank)[0]  # before the matrix itself: both together would be more than is ever needed
-        content = _packed(matrix)[1]
+        with ThreadPoolExecutor(1) as other:  # which computes at the same time
+            mark = other.submit(lambda: _packed(blank)[0])
+            content = _packed(matrix)[1]
         if not _carry_offsets(content, matrix) or not self._has_room(len(content)):
             return None
-        kept = Kept(self.name, BLANK_AT, f"{mark}|{self._end};{len(content)};0", blank.scales)
+        kept = Kept(self.name, BLANK_AT, f"{mark.result()}|{self._end};{len(content)};0", blank.scales)
         self._write(content)
         self._count += 1
         self._blank_bytes = max(self._blank_bytes, blank.codes.nbytes)
