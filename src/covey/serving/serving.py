@@ -43,7 +43,7 @@ from covey.text.stop import StopStrings
 WATCH_S_MAX: Final = 60.0  # one wait for a change of the cluster; then we look again
 SEED_BITS: Final = 63
 GONE: Final = 503  # HTTP: try again, another instance may be up
-TRIES_MAX: Final = 5  # of one request, in a row: what ends its runner each time must not go round for ever
+TRIES_MAX: Final = 3  # of one request, in a row: one that ends its runner each time must not use up all its starts
 REACH_S_MAX: Final = 10.0  # of trying to connect to heads that are said to be ready; waiting for one is not counted
 SPACING_S: Final = 0.25  # before the next attempt
 SILENCE_S: Final = 1.0  # of a head, then we look whether it can speak
@@ -193,7 +193,7 @@ class Serving:
         if self._is_leaving:
             raise RefusedError(f"{lost} This node is being stopped.", GONE)
         if progress.tries >= TRIES_MAX:
-            message = f"{lost} That was the {TRIES_MAX}th time in a row, so the request is given up; send it again."
+            message = f"{lost} That happened {TRIES_MAX} times in a row, so the request is given up; send it again."
             raise RefusedError(message, GONE)
         _log.warning("an answer of %s broke off, and goes on where it stopped: %s", instance.card.model_id, lost)
         progress.begin_next_attempt()
