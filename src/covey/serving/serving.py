@@ -33,6 +33,7 @@ from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText, Names
 from covey.serving.checking import check_bias, check_constraint
 from covey.serving.choosing import Choosing, Needs, held
+from covey.serving.ending import Ending
 from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
 from covey.serving.model_text import ModelText, ModelTexts
 from covey.serving.progress import FIRST_ATTEMPT, Progress
@@ -70,7 +71,7 @@ class Serving:
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
         self._heads = Heads(credentials, self._start)
-        self._is_leaving = False
+        self._ending = Ending()
 
     async def __aenter__(self) -> Self:
         await self._readers.__aenter__()
@@ -83,8 +84,10 @@ class Serving:
         return await self._readers.__aexit__(kind, error, trace)
 
     def leave(self) -> None:
-        """From now on what breaks is not tried again: this node is being stopped, and takes its runners along."""
-        self._is_leaving = True
+        """Ends each answer, whatever it waits for, and all that come later: this node is being stopped, and the end of
+        its connections would not tell a client why.
+        """
+        self._ending.tell("This node is being stopped; send the request to another one.", GONE)
 
     def _start(self, reader: Reader) -> None:
         self._readers.start_soon(reader)
@@ -117,23 +120,33 @@ class Serving:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
         try:
-            await check_constraint(request.sampling)
-            instance = await self._choosing.ready(request.model_id)
-            check_bias(request.sampling, instance.card)
-            text = await self._texts.of(instance.card)
-            token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
-            instance = self._choosing.roomier(instance, len(token_ids) + 1)
-            progress = begin(request, text, token_ids, instance, self._choosing.state().node_id)
-            while not progress.done:
-                try:
-                    async with aclosing(self._attempt(instance, progress)) as events:
-                        async for event in events:
-                            yield event
-                except HeadLostError as lost:
-                    instance = await self._go_on(progress, instance, lost)
+            async with aclosing(self._answer(request)) as events:
+                while True:
+                    with self._ending.ends_waits():
+                        event = await anext(events)
+                    yield event
+        except StopAsyncIteration:
+            return
         except RefusedError as refused:
             _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
             yield GenerationFailed(refused.message, refused.status, param=refused.param)
+
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """The same. Raises `RefusedError`."""
+        await check_constraint(request.sampling)
+        instance = await self._choosing.ready(request.model_id)
+        check_bias(request.sampling, instance.card)
+        text = await self._texts.of(instance.card)
+        token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
+        instance = self._choosing.roomier(instance, len(token_ids) + 1)
+        progress = begin(request, text, token_ids, instance, self._choosing.state().node_id)
+        while not progress.done:
+            try:
+                async with aclosing(self._attempt(instance, progress)) as events:
+                    async for event in events:
+                        yield event
+            except HeadLostError as lost:
+                instance = await self._go_on(progress, instance, lost)
 
     async def _attempt(self, instance: Instance, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
         """What one head adds to the answer. Raises `HeadLostError` if it can't go on to the end, `RefusedError`."""
@@ -189,9 +202,7 @@ class Serving:
                     raise HeadLostError(loss.reason) from None
 
     async def _go_on(self, progress: Progress, instance: Instance, lost: HeadLostError) -> Instance:
-        """Where the next attempt is made. Raises `RefusedError` if it was tried often enough, or is not to be."""
-        if self._is_leaving:
-            raise RefusedError(f"{lost} This node is being stopped.", GONE)
+        """Where the next attempt is made. Raises `RefusedError` if it was tried often enough."""
         if progress.tries >= TRIES_MAX:
             message = f"{lost} That happened {TRIES_MAX} times in a row, so the request is given up; send it again."
             raise RefusedError(message, GONE)
