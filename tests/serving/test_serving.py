@@ -861,6 +861,31 @@ def test_a_model_that_has_no_room_without_a_lost_node_says_what_is_missing(monke
     with_head(FakeHead(lambda _: []), story)
 
 
+@pytest.mark.parametrize("looks", [(1, 3), (2, 3, 2, 3)])  # of 0.2 s each: it loads, and lacks a node, in turn
+def test_a_missing_node_has_its_time_from_when_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, looks: tuple[int, ...]
+) -> None:
+    """The request had waited for the load before, and the node is back before its time is over."""
+    monkeypatch.setattr(choosing_module, "RETURN_S", 0.9)
+    monkeypatch.setattr(choosing_module, "LOOK_S", 0.02)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        good = node.state
+        loads = at(cluster(READY, RunnerState.LOADING), head.address)
+        node.state = loads
+        task = asyncio.create_task(all_of(serving, request()))
+        await asyncio.sleep(0.5)
+        for turn, count in enumerate(looks):
+            changed = lacking(away(good)) if turn % 2 else loads
+            node.state = msgspec.structs.replace(changed, revision=node.state.revision + 1)
+            await asyncio.sleep(0.2 * count)
+            assert not task.done()
+        node.state = msgspec.structs.replace(good, revision=node.state.revision + 1)
+        assert text_of(await task) == "Hello"
+
+    with_head(FakeHead(says("Hello")), story)
+
+
 def test_a_model_that_failed_is_told_at_once() -> None:
     async def run() -> None:
         node = Node(Address("127.0.0.1", 9), READY, READY)
