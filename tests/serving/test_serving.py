@@ -576,7 +576,7 @@ def test_an_instance_with_too_little_room_is_no_reason_to_leave_one_that_is_unhe
 def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
     (rounding,) = cluster(READY, READY).instances
     exact = msgspec.structs.replace(rounding, exact=True)
-    progress = serving_module.begin(request(), Letters(), [72, 105], exact, NodeId("asked"))
+    progress = serving_module.begin(request(), Letters(), [72, 105], exact)
     assert serving_module.needs_of(progress, exact).are_met_by(exact)
     assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
     assert serving_module.needs_of(progress, rounding).are_met_by(exact)
@@ -585,7 +585,7 @@ def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
 def test_an_answer_goes_on_with_the_weights_that_it_was_begun_with() -> None:
     (full,) = cluster(READY, READY).instances
     small = msgspec.structs.replace(full, quantize=Quantizing.Q4)
-    progress = serving_module.begin(request(), Letters(), [72, 105], small, NodeId("asked"))
+    progress = serving_module.begin(request(), Letters(), [72, 105], small)
     assert serving_module.needs_of(progress, small).are_met_by(small)
     assert not serving_module.needs_of(progress, small).are_met_by(full)
     assert not serving_module.needs_of(progress, full).are_met_by(small)

@@ -133,13 +133,14 @@ class Serving:
 
     async def _answer(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The same. Raises `RefusedError`."""
+        request = with_account(request, self._choosing.state().node_id)
         await check_constraint(request.sampling)
-        instance = await self._choosing.ready(request.model_id)
+        instance = await self._choosing.ready(request.model_id, request.account)
         check_bias(request.sampling, instance.card)
         text = await self._texts.of(instance.card)
         token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
         instance = self._choosing.roomier(instance, len(token_ids) + 1)
-        progress = begin(request, text, token_ids, instance, self._choosing.state().node_id)
+        progress = begin(request, text, token_ids, instance)
         while not progress.done:
             try:
                 async with aclosing(self._attempt(instance, progress)) as events:
@@ -175,12 +176,13 @@ class Serving:
                 if left_s <= 0:
                     raise RefusedError(f"{lost} Send the request again.", GONE) from None
                 unreached.add(instance.instance_id)
-                instance = await self._another(needs_of(progress, instance, unreached), lost)
+                instance = await self._another(progress, needs_of(progress, instance, unreached), lost)
 
-    async def _another(self, needs: Needs, lost: HeadLostError) -> Instance:
+    async def _another(self, progress: Progress, needs: Needs, lost: HeadLostError) -> Instance:
         """One that can go on, be it the same. Raises `RefusedError`."""
+        account = progress.admit.account
         try:
-            return await self._choosing.ready(needs.card.model_id, needs)
+            return await self._choosing.ready(needs.card.model_id, account, needs, has_begun=progress.has_begun)
         except RefusedError as refused:
             raise RefusedError(f"{lost} {refused.message}", refused.status) from None
 
@@ -209,7 +211,7 @@ class Serving:
         _log.warning("an answer of %s broke off, and goes on where it stopped: %s", instance.card.model_id, lost)
         progress.begin_next_attempt()
         await asyncio.sleep(SPACING_S)
-        return await self._another(needs_of(progress, instance), lost)
+        return await self._another(progress, needs_of(progress, instance), lost)
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
@@ -219,9 +221,12 @@ class Serving:
         return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
 
 
-def begin(
-    request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance, asked_at: NodeId
-) -> Progress:
+def with_account(request: GenerationRequest, asked_at: NodeId) -> GenerationRequest:
+    """Without a key: whoever sits at this node."""
+    return msgspec.structs.replace(request, account=request.account or f"node {asked_at}")
+
+
+def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance) -> Progress:
     """A request that can be sent to the head of `instance`. Raises `RefusedError`."""
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     stop_token_ids = tuple(sorted(text.stop_token_ids))
@@ -235,7 +240,7 @@ def begin(
         ),
         token_count_max=token_count_max(request, len(token_ids), instance),
         stop_token_ids=stop_token_ids,
-        account=request.account or f"node {asked_at}",  # without a key: whoever sits at this node
+        account=request.account,
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids), Names(text))
     return Progress(admit, answer, time.monotonic)
