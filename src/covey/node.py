@@ -318,6 +318,7 @@ class Node:
             tasks.start_soon(self._leave_for_new_code, tasks.cancel_scope)
             announce(self._ready())
             reason = await self._driver.run(self._open_runners)
+            self._serving.leave()  # it may have ended by itself
             self._server.stop()
             await self._server_ended.wait()
             tasks.cancel_scope.cancel()

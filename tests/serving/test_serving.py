@@ -4,8 +4,8 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.checkpoints.checkpoint import Checkpoint
-from covey.schema.cluster import ClusterState, Instance, Member, Visibility, Wish
+from covey.schema.cluster import ClusterState, Instance, Member
 from covey.schema.generation import (
     Admit,
     Broken,
@@ -24,10 +24,8 @@ from covey.schema.generation import (
     ConstraintKind,
     Ended,
     FinishReason,
-    GenerationEvent,
     GenerationFailed,
     GenerationFinished,
-    GenerationRequest,
     GenerationStarted,
     HeadEvent,
     Likelihood,
@@ -41,127 +39,33 @@ from covey.schema.generation import (
     Usage,
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
-from covey.schema.model import ModelCard, Quantizing
+from covey.schema.model import Quantizing
 from covey.schema.runner import Address, RunnerState
 from covey.serving import choosing as choosing_module
 from covey.serving import head as head_module
 from covey.serving import serving as serving_module
 from covey.serving.head import HeadLostError, HeadPlace, Heads
 from covey.serving.model_text import ModelTexts
-from covey.serving.refusal import RefusedError
 from covey.serving.serving import Serving
-from tests.api.fake_backend import CARD, FIRST, cluster
+from tests.api.fake_backend import CARD, cluster
 from tests.credentials import credentials
-from tests.credentials import node as identity
 from tests.serving.fake_head import TIMINGS, FakeHead, answer
-
-READY = RunnerState.READY
-WAIT_S = 10
-
-
-class Letters:
-    """A model whose tokens are the bytes of its text."""
-
-    stop_token_ids = frozenset({0, 3})
-
-    def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if messages[0].role == "system":
-            raise RefusedError("This model's template takes no system message.", 400)
-        return list("".join(message.content for message in messages).encode())
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id])
-
-    def token_text(self, token_id: int) -> str:
-        return "<end>" if token_id in self.stop_token_ids else chr(token_id)
-
-
-def request(text: str = "Hi", **changes: Any) -> GenerationRequest:
-    messages = (ChatMessage(changes.pop("role", "user"), text),)
-    return GenerationRequest(model_id=CARD.model_id, messages=messages, **changes)
-
-
-class Node:
-    """What serving sees of a node: one instance, whose head listens at an address."""
-
-    def __init__(self, address: Address, *states: RunnerState) -> None:
-        self.state = at(cluster(*states), address)
-        self.loads = 0
-
-    async def wait_changed(self, revision: int, timeout_s: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self.state.revision == revision:  # noqa: ASYNC110 - tests replace the snapshot freely
-                    await asyncio.sleep(0.01)
-
-    async def file_of(self, card: ModelCard) -> Path:
-        return Path(card.model_id)
-
-    def load(self, _: Path) -> Letters:
-        self.loads += 1
-        return Letters()
-
-    def serving(self) -> Serving:
-        return Serving(lambda: self.state, self.wait_changed, ModelTexts(self.file_of, self.load), credentials(1))
-
-
-def at(state: ClusterState, address: Address) -> ClusterState:
-    """With the head of the instance on node 0, which listens at `address`."""
-    named = msgspec.json.encode(state).replace(FIRST.encode(), identity(0).node_id.encode())
-    state = msgspec.json.decode(named, type=ClusterState)
-
-    def moved(member: Member) -> Member:
-        assert member.report is not None
-        runners = tuple(msgspec.structs.replace(each, data_address=address) for each in member.report.runners)
-        return msgspec.structs.replace(member, report=msgspec.structs.replace(member.report, runners=runners))
-
-    return msgspec.structs.replace(state, members=tuple(moved(each) for each in state.members))
-
-
-def away(state: ClusterState) -> ClusterState:
-    """The same with its first node unseen."""
-    first, *others = state.members
-    unseen = msgspec.structs.replace(first, visibility=Visibility.AWAY)
-    return msgspec.structs.replace(state, members=(unseen, *others), revision=state.revision + 1)
-
-
-def lacking(state: ClusterState) -> ClusterState:
-    """The same where its wish finds no other place."""
-    [one] = state.instances
-    wish = Wish(wish_id=one.wish_id, card=one.card, node_count_min=1, context_length=1024, slot_count=10**6)
-    return msgspec.structs.replace(state, wishes=(wish,), revision=state.revision + 1)
-
-
-def says(text: str) -> Callable[[Admit], list[HeadEvent]]:
-    return lambda admit: answer(admit, list(text.encode()))
-
-
-def rest_of(text: str) -> Callable[[Admit], list[HeadEvent]]:
-    """An honest head's, also where the answer was begun elsewhere."""
-    return lambda admit: answer(admit, list(text.encode())[len(admit.token_ids) - admit.prompt_length :])
-
-
-async def all_of(serving: Serving, asked: GenerationRequest) -> list[GenerationEvent]:
-    return [event async for event in serving.generate(asked)]
-
-
-def text_of(events: list[GenerationEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextGenerated))
-
-
-def ids_of(events: list[GenerationEvent]) -> bytes:
-    return bytes(i for event in events if isinstance(event, TextGenerated) for i in event.token_ids)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 - the other side of a socket
-            await asyncio.sleep(0.005)
-
-
-def told(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(story(), WAIT_S))
-
+from tests.serving.one_node import (
+    READY,
+    Letters,
+    Node,
+    all_of,
+    at,
+    away,
+    ids_of,
+    lacking,
+    request,
+    rest_of,
+    says,
+    text_of,
+    told,
+    until,
+)
 
 Story = Callable[[FakeHead, Node, Serving], Awaitable[None]]
 
@@ -446,6 +350,7 @@ def test_however_often_it_breaks_the_answer_is_the_same(breaks: list[int], stop:
     head = FakeHead(say)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving_module, "SPACING_S", 0.0)
+        patch.setattr(serving_module, "TRIES_MAX", 5)  # more than it breaks: hardly a token comes between
         with_head(head, story)
 
 
@@ -671,7 +576,7 @@ def test_an_instance_with_too_little_room_is_no_reason_to_leave_one_that_is_unhe
 def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
     (rounding,) = cluster(READY, READY).instances
     exact = msgspec.structs.replace(rounding, exact=True)
-    progress = serving_module.begin(request(), Letters(), [72, 105], exact, NodeId("asked"))
+    progress = serving_module.begin(request(), Letters(), [72, 105], exact)
     assert serving_module.needs_of(progress, exact).are_met_by(exact)
     assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
     assert serving_module.needs_of(progress, rounding).are_met_by(exact)
@@ -680,7 +585,7 @@ def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
 def test_an_answer_goes_on_with_the_weights_that_it_was_begun_with() -> None:
     (full,) = cluster(READY, READY).instances
     small = msgspec.structs.replace(full, quantize=Quantizing.Q4)
-    progress = serving_module.begin(request(), Letters(), [72, 105], small, NodeId("asked"))
+    progress = serving_module.begin(request(), Letters(), [72, 105], small)
     assert serving_module.needs_of(progress, small).are_met_by(small)
     assert not serving_module.needs_of(progress, small).are_met_by(full)
     assert not serving_module.needs_of(progress, full).are_met_by(small)
@@ -787,8 +692,8 @@ def test_a_request_that_breaks_every_head_is_given_up(monkeypatch: pytest.Monkey
         started, *_, failed = await all_of(serving, request())
         assert isinstance(started, GenerationStarted)
         assert isinstance(failed, GenerationFailed)
-        assert failed.message.startswith("The node berta is lost. That was the 5th time in a row")
-        assert (failed.status, len(head.admits)) == (503, 5)
+        assert failed.message.startswith("The node berta is lost. That happened 3 times in a row")
+        assert (failed.status, len(head.admits)) == (503, 3)
 
     with_head(FakeHead(say), story)
 
@@ -954,6 +859,31 @@ def test_a_model_that_has_no_room_without_a_lost_node_says_what_is_missing(monke
         assert 0.6 < time.monotonic() - begun_s < 3
 
     with_head(FakeHead(lambda _: []), story)
+
+
+@pytest.mark.parametrize("looks", [(1, 3), (2, 3, 2, 3)])  # of 0.2 s each: it loads, and lacks a node, in turn
+def test_a_missing_node_has_its_time_from_when_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, looks: tuple[int, ...]
+) -> None:
+    """The request had waited for the load before, and the node is back before its time is over."""
+    monkeypatch.setattr(choosing_module, "RETURN_S", 0.9)
+    monkeypatch.setattr(choosing_module, "LOOK_S", 0.02)
+
+    async def story(head: FakeHead, node: Node, serving: Serving) -> None:
+        good = node.state
+        loads = at(cluster(READY, RunnerState.LOADING), head.address)
+        node.state = loads
+        task = asyncio.create_task(all_of(serving, request()))
+        await asyncio.sleep(0.5)
+        for turn, count in enumerate(looks):
+            changed = lacking(away(good)) if turn % 2 else loads
+            node.state = msgspec.structs.replace(changed, revision=node.state.revision + 1)
+            await asyncio.sleep(0.2 * count)
+            assert not task.done()
+        node.state = msgspec.structs.replace(good, revision=node.state.revision + 1)
+        assert text_of(await task) == "Hello"
+
+    with_head(FakeHead(says("Hello")), story)
 
 
 def test_a_model_that_failed_is_told_at_once() -> None:

@@ -77,7 +77,7 @@ class Guard:
 
 
 def account_of(scope: Scope) -> str:
-    """Who asks, as far as fairness goes: an id that tells other nodes nothing. Those without a key are one account."""
+    """Who asks, as far as fairness goes: an id that tells other nodes nothing; empty without a key."""
     return str(scope.get(KEY_ID, ""))
 
 

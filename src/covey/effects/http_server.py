@@ -15,7 +15,7 @@ from covey.effects.http_protocol import HEAD_BYTES_MAX, BoundedProtocol
 BACKLOG: Final = 128
 KEEP_ALIVE_S: Final = 5  # silence between two requests of one connection
 TICK_S: Final = 1.0
-GRACE_S: Final = 2  # for answers under way when the node ends; by then no runner is left to continue them
+GRACE_S: Final = 2  # for the last words of answers under way when the node ends; `serving` has ended them by then
 
 _log = logging.getLogger("uvicorn.error")
 

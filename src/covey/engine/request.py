@@ -34,6 +34,10 @@ class Request:
         return self.owner, self.admit.request_id, self.admit.attempt
 
     @property
+    def account(self) -> str:
+        return self.admit.account
+
+    @property
     def has_begun(self) -> bool:
         """Whether an earlier attempt brought a part of its answer."""
         return len(self.admit.token_ids) > self.admit.prompt_length

@@ -21,7 +21,7 @@ from covey.engine.plan import PlannedStep, Remark, SamplingStart, StepOutcome, S
 from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
 from covey.engine.slots import Slots
-from covey.engine.waiting import QUEUE_MAX, Pace, Waiting
+from covey.engine.waiting import Pace, Waiting, full
 from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, TokenSampled
 
 PREFILL_CHUNK_TOKENS: Final = 256  # nearly a long prompt's full speed, while others wait for one chunk only
@@ -59,7 +59,7 @@ class Scheduler:
         self._looks_up = looks_up
         self._slots = Slots(slot_count)
         self._pace = Pace(slot_count)
-        self._waiting = Waiting()
+        self._waiting = Waiting[Request]()
         self._running: dict[Key, Request] = {}  # whose last step is the oldest comes first
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._released: list[int] = []  # slots that the last stage may forget, told with the next plan
@@ -96,9 +96,7 @@ class Scheduler:
         refused.ended = True
         held = (now - running.begun for running in self._running.values() if running.begun is not None)
         seconds = self._pace.retry_after_seconds(len(self._waiting), held)
-        reason = f"The model is busy: {QUEUE_MAX} requests are waiting for it"
-        if refused is not newcomer:
-            reason += ", more of yours than of anybody else's, so this one made room for another's"
+        reason = full("The model is busy", made_room=refused is not newcomer)
         message = f"{reason}; try again in about {seconds} s."
         return OwnedEvent(refused.owner, refused.broken(message, 429, seconds))
 
@@ -155,7 +153,7 @@ class Scheduler:
         return events
 
     def _running_counts(self) -> Counter[str]:
-        return Counter(request.admit.account for request in self._running.values())
+        return Counter(request.account for request in self._running.values())
 
     def _note_pace(self, request: Request, now: float) -> None:
         if request.begun is not None:

@@ -1,4 +1,6 @@
-"""The requests of an instance that wait for a KV slot: so many and no more, and fair between accounts. Pure.
+"""The requests that wait for a KV slot of an instance: so many and no more, and fair between accounts. Pure.
+
+Those that wait at a node for a model which is not ready are kept by the same rules.
 
 An account is whoever asked: the holder of an API key. Who sends much waits behind what it sent itself, and holds up
 nobody else. How long is told to who can't wait here any more.
@@ -6,12 +8,10 @@ nobody else. How long is told to who can't wait here any more.
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from math import ceil
-from typing import Final
-
-from covey.engine.request import Key, Request
+from typing import Final, Generic, Protocol, TypeVar
 
 QUEUE_MAX: Final = 64  # requests; who comes after so many would wait for minutes and is better told so
 TURNS_MAX: Final = 1024  # accounts whose last turn is remembered; a cluster has at most 256 keys at a time
@@ -19,26 +19,42 @@ LATELY: Final = 32  # requests whose slots tell how fast slots come free
 RETRY_SECONDS_MAX: Final = 60  # OpenAI's clients take no notice of a longer `Retry-After`
 
 
-class Waiting:
+class Waits(Protocol):
+    """One that waits. `has_begun`: its client has read a part of its answer."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def account(self) -> str: ...
+
+    @property
+    def has_begun(self) -> bool: ...
+
+
+Waiter = TypeVar("Waiter", bound=Waits)
+
+
+class Waiting(Generic[Waiter]):
     """The next is of the account that runs the fewest requests; of several, of the one whose last turn is the longest
     ago, so that they take turns; of one account, the one that came first.
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, dict[Key, Request]] = {}  # of each account that waits, in the order of coming
+        self._lines: dict[str, dict[Hashable, Waiter]] = {}  # of each account that waits, in the order of coming
         self._turns: dict[str, int] = {}  # when each account last got a slot, that of the oldest turn first
         self._turn = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return any(key in line for line in self._lines.values())
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Waiter]:
         return chain.from_iterable(line.values() for line in self._lines.values())
 
-    def enter(self, request: Request) -> Request | None:
+    def enter(self, request: Waiter) -> Waiter | None:
         """Takes `request` in. Returns who can't stay: nobody, `request` itself, or the newest of another account.
 
         Where the queue is full, the account that waits with the most gives up its newest, but only to one that then
@@ -49,7 +65,7 @@ class Waiting:
         An answer that has begun, and comes from a head that was lost, is the first of its account, and stays whatever
         else waits: its client has read a part of it.
         """
-        account = request.admit.account
+        account = request.account
         if request.has_begun:
             self._lines[account] = {request.key: request, **self._lines.get(account, {})}
             return None
@@ -63,22 +79,22 @@ class Waiting:
         self._lines.setdefault(account, {})[request.key] = request
         return displaced
 
-    def leave(self, request: Request) -> None:
+    def leave(self, request: Waiter) -> None:
         """One that does not wait is not missed."""
-        line = self._lines.get(request.admit.account, {})
+        line = self._lines.get(request.account, {})
         if line.pop(request.key, None) and not line:
-            del self._lines[request.admit.account]
+            del self._lines[request.account]
 
-    def take_turn(self, request: Request) -> None:
+    def take_turn(self, request: Waiter) -> None:
         """It gets a slot, whether it has waited for it or not."""
         self.leave(request)
         self._turn += 1
-        self._turns.pop(request.admit.account, None)
-        self._turns[request.admit.account] = self._turn
+        self._turns.pop(request.account, None)
+        self._turns[request.account] = self._turn
         if len(self._turns) > TURNS_MAX:
             del self._turns[next(iter(self._turns))]
 
-    def in_order(self, running: Mapping[str, int]) -> Iterator[Request]:
+    def in_order(self, running: Mapping[str, int]) -> Iterator[Waiter]:
         """Who is next, and next after that, if slots came free and nobody else came. `running`: of each account."""
         lines = [(account, iter(line.values())) for account, line in self._lines.items()]
         order = [
@@ -95,6 +111,14 @@ class Waiting:
             turn += 1
             heapq.heapreplace(order, (count + 1, turn, index))
             yield request
+
+
+def full(state: str, *, made_room: bool) -> str:
+    """Why one can't wait any more, after what is wrong with the model; `made_room`: for another account's."""
+    reason = f"{state}: {QUEUE_MAX} requests are waiting for it"
+    if made_room:
+        reason += ", more of yours than of anybody else's, so this one made room for another's"
+    return reason
 
 
 class Pace:

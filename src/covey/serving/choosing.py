@@ -13,6 +13,7 @@ from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
 from covey.schema.ids import InstanceId, ModelId
 from covey.schema.model import ModelCard, Quantizing
 from covey.schema.runner import RunnerState
+from covey.serving.lines import Lines
 from covey.serving.refusal import RefusedError
 
 READY_S_MAX: Final = 600.0  # how long a request waits for a model that is placed and still loading
@@ -49,6 +50,24 @@ class Needs(Struct, frozen=True):
         return 2 * (instance.instance_id in self.unreached) + (instance.context_length < self.whole_room)
 
 
+class Patience:
+    """How long one request goes on waiting: a node that is missing has `return_s` from when it is missing."""
+
+    def __init__(self, now_s: float, return_s: float) -> None:
+        self._deadline_s = now_s + READY_S_MAX
+        self._return_s = return_s
+        self._lacking_since_s: float | None = None
+
+    def left_s(self, now_s: float, *, lacks: bool) -> float:
+        """`lacks`: whether the model waits for such a node now."""
+        if not lacks:
+            self._lacking_since_s = None
+            return self._deadline_s - now_s
+        if self._lacking_since_s is None:
+            self._lacking_since_s = now_s
+        return min(self._deadline_s, self._lacking_since_s + self._return_s) - now_s
+
+
 class Choosing:
     """`state` and `wait_changed` are the node's view of the cluster."""
 
@@ -57,23 +76,36 @@ class Choosing:
     ) -> None:
         self.state = state
         self.wait_changed = wait_changed
+        self._lines = Lines()
 
-    async def ready(self, model_id: ModelId, needs: Needs | None = None) -> Instance:
-        """An instance that can answer; waits while one is on its way. Raises `RefusedError`."""
-        deadline = time.monotonic() + READY_S_MAX
-        return_deadline = time.monotonic() + (RETURN_S_BEGUN if needs else RETURN_S)
-        while True:
-            whole = self.state()
-            state = _with_those_that_fit(whole, needs) if needs else whole
-            picked = routing.pick(state, model_id, needs.rank) if needs else routing.pick(state, model_id)
-            if isinstance(picked, Instance):
-                return picked
-            left = deadline - time.monotonic()
-            if is_lacking(state, model_id):
-                left = min(left, return_deadline - time.monotonic())
-            if left <= 0 or not is_coming(state, model_id):
-                raise _other_file(model_id) if is_coming(whole, model_id) and left > 0 else refusal(picked)
-            await self.wait_changed(whole.revision, min(left, LOOK_S))
+    async def ready(
+        self, model_id: ModelId, account: str, needs: Needs | None = None, *, has_begun: bool = False
+    ) -> Instance:
+        """An instance that can answer; waits while one is on its way, as one of so many. Raises `RefusedError`."""
+        patience = Patience(time.monotonic(), RETURN_S_BEGUN if needs else RETURN_S)
+        found = self._look(model_id, needs, patience)
+        if isinstance(found, Instance):
+            return found
+        with self._lines.waiting(model_id, account, has_begun=has_begun) as waiter:
+            while not isinstance(found, Instance):
+                with waiter.ends_waits():
+                    await self.wait_changed(*found)
+                found = self._look(model_id, needs, patience)
+        return found
+
+    def _look(self, model_id: ModelId, needs: Needs | None, patience: Patience) -> Instance | tuple[int, float]:
+        """An instance, or the revision of the state that has none and how long to wait for another, in seconds. Raises
+        `RefusedError` if it is no use to wait.
+        """
+        whole = self.state()
+        state = _with_those_that_fit(whole, needs) if needs else whole
+        picked = routing.pick(state, model_id, needs.rank) if needs else routing.pick(state, model_id)
+        if isinstance(picked, Instance):
+            return picked
+        left = patience.left_s(time.monotonic(), lacks=is_lacking(state, model_id))
+        if left <= 0 or not is_coming(state, model_id):
+            raise _other_file(model_id) if is_coming(whole, model_id) and left > 0 else refusal(picked)
+        return whole.revision, min(left, LOOK_S)
 
     def roomier(self, instance: Instance, room: int) -> Instance:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""

@@ -48,6 +48,11 @@ class Progress:
         self.tries = 1
         self.done = False
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of the answer has come."""
+        return bool(self._answer.token_ids)
+
     def begin_next_attempt(self) -> None:
         """To be admitted again where it broke off."""
         token_count = len(self._answer.token_ids)

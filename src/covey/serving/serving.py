@@ -33,6 +33,7 @@ from covey.schema.trust import Credentials
 from covey.serving.answer import AnswerText, Names
 from covey.serving.checking import check_bias, check_constraint
 from covey.serving.choosing import Choosing, Needs, held
+from covey.serving.ending import Ending
 from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
 from covey.serving.model_text import ModelText, ModelTexts
 from covey.serving.progress import FIRST_ATTEMPT, Progress
@@ -43,7 +44,7 @@ from covey.text.stop import StopStrings
 WATCH_S_MAX: Final = 60.0  # one wait for a change of the cluster; then we look again
 SEED_BITS: Final = 63
 GONE: Final = 503  # HTTP: try again, another instance may be up
-TRIES_MAX: Final = 5  # of one request, in a row: what ends its runner each time must not go round for ever
+TRIES_MAX: Final = 3  # of one request, in a row: one that ends its runner each time must not use up all its starts
 REACH_S_MAX: Final = 10.0  # of trying to connect to heads that are said to be ready; waiting for one is not counted
 SPACING_S: Final = 0.25  # before the next attempt
 SILENCE_S: Final = 1.0  # of a head, then we look whether it can speak
@@ -70,7 +71,7 @@ class Serving:
         self._texts = texts
         self._readers: TaskGroup = anyio.create_task_group()
         self._heads = Heads(credentials, self._start)
-        self._is_leaving = False
+        self._ending = Ending()
 
     async def __aenter__(self) -> Self:
         await self._readers.__aenter__()
@@ -83,8 +84,10 @@ class Serving:
         return await self._readers.__aexit__(kind, error, trace)
 
     def leave(self) -> None:
-        """From now on what breaks is not tried again: this node is being stopped, and takes its runners along."""
-        self._is_leaving = True
+        """Ends each answer, whatever it waits for, and all that come later: this node is being stopped, and the end of
+        its connections would not tell a client why.
+        """
+        self._ending.tell("This node is being stopped; send the request to another one.", GONE)
 
     def _start(self, reader: Reader) -> None:
         self._readers.start_soon(reader)
@@ -117,23 +120,34 @@ class Serving:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer, up to `GenerationFinished` or `GenerationFailed`. Closing the iterator cancels the request."""
         try:
-            await check_constraint(request.sampling)
-            instance = await self._choosing.ready(request.model_id)
-            check_bias(request.sampling, instance.card)
-            text = await self._texts.of(instance.card)
-            token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
-            instance = self._choosing.roomier(instance, len(token_ids) + 1)
-            progress = begin(request, text, token_ids, instance, self._choosing.state().node_id)
-            while not progress.done:
-                try:
-                    async with aclosing(self._attempt(instance, progress)) as events:
-                        async for event in events:
-                            yield event
-                except HeadLostError as lost:
-                    instance = await self._go_on(progress, instance, lost)
+            async with aclosing(self._answer(request)) as events:
+                while True:
+                    with self._ending.ends_waits():
+                        event = await anext(events)
+                    yield event
+        except StopAsyncIteration:
+            return
         except RefusedError as refused:
             _log.info("a request for %s was refused (%d)", request.model_id, refused.status)
             yield GenerationFailed(refused.message, refused.status, param=refused.param)
+
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """The same. Raises `RefusedError`."""
+        request = with_account(request, self._choosing.state().node_id)
+        await check_constraint(request.sampling)
+        instance = await self._choosing.ready(request.model_id, request.account)
+        check_bias(request.sampling, instance.card)
+        text = await self._texts.of(instance.card)
+        token_ids = await asyncio.to_thread(text.prompt_ids, request.messages)
+        instance = self._choosing.roomier(instance, len(token_ids) + 1)
+        progress = begin(request, text, token_ids, instance)
+        while not progress.done:
+            try:
+                async with aclosing(self._attempt(instance, progress)) as events:
+                    async for event in events:
+                        yield event
+            except HeadLostError as lost:
+                instance = await self._go_on(progress, instance, lost)
 
     async def _attempt(self, instance: Instance, progress: Progress) -> AsyncGenerator[GenerationEvent, None]:
         """What one head adds to the answer. Raises `HeadLostError` if it can't go on to the end, `RefusedError`."""
@@ -162,12 +176,13 @@ class Serving:
                 if left_s <= 0:
                     raise RefusedError(f"{lost} Send the request again.", GONE) from None
                 unreached.add(instance.instance_id)
-                instance = await self._another(needs_of(progress, instance, unreached), lost)
+                instance = await self._another(progress, needs_of(progress, instance, unreached), lost)
 
-    async def _another(self, needs: Needs, lost: HeadLostError) -> Instance:
+    async def _another(self, progress: Progress, needs: Needs, lost: HeadLostError) -> Instance:
         """One that can go on, be it the same. Raises `RefusedError`."""
+        account = progress.admit.account
         try:
-            return await self._choosing.ready(needs.card.model_id, needs)
+            return await self._choosing.ready(needs.card.model_id, account, needs, has_begun=progress.has_begun)
         except RefusedError as refused:
             raise RefusedError(f"{lost} {refused.message}", refused.status) from None
 
@@ -189,16 +204,14 @@ class Serving:
                     raise HeadLostError(loss.reason) from None
 
     async def _go_on(self, progress: Progress, instance: Instance, lost: HeadLostError) -> Instance:
-        """Where the next attempt is made. Raises `RefusedError` if it was tried often enough, or is not to be."""
-        if self._is_leaving:
-            raise RefusedError(f"{lost} This node is being stopped.", GONE)
+        """Where the next attempt is made. Raises `RefusedError` if it was tried often enough."""
         if progress.tries >= TRIES_MAX:
-            message = f"{lost} That was the {TRIES_MAX}th time in a row, so the request is given up; send it again."
+            message = f"{lost} That happened {TRIES_MAX} times in a row, so the request is given up; send it again."
             raise RefusedError(message, GONE)
         _log.warning("an answer of %s broke off, and goes on where it stopped: %s", instance.card.model_id, lost)
         progress.begin_next_attempt()
         await asyncio.sleep(SPACING_S)
-        return await self._another(needs_of(progress, instance), lost)
+        return await self._another(progress, needs_of(progress, instance), lost)
 
     async def _connect(self, instance: Instance) -> HeadConnection:
         """Raises `HeadLostError`."""
@@ -208,9 +221,12 @@ class Serving:
         return await self._heads.connect(HeadPlace(instance.instance_id, instance.stages[0].node_id, addresses))
 
 
-def begin(
-    request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance, asked_at: NodeId
-) -> Progress:
+def with_account(request: GenerationRequest, asked_at: NodeId) -> GenerationRequest:
+    """Without a key: whoever sits at this node."""
+    return msgspec.structs.replace(request, account=request.account or f"node {asked_at}")
+
+
+def begin(request: GenerationRequest, text: ModelText, token_ids: list[int], instance: Instance) -> Progress:
     """A request that can be sent to the head of `instance`. Raises `RefusedError`."""
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     stop_token_ids = tuple(sorted(text.stop_token_ids))
@@ -224,7 +240,7 @@ def begin(
         ),
         token_count_max=token_count_max(request, len(token_ids), instance),
         stop_token_ids=stop_token_ids,
-        account=request.account or f"node {asked_at}",  # without a key: whoever sits at this node
+        account=request.account,
     )
     answer = AnswerText(IncrementalDecoder(text.token_bytes), StopStrings(request.stop), len(token_ids), Names(text))
     return Progress(admit, answer, time.monotonic)
