@@ -8,7 +8,7 @@ from typing import Final
 
 from covey.desktop.launch_agent import LABEL, agent
 from covey.desktop.managing import ask, demand, remove_file, said, write_file
-from covey.desktop.service import Service, ServiceError, ServiceStatus
+from covey.desktop.service import NOT_INSTALLED, Service, ServiceError, ServiceStatus
 
 TRIES: Final = 20  # an agent that was told to end is gone some time later, and only then takes the next one its name
 TRY_S: Final = 0.5
@@ -74,7 +74,7 @@ def status_of(told: str, file: Path, log: Path) -> ServiceStatus:
         file=str(file),
         is_installed=file.exists(),
         is_running=state == "running",
-        state=state if file.exists() or told else "not installed",
+        state=state if file.exists() or told else NOT_INSTALLED,
         process_id=int(process_id) if process_id.isdecimal() else None,
         restarts=max(0, int(runs) - 1) if runs.isdecimal() else None,
         log_command=f"tail -f {log}",

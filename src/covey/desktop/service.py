@@ -11,6 +11,7 @@ from msgspec import Struct
 DESCRIPTION: Final = "Covey node"
 WRONG_USAGE_EXIT: Final = 2  # of every command: another try would end the same way
 OPEN_FILES_MAX: Final = 8192  # macOS gives a service 256; each client, peer and runner takes some
+NOT_INSTALLED: Final = "not installed"
 KEPT_VARIABLES: Final = ("COVEY_CLUSTER",)
 KEPT_ENDINGS: Final = ("_TIMEOUT_S",)  # of variables that begin with COVEY_; what is secret is not among them
 
@@ -33,7 +34,7 @@ class ServiceStatus(Struct, frozen=True, kw_only=True):
     file: str
     is_installed: bool
     is_running: bool = False
-    state: str = "not installed"  # in the manager's own words
+    state: str = NOT_INSTALLED  # else in the manager's own words
     process_id: int | None = None
     since: str | None = None  # by the manager's clock
     restarts: int | None = None
