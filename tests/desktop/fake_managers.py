@@ -47,7 +47,10 @@ print)
     [ -e "$folder/runs" ] || exit 113
     printf 'gui/0/covey.node = {\\n\\tactive count = 1\\n\\tstate = running\\n\\n\\truns = 3\\n\\tpid = 4711\\n'
     printf '\\tsub = {\\n\\t\\tstate = waiting\\n\\t}\\n}\\n' ;;
-bootout) [ -e "$folder/runs" ] || exit 3; rm "$folder/runs"; touch "$folder/leaving" ;;
+bootout)
+    [ -e "$folder/runs" ] || exit 3
+    [ -e "$folder/stays" ] && exit 36
+    rm "$folder/runs"; touch "$folder/leaving" ;;
 bootstrap)
     if [ -e "$folder/leaving" ]; then rm "$folder/leaving"; echo "Input/output error" >&2; exit 5; fi
     touch "$folder/runs" ;;

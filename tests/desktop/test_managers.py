@@ -11,12 +11,15 @@ from covey.desktop.service import Service, ServiceError
 from covey.desktop.systemd import Systemd
 from tests.desktop.fake_managers import LAUNCHCTL, NOBODY, SYSTEMCTL, calls, place
 
-SERVICE = Service(command=("/x/python", "up"), environment=())
-LATER = Service(command=("/x/python", "up", "--port=1"), environment=())
+SERVICE = Service(command=("/x/python", "up"), environment=(), end_s=1)
+LATER = Service(command=("/x/python", "up", "--port=1"), environment=(), end_s=1)
 
 
 def unit_file(systemd: Systemd) -> Path:
     return Path(systemd.status().file)
+
+
+SLOW_END = '( sleep 0.5; rm "$folder/runs" ) >/dev/null 2>&1 & exit 0; :'
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def systemd(bin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def agent(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Launchd:
     place(bin_folder, "launchctl", LAUNCHCTL)
     monkeypatch.setattr(launchd, "TRY_S", 0.01)
+    monkeypatch.setattr(launchd, "ROOM_S", 0.3)
     return Launchd()
 
 
@@ -130,7 +134,7 @@ def test_a_service_that_does_not_stop_is_told_and_its_file_is_gone(systemd: Syst
 
 def test_a_program_that_systemd_would_not_start_is_told(systemd: Systemd) -> None:
     with pytest.raises(ServiceError, match="quotes in its name: /my 'own'/python"):
-        systemd.install(Service(command=("/my 'own'/python",), environment=()))
+        systemd.install(Service(command=("/my 'own'/python",), environment=(), end_s=1))
     assert not unit_file(systemd).exists()
 
 
@@ -163,6 +167,31 @@ def test_an_agent_is_installed_changed_looked_at_and_removed(agent: Launchd, bin
 
 
 def test_an_agent_that_can_not_start_is_told(agent: Launchd, bin_folder: Path) -> None:
-    place(bin_folder, "launchctl", '#!/bin/sh\n[ "$1" != bootstrap ] || { echo "Bootstrap failed: 5" >&2; exit 5; }\n')
+    place(bin_folder, "launchctl", LAUNCHCTL.replace("bootstrap)", "bootstrap) echo 'Bootstrap failed: 5' >&2; exit 5"))
     with pytest.raises(ServiceError, match="Bootstrap failed: 5"):
         agent.install(SERVICE)
+
+
+def test_an_agent_that_does_not_leave_is_told_and_does_not_come_back(agent: Launchd, bin_folder: Path) -> None:
+    agent.install(SERVICE)
+    (bin_folder / "stays").touch()
+    with pytest.raises(ServiceError, match=r"the former node has not ended within \d+ s"):
+        agent.install(LATER)
+    with pytest.raises(ServiceError, match=r"file is removed, but launchd still has the node \d+ s after"):
+        agent.uninstall()
+    assert not agent.file.exists()
+    assert agent.status().state == "running"
+    (bin_folder / "stays").unlink()
+    assert agent.uninstall() is True, "its file is gone, and it still runs"
+    assert agent.uninstall() is False
+
+
+def test_an_agent_is_waited_for_as_long_as_it_may_take(
+    agent: Launchd, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than the tries to start the next one."""
+    monkeypatch.setattr(launchd, "TRIES", 1)
+    agent.install(SERVICE)
+    place(bin_folder, "launchctl", LAUNCHCTL.replace('rm "$folder/runs"; touch', SLOW_END))
+    assert agent.install(LATER) is False
+    assert agent.status().state == "running"

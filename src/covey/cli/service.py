@@ -49,9 +49,8 @@ def _manager() -> Manager:
 
 
 def _install(found: Manager, arguments: Sequence[str]) -> None:
-    service = node_service(arguments, paths.home(), os.environ)
     try:
-        is_new = found.install(service)
+        is_new = found.install(node_service(arguments, paths.home(), os.environ))
         status = _settled(found)
     except ServiceError as error:
         raise CliError(str(error)) from None
