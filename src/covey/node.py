@@ -47,7 +47,7 @@ from covey.effects.probe import Probe, loopback_interface
 from covey.effects.rotation import Rotation, RotationError
 from covey.effects.standard_input import wait_input_closed
 from covey.effects.store import Store, StoreError
-from covey.effects.time_limits import TimeLimitError, time_limits
+from covey.effects.time_limits import TimeLimitError, leave_s_max, time_limits
 from covey.effects.watching import ModelWatch, watch_activity, watch_hardware
 from covey.schema.activity import ActivityEvent, ActivityPage
 from covey.schema.cluster import (
@@ -76,7 +76,6 @@ from covey.serving.serving import Serving
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
 EXIT_INTERRUPTED: Final = 130  # as shells count: 128 and the number of SIGINT
-LEAVE_S_MAX: Final = 6.0  # beside what runners may take: answers get 2 s, the mesh 2 s; then all is cancelled
 
 
 class NodeOptions(Struct, frozen=True, kw_only=True):
@@ -349,8 +348,7 @@ class Node:
 
     async def _leave(self, life: anyio.CancelScope, *, begins_anew: bool = False) -> None:
         self._begins_anew = begins_anew
-        wait_s = self._limits.shut_down_ms / 1000 + LEAVE_S_MAX
-        life.deadline = min(life.deadline, anyio.current_time() + wait_s)
+        life.deadline = min(life.deadline, anyio.current_time() + leave_s_max(self._limits))
         self._serving.leave()
         await self._driver.leave()
 

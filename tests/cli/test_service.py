@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the fake is of
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    place(tmp_path / "bin", "systemctl", SYSTEMCTL.replace("{folder}", f"{tmp_path}/bin"))
+    place(tmp_path / "bin", "systemctl", SYSTEMCTL)
     return tmp_path
 
 
@@ -59,6 +59,16 @@ def test_from_the_first_command_to_the_last(home: Path) -> None:
     assert done.stdout.startswith("The service is stopped and removed.\nModels, identity and join code stay in ")
     assert (home / "data").exists()
     assert covey(home, "uninstall").stdout == "No service is installed, so there is nothing to remove.\n"
+    assert covey(home, "status").stdout.startswith("No service is installed.")
+
+
+def test_a_service_whose_file_is_gone_is_shown_and_ended(home: Path) -> None:
+    covey(home, "install")
+    (home / "config" / "systemd" / "user" / "covey.service").unlink()
+    shown = covey(home, "status").stdout
+    assert "active (running)" in shown
+    assert "is gone; `covey service uninstall` ends what is left" in shown
+    assert covey(home, "uninstall").stdout.startswith("The service is stopped and removed.")
     assert covey(home, "status").stdout.startswith("No service is installed.")
 
 

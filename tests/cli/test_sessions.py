@@ -25,10 +25,12 @@ from covey.control.activity import Activity
 from covey.schema.cluster import (
     Accepted,
     ApiKey,
+    ClusterState,
     CommandResult,
     DeleteInstance,
     DownloadReport,
     DownloadState,
+    Hardware,
     PlaceModel,
     Refused,
     Visibility,
@@ -38,7 +40,7 @@ from covey.schema.generation import GenerationFailed
 from covey.schema.ids import InstanceId
 from covey.schema.model import Quantizing, Shard
 from covey.schema.runner import RunnerState
-from tests.api.fake_backend import ANSWER, CARD, FakeBackend, cluster, hardware
+from tests.api.fake_backend import ANSWER, CARD, SECOND, FakeBackend, cluster, hardware
 from tests.cli.served_node import ServedNode
 from tests.golden import check
 
@@ -340,6 +342,79 @@ def test_what_failed_gives_way_to_what_is_asked_for_now(node: ServedNode) -> Non
     node.backend.current = FAILED
     invoke(node, "place", "Tiny-Chat", "--slots", "3")
     assert node.backend.commands == [DeleteInstance(InstanceId("inst-1")), PlaceModel(card=CARD, slot_count=3)]
+
+
+def wished(state: ClusterState, **changes: Any) -> ClusterState:
+    """With the wish of its instance."""
+    asked = Wish(wish_id="wish-1", card=CARD, node_count_min=1, context_length=1024, slot_count=2)
+    return msgspec.structs.replace(state, wishes=(msgspec.structs.replace(asked, **changes),))
+
+
+def test_what_failed_stays_on_the_nodes_that_were_chosen_for_it(node: ServedNode) -> None:
+    node.backend.current = wished(FAILED, node_ids=(SECOND,))
+    invoke(node, "place", "Tiny-Chat")
+    placed = PlaceModel(card=CARD, context_length=1024, slot_count=2, node_ids=(SECOND,))
+    assert node.backend.commands == [DeleteInstance(InstanceId("inst-1")), placed]
+
+
+def test_what_failed_and_would_find_no_room_stays(node: ServedNode) -> None:
+    """Its memory was taken by others since."""
+    [first, second] = FAILED.members
+    full = [
+        msgspec.structs.replace(each, report=msgspec.structs.replace(each.report, hardware=small(each.node_id)))
+        for each in (first, second)
+        if each.report
+    ]
+    node.backend.current = msgspec.structs.replace(wished(FAILED), members=tuple(full))
+    done = invoke(node, "place", "Tiny-Chat")
+    assert done.exit_code == 1
+    assert "It is left as it is, since it can't be placed anew: " in done.stderr
+    assert node.backend.commands == []
+
+
+def small(node_id: str) -> Hardware:
+    return msgspec.structs.replace(hardware(node_id), memory_bytes_total=10**6, memory_bytes_available=10**5)
+
+
+def test_room_that_the_failed_one_holds_is_room_for_the_next(node: ServedNode) -> None:
+    """Of 6 GB that are free on each node 4.5 are still promised to its stages, which end with it."""
+    huge = msgspec.structs.replace(CARD, layer_bytes=(2_000_000_000,) * 4, file_bytes=8_000_000_000)
+    instance = FAILED.instances[0]
+    stages = tuple(msgspec.structs.replace(each, memory_bytes=4_500_000_000) for each in instance.stages)
+    held = msgspec.structs.replace(instance, card=huge, stages=stages)
+    node.backend.current = msgspec.structs.replace(wished(FAILED, card=huge), instances=(held,))
+    invoke(node, "place", "Tiny-Chat")
+    assert node.backend.commands[:1] == [DeleteInstance(InstanceId("inst-1"))]
+
+
+def test_what_failed_and_has_no_file_any_more_stays(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(name: str) -> Any:
+        raise RequestError(f"There is no file {name}.", status=404)
+
+    node.backend.current = FAILED
+    monkeypatch.setattr(node.backend, "resolve_model", resolve)
+    done = invoke(node, "place", "Tiny-Chat")
+    assert done.exit_code == 1
+    assert "since it can't be placed anew: There is no file Tiny-Chat." in done.stderr
+    assert node.backend.commands == []
+
+
+def test_what_was_removed_and_then_refused_is_told(node: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model took its room in between."""
+    node.backend.current = FAILED
+
+    async def submit(command: Any) -> CommandResult:
+        node.backend.commands.append(command)
+        is_placed = isinstance(command, PlaceModel)
+        return CommandResult("command-1", Refused("No room.", 503) if is_placed else node.backend.outcome)
+
+    monkeypatch.setattr(node.backend, "submit", submit)
+    done = invoke(node, "place", "Tiny-Chat")
+    assert done.exit_code == 1
+    assert (
+        "It was removed to make room for itself, and could not be placed then: No room. Nobody asks for it now: "
+        in done.stderr
+    )
 
 
 def test_what_failed_is_not_rebalanced(node: ServedNode) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.desktop.launch_agent import LABEL, agent
-from covey.desktop.service import Service, kept_environment, node_service
+from covey.desktop.service import Service, ServiceError, kept_environment, node_service
 from covey.desktop.systemd_unit import can_start, quoted, unit
 
 ODD = (
@@ -24,7 +24,7 @@ ODD = (
     "",
     "--x='y'",
 )
-SERVICE = Service(command=ODD, environment=(("COVEY_HOME", '/x "y" %h $Z'),))
+SERVICE = Service(command=ODD, environment=(("COVEY_HOME", '/x "y" %h $Z'),), end_s=77)
 NO_VERIFY = "" if shutil.which("systemd-analyze") else "there is no systemd-analyze here"
 
 
@@ -42,6 +42,7 @@ def test_a_unit_says_when_a_node_is_started_again() -> None:
         "RestartPreventExitStatus": "2",  # wrong usage
         "StartLimitIntervalSec": "0",  # no try is the last
         "OOMPolicy": "continue",
+        "TimeoutStopSec": "77",
     } == dict(found)
     assert len(found) == len(dict(found)), "one variable, so nothing is said twice"
 
@@ -82,7 +83,7 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     program.chmod(0o755)
     file = tmp_path / "covey.service"
     version = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
-    made = Service(command=(str(program), *ODD[1:]), environment=SERVICE.environment)
+    made = Service(command=(str(program), *ODD[1:]), environment=SERVICE.environment, end_s=SERVICE.end_s)
     file.write_text(unit(made, int("".join(filter(str.isdigit, version.split()[1])))))
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(
@@ -108,7 +109,19 @@ def test_an_agent_says_when_a_node_is_started_again() -> None:
     assert found["KeepAlive"] == {"SuccessfulExit": False}
     assert found["RunAtLoad"] is True
     assert found["ThrottleInterval"] == 10
+    assert found["ExitTimeOut"] == 77
     assert found["StandardErrorPath"] == "/log"
+
+
+@pytest.mark.parametrize(("given", "end_s"), [({}, 30), ({"COVEY_SHUTDOWN_TIMEOUT_S": "120.5"}, 145)])
+def test_a_node_is_given_the_time_that_its_runners_may_take_to_end(given: dict[str, str], end_s: int) -> None:
+    """6 s beside the runners, 10 s for killed ones to go, and some room."""
+    assert node_service([], Path("/home/me/covey"), given).end_s == end_s
+
+
+def test_a_limit_that_covey_up_would_refuse_is_refused() -> None:
+    with pytest.raises(ServiceError, match="COVEY_SHUTDOWN_TIMEOUT_S is 'soon', which is no number"):
+        node_service([], Path("/home/me/covey"), {"COVEY_SHUTDOWN_TIMEOUT_S": "soon"})
 
 
 def test_no_secret_is_written() -> None:

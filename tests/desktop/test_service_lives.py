@@ -26,8 +26,11 @@ kill -TERM $(pid)
 for _ in $(seq 100); do [ $(pid) = 0 ] && break; sleep 0.1; done
 sleep 6
 pid > ended_pid
+export XDG_CONFIG_HOME=$HOME/of-the-shell
 covey service install --port {port} --name other --interface 127.0.0.1 >&2
 answers > third
+rm $HOME/.config/systemd/user/covey.service
+systemctl --user daemon-reload
 covey service uninstall >&2
 systemctl --user is-active covey.service > after || true
 """
@@ -62,5 +65,6 @@ def test_a_killed_node_comes_back_and_a_removed_one_does_not(tmp_path: Path) -> 
     assert status["process_id"] != int(read("first_pid"))
     assert read("ended_pid").strip() == "0", "who ended it in order meant it"
     assert read("after").strip() == "inactive"
+    assert not (tmp_path / "of-the-shell").exists(), "the manager does not look there"
     assert not (tmp_path / ".config" / "systemd" / "user" / "covey.service").exists()
     assert not list((tmp_path / ".config" / "systemd" / "user").rglob("*.service"))

@@ -81,6 +81,10 @@ class _RevokedKey(Struct):
     key_id: str
 
 
+class _Previews(Struct):
+    previews: list[dict[str, Any]]
+
+
 class _Placed(Struct):
     """Also of an instance that was deleted."""
 
@@ -147,6 +151,10 @@ class NodeClient:
     def models(self) -> list[dict[str, Any]]:
         """The listed models, in OpenAI's shape."""
         return list(self._ask("GET", "/v1/models", _Models)["data"])
+
+    def expect_known(self, model: str, node_id: NodeId) -> None:
+        """Raises `CliError` where the name leads to no model that could be placed. A preview on one node tells so."""
+        self._ask("GET", "/instance/previews", _Previews, params={"model_id": model, "node_ids": node_id})
 
     def place(self, model: str, **options: Any) -> dict[str, Any]:
         """Asks for an instance; the answer has `instance_id`, `model_card` and `on_one_node_only`."""

@@ -1,7 +1,7 @@
 """From a model's name to an instance that answers, with a progress bar on the way."""
 
 import time
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 from rich.markup import escape
@@ -10,11 +10,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
 from covey.cli.naming import asked_for, instances_of, is_of, short_ids
-from covey.control.cluster import wish_of
-from covey.control.routing import instance_status, wish_status
-from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, Wish
-from covey.schema.ids import InstanceId
-from covey.schema.model import Quantizing
+from covey.control.cluster import options_asked_for, wish_of
+from covey.control.placement.place import place
+from covey.control.routing import instance_status, nodes_of, wish_status
+from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, PlaceModel, Refused, Wish
+from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import ModelCard, Quantizing
 
 ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
 
@@ -28,8 +29,9 @@ class Wanted(Struct, frozen=True, kw_only=True):
     exact: bool | None = None
     quantize: Quantizing | None = None
     rank_count: int | None = None  # nodes that share each layer
+    node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
 
-    def body(self) -> dict[str, int | str]:
+    def body(self) -> dict[str, Any]:
         given = {
             "min_nodes": self.node_count,
             "context_length": self.context_length,
@@ -37,8 +39,22 @@ class Wanted(Struct, frozen=True, kw_only=True):
             "exact": self.exact,
             "quantize": self.quantize,
             "rank_count": self.rank_count,
+            "node_ids": self.node_ids or None,
         }
         return {key: value for key, value in given.items() if value is not None}
+
+    def command(self, card: ModelCard) -> PlaceModel:
+        """As the node makes it of the body."""
+        return PlaceModel(
+            card=card,
+            node_count_min=self.node_count or 1,
+            context_length=self.context_length,
+            slot_count=self.slot_count,
+            node_ids=self.node_ids,
+            exact=bool(self.exact),
+            quantize=self.quantize,
+            rank_count=self.rank_count or 1,
+        )
 
     def is_met_by(self, instance: Instance) -> bool:
         return (
@@ -84,7 +100,11 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
 def make_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> Ready:
     """A new instance, also where there is one. Raises `CliError`."""
     wanted = wanted or Wanted()
-    answer = node.place(model, **wanted.body())
+    return _wait_as_wanted(node, node.place(model, **wanted.body()), wanted)
+
+
+def _wait_as_wanted(node: NodeClient, answer: dict[str, Any], wanted: Wanted) -> Ready:
+    """`answer`: of the node that placed it."""
     instance = wait_ready(node, wish_of(InstanceId(answer["instance_id"])))
     missed = "--exact" if wanted.exact and not instance.exact else ""
     if wanted.quantize not in {None, instance.quantize}:
@@ -117,21 +137,47 @@ def _has_failed(state: ClusterState, instance: Instance) -> bool:
 
 def _make_anew(node: NodeClient, state: ClusterState, failed: Instance, wanted: Wanted) -> Ready:
     """In the place of one that failed; as that was asked for, unless something else is now. What it failed of may be
-    mended since then, and else it fails again with its reason.
+    mended since then, and else it fails again with its reason. It is removed only where another could follow.
     """
-    asked = {wish.wish_id: wish.node_count_min for wish in state.wishes}
-    before = Wanted(
-        node_count=asked.get(failed.wish_id, len(failed.stages)),
+    name, asked = failed.card.model_id, _asked_before(state, failed) if wanted == Wanted() else wanted
+    reason = instance_status(state, failed).text.partition("\n")[0].rstrip(".")
+    if refused := _refusal(node, state, failed, asked):
+        raise CliError(f"{name} {reason}. It is left as it is, since it can't be placed anew: {refused}")
+    err.print(f"{name} {reason}. It is placed anew.", style="dim", soft_wrap=True, markup=False)
+    node.delete(failed.instance_id)
+    try:
+        answer = node.place(name, **asked.body())
+    except CliError as error:
+        raise CliError(
+            f"It was removed to make room for itself, and could not be placed then: {error} Nobody asks for it now: "
+            f"`covey place {name}` does so again."
+        ) from None
+    return _wait_as_wanted(node, answer, asked)
+
+
+def _asked_before(state: ClusterState, failed: Instance) -> Wanted:
+    wish = next((each for each in state.wishes if each.wish_id == failed.wish_id), None)
+    return Wanted(
+        node_count=wish.node_count_min if wish else len(failed.stages),
         context_length=failed.context_length,
         slot_count=failed.slot_count,
         exact=failed.exact or None,
         quantize=failed.quantize,
         rank_count=_ranks_asked_for(state, failed),
+        node_ids=wish.node_ids if wish else (),
     )
-    reason = instance_status(state, failed).text.partition("\n")[0].rstrip(".")
-    err.print(f"{failed.card.model_id} {reason}. It is placed anew.", style="dim", soft_wrap=True, markup=False)
-    node.delete(failed.instance_id)
-    return make_ready(node, failed.card.model_id, before if wanted == Wanted() else wanted)
+
+
+def _refusal(node: NodeClient, state: ClusterState, failed: Instance, asked: Wanted) -> str:
+    """Why it could not be placed anew, as far as can be seen before what it holds is given back; else empty."""
+    try:
+        node.expect_known(failed.card.model_id, state.node_id)
+    except CliError as error:
+        return str(error)
+    leaving = [each for each in state.instances if each.wish_id == failed.wish_id]
+    options = options_asked_for(asked.command(failed.card), state.node_id)
+    placement = place(failed.card, nodes_of(state, leaving), options)
+    return placement.reason if isinstance(placement, Refused) else ""
 
 
 def _counted(instance: Instance) -> str:

@@ -17,11 +17,12 @@ from covey.cli.client import CliError
 from covey.cli.console import err, out
 from covey.cli.options import Json, explained, print_json, refuse_contradictions
 from covey.desktop.managers import Manager, manager
-from covey.desktop.service import ServiceError, ServiceStatus, node_service
+from covey.desktop.service import NOT_INSTALLED, ServiceError, ServiceStatus, node_service
 from covey.effects import paths
 
 SETTLE_S: Final = 3.0  # in which a node that can't start has ended
 POLL_S: Final = 0.5
+ENDS_REST: Final = "`covey service uninstall` ends what is left"
 LINGER_FOLDER: Final = Path("/var/lib/systemd/linger")  # a file for each user whose services outlive the log-out
 
 app = typer.Typer(
@@ -48,9 +49,8 @@ def _manager() -> Manager:
 
 
 def _install(found: Manager, arguments: Sequence[str]) -> None:
-    service = node_service(arguments, paths.home(), os.environ)
     try:
-        is_new = found.install(service)
+        is_new = found.install(node_service(arguments, paths.home(), os.environ))
         status = _settled(found)
     except ServiceError as error:
         raise CliError(str(error)) from None
@@ -97,14 +97,14 @@ def status(as_json: Json = False) -> None:  # noqa: FBT002 (Typer's way to a fla
 
 
 def status_lines(found: ServiceStatus) -> list[str]:
-    if not found.is_installed:
+    if found.state == NOT_INSTALLED:
         return ["No service is installed. `covey service install` installs one, with the options of `covey up`."]
     rows = [
         ("service", f"{found.state}, under {found.manager}"),
         ("process", found.process_id),
         ("since", found.since),
         ("restarts", found.restarts),
-        ("file", found.file),
+        ("file", found.file if found.is_installed else f"{found.file} is gone; {ENDS_REST}"),
         ("log", found.log_command),
     ]
     return [f"{title:<9} {value}" for title, value in rows if value is not None]

@@ -4,13 +4,15 @@ import os
 import plistlib
 from pathlib import Path
 from typing import Final
+from xml.parsers.expat import ExpatError
 
 from covey.desktop.bundle import BUNDLE_ID
 from covey.desktop.service import OPEN_FILES_MAX, Service
 
 LABEL: Final = "covey.node"
 WAIT_S: Final = 10  # the least time between two starts
-END_S: Final = 30  # more than a node takes to end its answers, its runners and itself
+END_KEY: Final = "ExitTimeOut"
+UNTOLD_END_S: Final = 30  # as long as a node takes by default
 
 
 def agent(service: Service, log: Path) -> bytes:
@@ -27,7 +29,7 @@ def agent(service: Service, log: Path) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": WAIT_S,
-            "ExitTimeOut": END_S,
+            END_KEY: service.end_s,
             "ProcessType": "Interactive",  # else its processor and disk are throttled as a chore's are
             "SoftResourceLimits": {"NumberOfFiles": OPEN_FILES_MAX},
             "StandardOutPath": os.fspath(log),
@@ -35,3 +37,13 @@ def agent(service: Service, log: Path) -> bytes:
             "AssociatedBundleIdentifiers": [BUNDLE_ID],
         }
     )
+
+
+def end_s(content: bytes) -> int:
+    """What the agent of such a file may take to end, in seconds; the usual where it does not say."""
+    try:
+        told = plistlib.loads(content)
+    except (plistlib.InvalidFileException, ExpatError, ValueError):
+        return UNTOLD_END_S
+    found = told.get(END_KEY) if isinstance(told, dict) else None
+    return found if isinstance(found, int) else UNTOLD_END_S

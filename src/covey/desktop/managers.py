@@ -1,6 +1,5 @@
 """Which service manager this system has. Nothing of it is changed but this one service."""
 
-import os
 import sys
 from typing import Protocol
 
@@ -17,7 +16,7 @@ class Manager(Protocol):
         ...
 
     def uninstall(self) -> bool:
-        """Stops the service and removes its file. False if there was none."""
+        """Stops the service and removes its file, whichever of the two is left. False if there was neither."""
         ...
 
     def status(self) -> ServiceStatus: ...
@@ -25,4 +24,4 @@ class Manager(Protocol):
 
 def manager() -> Manager:
     """The one of this system."""
-    return Launchd() if sys.platform == "darwin" else Systemd(os.environ)
+    return Launchd() if sys.platform == "darwin" else Systemd()

@@ -1,5 +1,6 @@
 """What a node is as a service, whoever starts it. The files in which that is written are rendered beside this one."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,14 @@ from typing import Final
 
 from msgspec import Struct
 
+from covey.control.deadlines import REAP_MS
+from covey.effects.time_limits import TimeLimitError, leave_s_max, time_limits
+
 DESCRIPTION: Final = "Covey node"
 WRONG_USAGE_EXIT: Final = 2  # of every command: another try would end the same way
 OPEN_FILES_MAX: Final = 8192  # macOS gives a service 256; each client, peer and runner takes some
+END_ROOM_S: Final = 8  # beside the time to end and for killed runners to go: a machine that swaps is slow
+NOT_INSTALLED: Final = "not installed"
 KEPT_VARIABLES: Final = ("COVEY_CLUSTER",)
 KEPT_ENDINGS: Final = ("_TIMEOUT_S",)  # of variables that begin with COVEY_; what is secret is not among them
 
@@ -20,10 +26,13 @@ class ServiceError(Exception):
 
 
 class Service(Struct, frozen=True, kw_only=True):
-    """`command`: an absolute path, then its arguments. `environment`: beside what every service of the user has."""
+    """`command`: an absolute path, then its arguments. `environment`: beside what every service of the user has.
+    `end_s`: what it may take to end before it is killed.
+    """
 
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
+    end_s: int
 
 
 class ServiceStatus(Struct, frozen=True, kw_only=True):
@@ -33,7 +42,7 @@ class ServiceStatus(Struct, frozen=True, kw_only=True):
     file: str
     is_installed: bool
     is_running: bool = False
-    state: str = "not installed"  # in the manager's own words
+    state: str = NOT_INSTALLED  # else in the manager's own words
     process_id: int | None = None
     since: str | None = None  # by the manager's clock
     restarts: int | None = None
@@ -43,12 +52,18 @@ class ServiceStatus(Struct, frozen=True, kw_only=True):
 def node_service(up_arguments: Sequence[str], home: Path, environment: Mapping[str, str]) -> Service:
     """`covey up` with these options, by the interpreter that runs now, and with the data in `home`.
 
-    Nothing secret is taken along: any program of the user can read a service's file.
+    Nothing secret is taken along: any program of the user can read a service's file. Raises `ServiceError` where a
+    limit of time can't be used.
     """
+    try:
+        leave_s = leave_s_max(time_limits(environment))
+    except TimeLimitError as error:
+        raise ServiceError(f"{error}.") from None
     own = (sys.executable, "-P", "-m", "covey.cli", "up")  # -P: the folder where it starts is not searched for modules
     return Service(
         command=(*own, *up_arguments),
         environment=(("COVEY_HOME", os.fspath(home)), *kept_environment(environment)),
+        end_s=math.ceil(leave_s + REAP_MS / 1000 + END_ROOM_S),
     )
 
 

@@ -39,6 +39,7 @@ def unit(service: Service, version: int) -> str:
             f"RestartPreventExitStatus={WRONG_USAGE_EXIT}",
             *_waits(version),
             "KillMode=mixed",
+            f"TimeoutStopSec={service.end_s}",
             "OOMPolicy=continue",
             f"LimitNOFILE={OPEN_FILES_MAX}",
             "",

@@ -18,8 +18,11 @@ from typing import IO, Final
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+from anyio.abc import Process
 
+from covey.effects import leftovers
 from covey.effects.fetching import FetchError, expect_space
+from covey.engine.parent import ending_with_parent
 from covey.schema.model import PackageSource
 
 CHUNK_BYTES: Final = 1024 * 1024
@@ -67,13 +70,29 @@ def _requirement(source: PackageSource, work: Path) -> list[str]:
 
 
 async def _run(command: list[str], source: PackageSource, work: Path) -> None:
-    """In a session of its own, so that Ctrl-C reaches only us; being cancelled kills it."""
-    environment = {**os.environ, "TMPDIR": str(work)}  # where it grows, it can be watched, and is cleaned up
-    done = await anyio.run_process(
-        command, check=False, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    """In a session of its own, so that Ctrl-C reaches only us; being cancelled kills it, and so does our end."""
+    process = await anyio.open_process(
+        ending_with_parent(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(work)},  # where it grows, it can be watched, and is cleaned up
+        start_new_session=True,
     )
-    if done.returncode != 0:
-        raise _refusal(source, done.stderr.decode(errors="replace"))
+    leftovers.note(work, process.pid)
+    try:
+        async with process:  # which kills it if we are cancelled, and waits for its end
+            output = await _read(process)
+            status = await process.wait()
+    finally:
+        leftovers.forget(work, process.pid)
+    if status != 0:
+        raise _refusal(source, output.decode(errors="replace"))
+
+
+async def _read(process: Process) -> bytes:
+    if process.stderr is None:
+        raise AssertionError("an installer is always started with a pipe for its errors")
+    return b"".join([part async for part in process.stderr])
 
 
 def _refusal(source: PackageSource, output: str) -> FetchError:
@@ -136,5 +155,7 @@ def _expect_hash(digest: str, source: PackageSource) -> None:
 
 
 def _empty(folder: Path) -> None:
+    """Whoever else still writes there was left by a node that died: the folder's lock is ours."""
+    leftovers.end_leftovers(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How long a runner may take for each phase, as a person set it in the environment of `covey up`."""
+"""How long a runner may take for each phase, and so a node to end, as a person set it for `covey up`."""
 
 import math
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ VARIABLES: Final = {
     "COVEY_STEP_TIMEOUT_S": "step_ms",
     "COVEY_SHUTDOWN_TIMEOUT_S": "shut_down_ms",
 }
+LEAVE_S_MAX: Final = 6.0  # beside what runners may take: answers get 2 s, the mesh 2 s; then all is cancelled
 SECONDS_MIN: Final = 1
 SECONDS_MAX: Final = 86_400  # a day: nobody waits for longer
 
@@ -27,6 +28,11 @@ def time_limits(environment: Mapping[str, str]) -> PhaseLimits:
         field: _milliseconds(name, environment[name]) for name, field in VARIABLES.items() if environment.get(name)
     }
     return PhaseLimits(**given)
+
+
+def leave_s_max(limits: PhaseLimits) -> float:
+    """How long a node that was asked to end may go on; then all is cancelled, and its runners are killed."""
+    return limits.shut_down_ms / 1000 + LEAVE_S_MAX
 
 
 def _milliseconds(name: str, text: str) -> int:

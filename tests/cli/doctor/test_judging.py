@@ -12,10 +12,10 @@ from covey.cli.doctor.showing import has_problems, listing, report
 from covey.desktop.service import ServiceStatus
 from covey.effects.multicast_trial import Groups, Trial
 from covey.effects.surroundings import Folder
-from covey.schema.cluster import Visibility
+from covey.schema.cluster import ClusterState, Visibility, Wish
 from covey.schema.mesh import MESH_PROTOCOL, Beacon
 from covey.schema.runner import RunnerState
-from tests.api.fake_backend import FakeBackend, hardware
+from tests.api.fake_backend import CARD, FakeBackend, hardware
 from tests.api.fake_backend import cluster as failed
 from tests.credentials import CODE
 
@@ -51,6 +51,52 @@ def test_a_model_that_failed_is_told_of_without_its_log() -> None:
     [found] = cluster.cluster(state, "0.1.0", "linux", ())
     assert told(found) == (Level.PROBLEM, "Tiny-Chat failed: the runner ended: exit status 3.")
     assert found.advice == "`covey place Tiny-Chat` tries again, and `covey stop Tiny-Chat` gives up on it."
+
+
+def changed(state: ClusterState, number: int, **fields: object) -> ClusterState:
+    """The cluster with other fields of this member."""
+    members = list(state.members)
+    members[number] = msgspec.structs.replace(members[number], **fields)
+    return msgspec.structs.replace(state, members=tuple(members))
+
+
+def waiting(reason: str) -> ClusterState:
+    """The second runner can't start, for this reason."""
+    state = failed(RunnerState.READY, RunnerState.IDLE)
+    report = state.members[1].report
+    assert report is not None
+    [runner] = report.runners
+    held_up = msgspec.structs.replace(runner, waiting=reason)
+    return changed(state, 1, report=msgspec.structs.replace(report, runners=(held_up,)))
+
+
+def test_a_model_that_waits_for_memory_is_told_of() -> None:
+    [found] = cluster.cluster(waiting("has too little memory now: 1 GB"), "0.1.0", "linux", ())
+    assert told(found) == (Level.WARNING, "Tiny-Chat is not ready: berta has too little memory now: 1 GB.")
+    assert found.advice.startswith("Free memory there")
+
+
+def test_a_model_that_merely_starts_is_no_trouble() -> None:
+    [found] = cluster.cluster(failed(RunnerState.READY, RunnerState.IDLE), "0.1.0", "linux", ())
+    assert told(found) == (Level.OK, "The node has nothing to complain of.")
+
+
+def test_a_model_without_room_for_the_share_of_a_node_that_is_gone_is_told_of() -> None:
+    state = changed(failed(RunnerState.READY, RunnerState.READY), 1, visibility=Visibility.AWAY, heard_ms_ago=60_000)
+    report = state.members[0].report
+    assert report is not None
+    small = msgspec.structs.replace(hardware("anna"), memory_bytes_total=10**6, memory_bytes_available=10**5)
+    state = changed(state, 0, report=msgspec.structs.replace(report, hardware=small))
+    wish = Wish(wish_id=state.instances[0].wish_id, card=CARD, node_count_min=2, context_length=1024, slot_count=2)
+    lacking = msgspec.structs.replace(state, wishes=(wish,))
+    away, found = cluster.cluster(lacking, "0.1.0", "linux", ())
+    assert told(away)[1].startswith("berta has not been heard")
+    level, seen = told(found)
+    assert level is Level.WARNING
+    assert seen.startswith("Tiny-Chat is not ready: waiting for berta, without which it finds no room: ")
+    [_, without] = cluster.cluster(msgspec.structs.replace(lacking, instances=()), "0.1.0", "linux", ())
+    assert told(without)[1].startswith("Tiny-Chat waits for a place: ")
+    assert not without.seen.endswith("..")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
@@ -20,6 +19,7 @@ from covey.cli.benching.asking import Server
 from covey.cli.benching.figures import Case
 from covey.cli.client import CliError
 from covey.cli.local_nodes import HOST, first_port
+from covey.engine.parent import ending_with_parent
 
 NAME: Final = "llama.cpp"
 PROGRAM: Final = "llama-server"
@@ -69,7 +69,7 @@ class LlamaServer:
         """Raises `CliError`."""
         # A session of its own: Ctrl-C reaches the measurement alone, which then ends its server.
         self._process = subprocess.Popen(  # noqa: S603 (the program that was named)
-            [sys.executable, "-P", "-m", "covey.cli.benching", *self._command],
+            ending_with_parent(self._command),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

@@ -6,9 +6,11 @@ from typing import Final
 from covey.cli.console import harmless
 from covey.cli.doctor.finding import Finding, ok, problem, warning
 from covey.cli.doctor.network import MAC, MAC_ADVICE
-from covey.control.routing import instance_status, wish_status
-from covey.schema.cluster import ClusterState, InstancePhase, Member, NodeReport, Visibility
+from covey.control.routing import instance_status, visible_reports, waits_for_memory, wish_status
+from covey.schema.cluster import ClusterState, Instance, InstancePhase, Member, NodeReport, Visibility
 
+ROOM_ADVICE: Final = "Let more devices take part, free memory, or `covey stop` another model."
+HELD_UP_ADVICE: Final = "Free memory there, or `covey stop` another model; `covey ps` shows how far this one is."
 NOTICE_ADVICE: Final = "docs/network.md says what each sentence of the network means."
 
 
@@ -62,16 +64,25 @@ def _versions(state: ClusterState, own_version: str) -> Iterator[Finding]:
 
 def _models(state: ClusterState) -> Iterator[Finding]:
     for instance in state.instances:
-        status = instance_status(state, instance)
-        if status.phase is InstancePhase.FAILED:
-            name, reason = instance.card.model_id, status.text.partition("\n")[0]  # what follows is its log
-            advice = f"`covey place {name}` tries again, and `covey stop {name}` gives up on it."
-            yield problem("models", _whole(f"{name} {reason}"), advice)
+        yield from _instance(state, instance)
     served = {instance.wish_id for instance in state.instances}
     for wish in state.wishes:
         if wish.wish_id not in served:
-            seen = f"{wish.card.model_id} waits for a place: {wish_status(state, wish)}."
-            yield warning("models", seen, "Let more devices take part, free memory, or `covey stop` another model.")
+            seen = f"{wish.card.model_id} waits for a place: {wish_status(state, wish)}"
+            yield warning("models", _whole(seen), ROOM_ADVICE)
+
+
+def _instance(state: ClusterState, instance: Instance) -> Iterator[Finding]:
+    """Also of one that waits for what may not come by itself; what merely takes its time is no trouble."""
+    status, name = instance_status(state, instance), instance.card.model_id
+    if status.phase is InstancePhase.FAILED:
+        reason = status.text.partition("\n")[0]  # what follows is its log
+        advice = f"`covey place {name}` tries again, and `covey stop {name}` gives up on it."
+        yield problem("models", _whole(f"{name} {reason}"), advice)
+    elif status.phase is InstancePhase.LACKING:
+        yield warning("models", _whole(status.explanation), ROOM_ADVICE)
+    elif status.phase is InstancePhase.WAITING and waits_for_memory(instance, visible_reports(state)):
+        yield warning("models", _whole(status.explanation), HELD_UP_ADVICE)
 
 
 def _reports(state: ClusterState) -> list[NodeReport]:
