@@ -19,9 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the harness lives with the tests
-
-from nodes import NodeProcess, cluster_name, until
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the harness lives with the tests
 
 from covey.checkpoints.opening import open_checkpoint
 from covey.cli.benching.asking import Sample, Server, ask_together
@@ -31,6 +29,7 @@ from covey.cli.client import CliError, NodeClient
 from covey.cli.demo import ends_by_signal
 from covey.cli.local_nodes import first_port
 from covey.cli.placing import Wanted, make_ready
+from tests.nodes import NodeProcess, cluster_name, until
 
 PROMPT_TOKENS, NEW_TOKENS, SPARE_TOKENS = 256, 128, 128
 LLAMA_SECONDS_MAX = 300
@@ -46,7 +45,8 @@ def serving(model: Path, cores: int, slots: int) -> Generator[Server]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
         nodes, cluster = list[NodeProcess](), cluster_name()
         for core in range(cores):
-            nodes.append(NodeProcess(Path(folder), f"core{core}", cluster, engine="onnx", within=pinned(core)))
+            options = {"engine": "onnx", "lookup": "0"}  # nothing is guessed, as llama-bench guesses nothing
+            nodes.append(NodeProcess(Path(folder), f"core{core}", cluster, within=pinned(core), **options))
             ends.callback(nodes[-1].end)
         for node in nodes:
             node.wait_listening()

@@ -327,6 +327,21 @@ def test_each_stage_has_a_group_of_its_own(stage_count: int) -> None:
     assert {len(pieces) for pieces in in_flight} == {6 // stage_count}
 
 
+@pytest.mark.parametrize("stage_count", [2, 3])
+def test_a_group_comes_to_be_of_neighbouring_slots(stage_count: int) -> None:
+    """The engine reads the weights once for these. Prompts end one after the other, while others are in flight."""
+    world = World(make_scheduler(slot_count=6, stage_count=stage_count))
+    for place, name in enumerate("abcdef"):
+        world.admit(make_admit(name, ids(ord(name), 5 + 300 * place), 90, stop_token_ids=()))
+    for _ in range(60):
+        while world.schedule():
+            pass
+        world.learn()
+    size = 6 // stage_count
+    slots = sorted(sorted(piece.slot for piece in planned.plan.pieces) for planned in world.plans[-stage_count:])
+    assert slots == [list(range(start, start + size)) for start in range(0, 6, size)]
+
+
 def test_the_chunks_of_a_prompt_fill_the_pipeline() -> None:
     world = World(make_scheduler(stage_count=3))
     world.admit(make_admit("a", ids(1, 1000), 1))

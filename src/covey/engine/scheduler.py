@@ -6,11 +6,12 @@ What it has to compute is always
 waits for its token has nothing to send: at most one decode of it is in flight, while the chunks of a prompt follow
 one another without waiting. Prefill and decode steps take turns: a long prompt stalls nobody who is being answered.
 
-With n stages up to n steps are in flight, and the decoding requests are dealt into n groups, one for each stage. A
-slot is given away as soon as its request ends: links keep the order, so what is in flight for the old one runs first.
+With n stages up to n steps are in flight, and the decoding requests are dealt into n groups, one for each stage, of
+neighbouring slots: an engine reads the weights once for these, and once more for each slot that lies apart. A slot is
+given away as soon as its request ends: links keep the order, so what is in flight for the old one runs first.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -171,14 +172,24 @@ class Scheduler:
     def _choose(self) -> list[Request]:
         """Either one prompt's next chunk, or the next token of a group."""
         pending = [request for request in self._running.values() if request.is_pending]
-        decoding = [request for request in pending if request.is_decoding]
+        group = self._group([request for request in pending if request.is_decoding])
         prefilling = [request for request in pending if not request.is_decoding]
-        self._prefilled_last = bool(prefilling) and not (decoding and self._prefilled_last)
-        return prefilling[:1] if self._prefilled_last else decoding[: self._group_size()]
+        self._prefilled_last = bool(prefilling) and not (group and self._prefilled_last)
+        return prefilling[:1] if self._prefilled_last else group
 
-    def _group_size(self) -> int:
-        decoding = sum(request.is_decoding for request in self._running.values())
-        return -(-decoding // self._stage_count)
+    def _group(self, pending: list[Request]) -> list[Request]:
+        """The one whose first has waited longest, of those that are all there. Where none is, as after somebody came or
+        went, a part of one goes only if stages would idle else: the rest of it is in flight, and to be caught up with.
+        """
+        slots = sorted(request.slot for request in self._running.values() if request.is_decoding)
+        numbers = {slot: place * self._stage_count // len(slots) for place, slot in enumerate(slots)}
+        sizes = Counter(numbers.values())
+        parts: defaultdict[int, list[Request]] = defaultdict(list)
+        for request in pending:
+            parts[numbers[request.slot]].append(request)
+        whole = [part for number, part in parts.items() if len(part) == sizes[number]]
+        may_part = len(self._in_flight) < max(self._stage_count - 1, 1)
+        return next(iter([*whole, *(parts.values() if may_part else ())]), [])
 
     def _plan(self, requests: list[Request], now: float) -> PlannedStep:
         begun = tuple(_sampling_start(request) for request in requests if request.begun is None)
