@@ -192,7 +192,7 @@ def test_requests_that_come_and_go_at_any_time_stay_apart(
                 world.schedule()
             case _:
                 world.learn()
-        assert len(world.flying) <= stage_count
+        assert len(world.flying) <= 2 * stage_count
     world.settle()
     assert_nothing_is_left(world.scheduler, slot_count)
     for name, admit in admits.items():

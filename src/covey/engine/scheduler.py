@@ -6,7 +6,8 @@ What it has to compute is always
 waits for its token has nothing to send: at most one decode of it is in flight, while the chunks of a prompt follow
 one another without waiting. Prefill and decode steps take turns: a long prompt stalls nobody who is being answered.
 
-With n stages up to n steps are in flight, and the decoding requests are dealt into n groups, one for each stage, of
+With n stages up to n steps of either kind are in flight, so that no stage idles while another one computes a chunk of a
+prompt, which takes as long as many tokens. The decoding requests are dealt into n groups, one for each stage, of
 neighbouring slots: an engine reads the weights once for these, and once more for each slot that lies apart. A slot is
 given away as soon as its request ends: links keep the order, so what is in flight for the old one runs first.
 """
@@ -42,6 +43,12 @@ class StepOrderError(Exception):
     """An outcome is not that of the oldest step in flight; a stage has lost or repeated one."""
 
 
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    requests: list[Request]
+    is_prefill: bool  # a chunk of a prompt, else the next tokens of a group
+
+
 class Scheduler:
     """`looks_up`: tokens are guessed, several in one step, where the text so far lets them be (`lookup`)."""
 
@@ -62,7 +69,7 @@ class Scheduler:
         self._pace = Pace(slot_count)
         self._waiting = Waiting[Request]()
         self._running: dict[Key, Request] = {}  # whose last step is the oldest comes first
-        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._released: list[int] = []  # slots that the last stage may forget, told with the next plan
         self._steps = 0
         self._prefilled_last = False
@@ -164,23 +171,24 @@ class Scheduler:
 
     def schedule(self, now: float) -> PlannedStep | None:
         """The next step, or None while nothing can be done but wait for an outcome or a request."""
-        if len(self._in_flight) >= self._stage_count:
-            return None
         chosen = self._choose()
         return self._plan(chosen, now) if chosen else None
 
     def _choose(self) -> list[Request]:
         """Either one prompt's next chunk, or the next token of a group."""
         pending = [request for request in self._running.values() if request.is_pending]
-        group = self._group([request for request in pending if request.is_decoding])
-        prefilling = [request for request in pending if not request.is_decoding]
+        chunks = sum(step.is_prefill for step in self._in_flight)
+        prefilling = [request for request in pending if not request.is_decoding and chunks < self._stage_count]
+        group = self._group([request for request in pending if request.is_decoding], len(self._in_flight) - chunks)
         self._prefilled_last = bool(prefilling) and not (group and self._prefilled_last)
         return prefilling[:1] if self._prefilled_last else group
 
-    def _group(self, pending: list[Request]) -> list[Request]:
+    def _group(self, pending: list[Request], in_flight: int) -> list[Request]:
         """The one whose first has waited longest, of those that are all there. Where none is, as after somebody came or
         went, a part of one goes only if stages would idle else: the rest of it is in flight, and to be caught up with.
         """
+        if in_flight >= self._stage_count:
+            return []
         slots = sorted(request.slot for request in self._running.values() if request.is_decoding)
         numbers = {slot: place * self._stage_count // len(slots) for place, slot in enumerate(slots)}
         sizes = Counter(numbers.values())
@@ -188,10 +196,11 @@ class Scheduler:
         for request in pending:
             parts[numbers[request.slot]].append(request)
         whole = [part for number, part in parts.items() if len(part) == sizes[number]]
-        may_part = len(self._in_flight) < max(self._stage_count - 1, 1)
+        may_part = in_flight < max(self._stage_count - 1, 1)
         return next(iter([*whole, *(parts.values() if may_part else ())]), [])
 
     def _plan(self, requests: list[Request], now: float) -> PlannedStep:
+        is_prefill = not requests[0].is_decoding
         begun = tuple(_sampling_start(request) for request in requests if request.begun is None)
         pieces: list[Piece] = []
         token_ids: list[int] = []
@@ -207,7 +216,7 @@ class Scheduler:
         self._steps += 1
         plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released), guesses)
         self._released.clear()
-        self._in_flight.append((plan, requests))
+        self._in_flight.append(_InFlight(plan, requests, is_prefill))
         return PlannedStep(plan, np.array(token_ids, np.int64))
 
     def _guesses(self, requests: list[Request]) -> dict[int, tuple[int, ...]]:
@@ -221,9 +230,9 @@ class Scheduler:
 
     def learn(self, outcome: StepOutcome, now: float) -> Events:
         """Takes in what became of the oldest step in flight. Raises `StepOrderError`."""
-        if not self._in_flight or outcome.step != self._in_flight[0][0].step:
+        if not self._in_flight or outcome.step != self._in_flight[0].plan.step:
             raise StepOrderError(f"Step {outcome.step} came back out of turn.")
-        plan, requests = self._in_flight.popleft()
+        plan, requests, _ = self._in_flight.popleft()
         places, unremarked = iter(range(len(outcome.token_ids))), Remark(outcome.failure)
         events: Events = []
         running_before = len(self._running)
