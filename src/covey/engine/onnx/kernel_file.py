@@ -1,7 +1,7 @@
 """Matrices in the layout of this machine's kernels, in a file in memory that ONNX Runtime maps.
 
 ONNX Runtime can save a model with its weights packed, and maps them when it loads that again. Here each matrix is
-packed so by itself, and written behind those before: no more than one is held twice while a model is loaded.
+packed so by itself, and written behind those before: no more than one is held more than once while a model is loaded.
 
 It also carries the offsets of blocks for nothing. A packed matrix has a float for each block, which the sum of that
 block's activations is multiplied by: `-scale * zero`. The operator takes whole zeros only; the kernel takes any float,
