@@ -45,8 +45,9 @@ def serving(model: Path, cores: int, slots: int) -> Generator[Server]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
         nodes, cluster = list[NodeProcess](), cluster_name()
         for core in range(cores):
-            options = {"engine": "onnx", "lookup": "0"}  # nothing is guessed, as llama-bench guesses nothing
-            nodes.append(NodeProcess(Path(folder), f"core{core}", cluster, within=pinned(core), **options))
+            nodes.append(  # nothing is guessed, as llama-bench guesses nothing
+                NodeProcess(Path(folder), f"core{core}", cluster, engine="onnx", within=pinned(core), lookup="0")
+            )
             ends.callback(nodes[-1].end)
         for node in nodes:
             node.wait_listening()
