@@ -113,6 +113,25 @@ def test_an_instance_is_placed_fails_recovers_and_is_removed() -> None:
     ]
 
 
+def test_a_runner_that_is_started_again_at_once_has_failed_too() -> None:
+    """What was well is tried again within the same moment, so that no look sees it fail."""
+    ready, again = cluster(READY, READY), cluster(READY, RunnerState.IDLE, reason="the runner ended: signal 9 (SIGKILL)")
+    assert told(ready, again_in(2, again, layers_loaded=0), ready) == [
+        "The part of Tiny-Chat on berta failed: the runner ended: signal 9 (SIGKILL).",
+        "Tiny-Chat is ready as inst-1.",
+    ]
+    assert told(ready, again_in(2, again, layers_loaded=3), ready) == ["Tiny-Chat is ready as inst-1."]
+
+
+def again_in(attempt: int, state: ClusterState, layers_loaded: int) -> ClusterState:
+    """With berta's runner in this attempt."""
+    anna, berta = state.members
+    assert berta.report is not None
+    [report] = berta.report.runners
+    runners = (replace(report, attempt=attempt, layers_loaded=layers_loaded),)
+    return replace(state, members=(anna, replace(berta, report=replace(berta.report, runners=runners))))
+
+
 def test_a_runner_that_nobody_needs_any_more_does_not_fail() -> None:
     """Its instance was removed or assigned anew, and its links were closed: nothing is wrong."""
     failed = replace(cluster(READY, FAILED, reason="The link to stage 0 is lost"), instances=())

@@ -187,12 +187,19 @@ def _runners(before: Seen, after: Seen) -> Iterator[Note]:
         had_failed = known is not None and known.state in (RunnerState.FAILED, RunnerState.STUCK)
         failed_before = known is not None and had_failed and known.attempt == report.attempt
         instance = models.get(report.runner_id)  # a runner whose instance was removed is lost to nobody
-        if report.state is RunnerState.FAILED and instance and not failed_before:
+        has_failed = report.state is RunnerState.FAILED and not failed_before
+        if instance and (has_failed or _was_started_again(known, report)):
             name = _name(after.state, node_id)
             text = f"The part of {instance.card.model_id} on {name} failed: {_sentence(report.reason)}"
             yield EventKind.RUNNER_FAILED, report.runner_id, text
         if report.state is RunnerState.STUCK and (known is None or known.state is not RunnerState.STUCK):
             yield EventKind.RUNNER_FAILED, report.runner_id, f"{_name(after.state, node_id)} {report.waiting}."
+
+
+def _was_started_again(known: RunnerReport | None, report: RunnerReport) -> bool:
+    """At once, so that nobody saw it fail. One that only begins anew with its neighbours keeps what it has loaded."""
+    is_next = known is not None and known.state is not RunnerState.FAILED and report.attempt > known.attempt
+    return is_next and bool(report.reason) and not report.layers_loaded
 
 
 def _runner_reports(state: ClusterState) -> Iterator[tuple[NodeId, RunnerReport]]:

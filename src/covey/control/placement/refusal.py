@@ -51,7 +51,7 @@ def odd_ranks(rank_count: int) -> Refused:
 def uneven_heads(card: ModelCard, rank_count: int) -> Refused | None:
     """None where its layers can be cut into so many ranks."""
     reason = ranks.refusal(card.architecture, heads_of(card), card.feed_forward_size, rank_count)
-    return Refused(f"{card.model_id} is {reason}.", BAD_REQUEST) if reason else None
+    return Refused(f"{card.model_id} can't be placed so: {reason}.", BAD_REQUEST) if reason else None
 
 
 def nodes_without_rank(nodes: int, rank_count: int) -> Refused:
