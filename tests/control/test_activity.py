@@ -115,7 +115,10 @@ def test_an_instance_is_placed_fails_recovers_and_is_removed() -> None:
 
 def test_a_runner_that_is_started_again_at_once_has_failed_too() -> None:
     """What was well is tried again within the same moment, so that no look sees it fail."""
-    ready, again = cluster(READY, READY), cluster(READY, RunnerState.IDLE, reason="the runner ended: signal 9 (SIGKILL)")
+    ready, again = (
+        cluster(READY, READY),
+        cluster(READY, RunnerState.IDLE, reason="the runner ended: signal 9 (SIGKILL)"),
+    )
     assert told(ready, again_in(2, again, layers_loaded=0), ready) == [
         "The part of Tiny-Chat on berta failed: the runner ended: signal 9 (SIGKILL).",
         "Tiny-Chat is ready as inst-1.",
