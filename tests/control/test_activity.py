@@ -124,6 +124,9 @@ def test_a_runner_that_is_started_again_at_once_has_failed_too() -> None:
         "Tiny-Chat is ready as inst-1.",
     ]
     assert told(ready, again_in(2, again, layers_loaded=3), ready) == ["Tiny-Chat is ready as inst-1."]
+    parted = cluster(READY, RunnerState.PARTED, reason="The link to stage 0 is lost.")  # before it had loaded anything
+    before, after = again_in(1, parted, layers_loaded=0), again_in(2, parted, layers_loaded=0)
+    assert told(before, after, ready) == ["Tiny-Chat is ready as inst-1."]
 
 
 def again_in(attempt: int, state: ClusterState, layers_loaded: int) -> ClusterState:

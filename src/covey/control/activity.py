@@ -198,8 +198,9 @@ def _runners(before: Seen, after: Seen) -> Iterator[Note]:
 
 def _was_started_again(known: RunnerReport | None, report: RunnerReport) -> bool:
     """At once, so that nobody saw it fail. One that only begins anew with its neighbours keeps what it has loaded."""
-    is_next = known is not None and known.state is not RunnerState.FAILED and report.attempt > known.attempt
-    return is_next and bool(report.reason) and not report.layers_loaded
+    if known is None or known.state is RunnerState.FAILED or report.attempt == known.attempt:
+        return False
+    return bool(report.reason and known.layers_loaded and not report.layers_loaded)
 
 
 def _runner_reports(state: ClusterState) -> Iterator[tuple[NodeId, RunnerReport]]:
