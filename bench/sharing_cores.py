@@ -1,103 +1,103 @@
-"""Two engines that compute at once on one machine: with all cores each, or with a part of them each.
+"""Two models on one node that answer at once, against one that answers alone; and against an older version.
 
-    python bench/sharing_cores.py FILE.gguf [--rounds 5] [--tokens 64]
+    python bench/sharing_cores.py FILE.gguf OTHER.gguf [--against FOLDER] [--rounds 5] [--tokens 192]
 
-Processes of their own, as two runners of one node are. Each round decodes with one engine alone, then with two at once
-that have all cores each, as runners do, then with two that are held to one half of the cores each. Linux only.
+Whole nodes, asked over HTTP in turn, nothing guessed: the first model alone, then both at once. `--against`: the source
+folder (`src`) of another version of Covey, whose node is asked in turn with this one's.
 """
 
 import argparse
-import multiprocessing
-import os
 import statistics
-import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from bare_engine import load, spec_of
 from rich.console import Console
 from rich.table import Table
 
-from covey.engine.contract import Piece
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the harness lives with the tests
 
-PAST_TOKENS: Final = 64
+from covey.cli.benching.asking import Sample, Server, ask_together
+from covey.cli.benching.cluster import ClusterSide, chosen
+from covey.cli.client import CliError, NodeClient
+from covey.cli.demo import ends_by_signal
+from covey.cli.placing import Wanted, make_ready
+from tests.nodes import NodeProcess, cluster_name
+
 CONTEXT: Final = 1024
-SECONDS_MAX: Final = 300
+PROMPT: Final = "Write a long story about a lighthouse keeper and the sea."
 
 
-class Engine:
-    """One in a process of its own, on these cores with as many threads."""
-
-    def __init__(self, model: Path, cores: Sequence[int], tokens: int) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        arguments = (theirs, model, tuple(cores), tokens)
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
-        self._process.start()
-        self.answer()  # it has loaded
-
-    def begin(self) -> None:
-        self._connection.send(None)
-
-    def answer(self) -> float:
-        """Tokens/s."""
-        if not self._connection.poll(SECONDS_MAX):
-            raise TimeoutError(f"an engine did not answer within {SECONDS_MAX} s")
-        return self._connection.recv()
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.join()
+@contextmanager
+def serving(models: Sequence[Path], source: Path | None) -> Generator[list[Server]]:
+    """One node with all models. Raises `CliError`."""
+    within = ("env", f"PYTHONPATH={source.absolute()}") if source else ()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
+        node = NodeProcess(Path(folder), "node", cluster_name(), engine="onnx", within=within, lookup="0")
+        ends.callback(node.end)
+        node.wait_listening()
+        client = ends.enter_context(NodeClient(node.url))
+        found: list[Server] = []
+        for model in models:
+            name = str(model.absolute())
+            make_ready(client, name, Wanted(slot_count=1, context_length=CONTEXT))
+            found.append(ClusterSide(client, chosen(client.cluster(), name)).server)
+        yield found
 
 
-def serve(connection: Connection, model: Path, cores: tuple[int, ...], tokens: int) -> None:
-    os.sched_setaffinity(0, cores)
-    stage = load(spec_of(model, len(cores), CONTEXT))
-    ids = np.arange(PAST_TOKENS + tokens) % 1000
-    stage.run([Piece(0, 0, PAST_TOKENS, wants_logits=True)], ids[:PAST_TOKENS])
-    connection.send(0.0)
-    while True:
-        connection.recv()
-        began = time.perf_counter()
-        for position in range(PAST_TOKENS, PAST_TOKENS + tokens):
-            stage.run([Piece(0, position, 1, wants_logits=True)], ids[position : position + 1])
-        connection.send(tokens / (time.perf_counter() - began))
+def speed(samples: Sequence[Sample]) -> float:
+    """Tokens/s of one answer after its first token."""
+    [sample] = samples
+    return (sample.new_tokens - 1) / (sample.pieces_s[-1] - sample.pieces_s[0])
 
 
-def together(engines: Sequence[Engine]) -> float:
-    """Tokens/s of all that decode at once."""
-    for engine in engines:
-        engine.begin()
-    return sum(engine.answer() for engine in engines)
+def together(servers: Sequence[Server], tokens: int) -> float:
+    """Tokens/s of all that answer at once."""
+    with ThreadPoolExecutor(len(servers)) as threads:
+        asked = [threads.submit(ask_together, server, [PROMPT], tokens) for server in servers]
+        return sum(speed(each.result()) for each in asked)
+
+
+def measure(nodes: dict[str, list[Server]], rounds: int, tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Of each node, tokens/s of each round: alone, and in all. Raises `CliError`."""
+    found: dict[str, dict[str, list[float]]] = {name: {"alone": [], "at once": []} for name in nodes}
+    for number in range(rounds + 1):
+        for name, servers in sorted(nodes.items(), reverse=bool(number % 2)):
+            row = {"alone": together(servers[:1], tokens), "at once": together(servers, tokens)}
+            print(name, {way: round(value, 1) for way, value in row.items()}, flush=True)
+            for way, value in row.items() if number else ():  # the first round warms up
+                found[name][way].append(value)
+    return found
+
+
+def ratio(over: list[float], under: list[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(over, under, strict=True)):.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs=2, metavar="FILE.gguf")
+    parser.add_argument("--against", type=Path, metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=192)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    if not half:
-        parser.error("there is one core only")
-    wide = [Engine(options.model, cores, options.tokens) for _ in range(2)]
-    narrow = [Engine(options.model, part, options.tokens) for part in (cores[:half], cores[half:])]
-    ways = {"one alone": wide[:1], "two, all cores each": wide, "two, half of the cores each": narrow}
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.rounds):
-        for name, engines in ways.items():
-            found[name].append(together(engines))
-    table = Table("engines", "tokens/s in all", "over all cores each")
-    for name, speeds in found.items():
-        ratio = statistics.median(a / b for a, b in zip(speeds, found["two, all cores each"], strict=True))
-        table.add_row(name, f"{statistics.median(speeds):.1f}", f"{ratio:.2f}")
+    table = Table("node", "alone: tokens/s", "over this one's", "both at once, in all", "over this one's")
+    with ends_by_signal(), ExitStack() as ends:
+        sources = {"this": None} | ({"other": options.against} if options.against else {})
+        nodes = {name: ends.enter_context(serving(options.models, source)) for name, source in sources.items()}
+        found = measure(nodes, options.rounds, options.tokens)
+        for name, ways in found.items():
+            cells = ([f"{statistics.median(ways[way]):.1f}", ratio(ways[way], found["this"][way])] for way in ways)
+            table.add_row(name, *(cell for pair in cells for cell in pair))
     Console().print(table)
-    for engine in (*wide, *narrow):
-        engine.end()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CliError as error:
+        sys.exit(str(error))

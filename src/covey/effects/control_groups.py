@@ -12,9 +12,10 @@ from typing import Final
 import psutil
 from msgspec import Struct
 
+from covey.engine.cores import PROCESSORS, cores_of
+
 ROOT: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
-PROCESSORS: Final = Path("/sys/devices/system/cpu")
 UNLIMITED_BYTES: Final = 1 << 60  # version 1 writes a number near 2^63 for "no limit"
 
 
@@ -63,8 +64,7 @@ def core_count(root: Path = ROOT, membership: Path = MEMBERSHIP, processors: Pat
     count once.
     """
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    siblings = {_read(processors / f"cpu{number}" / "topology" / "thread_siblings_list") for number in allowed} - {""}
-    physical = len(siblings) or psutil.cpu_count(logical=False)
+    physical = len(cores_of(allowed, processors)) or psutil.cpu_count(logical=False)
     logical = processor_count(root, membership)
     return max(1, min(physical or logical, logical))
 

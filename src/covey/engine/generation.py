@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 import psutil
 
 from covey.engine.contract import ALONE, LoadProgress, StageEngine
+from covey.engine.cores import Cores
 from covey.engine.exchange import ChannelExchange
 from covey.engine.link import PULSE_SECONDS, Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.linking import Linking
@@ -58,6 +59,7 @@ class Generation:
         configure: Configure,
         mailbox: Mailbox,
         port: DataPort,
+        cores: Cores,
         find_engine: Callable[[RunnerSpec], StageEngine],
     ) -> None:
         self.spec = configure.spec
@@ -67,6 +69,7 @@ class Generation:
         self._pipe = pipe
         self._credentials = configure.credentials
         self._mailbox = mailbox
+        self._cores = cores
         self._port_number, self._reception = port.number, port.reception
         self._find_engine = find_engine
         self._exchange: ChannelExchange | None = None  # with the other ranks
@@ -108,6 +111,7 @@ class Generation:
         if self._exchange:
             self._exchange.close()
         self._reception.close()
+        self._cores.leave()
 
     # ---- before it serves ----
 
@@ -161,7 +165,7 @@ class Generation:
         self.phase = "running"
         samples = self.spec.stage_index == self.spec.stage_count - 1 and self.spec.rank == 0
         sampler = Sampler(self.spec.model_path, self.spec.thread_count) if samples else None
-        self._serve(Stage(engine, linked.after, sampler, linked.steps))
+        self._serve(Stage(engine, self._cores, linked.after, sampler, linked.steps))
 
     def _serve(self, stage: Stage) -> NoReturn:
         is_head = self.spec.stage_index == self.spec.rank == 0

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from covey.engine.connection import ServeConnection
 from covey.engine.contract import StageEngine
+from covey.engine.cores import Cores
 from covey.engine.link import Frame, Link
 from covey.engine.mailbox import ServeCame, ServeGone, ServeMessage, ServeSaid
 from covey.engine.plan import StepOutcome, StepPlan, Values
@@ -28,9 +29,15 @@ class Stage:
     """One engine, those that compute together with it, and the way on from it."""
 
     def __init__(
-        self, engine: StageEngine, link: Link | None, sampler: Sampler | None, ranks: Sequence[Link] = ()
+        self,
+        engine: StageEngine,
+        cores: Cores,
+        link: Link | None,
+        sampler: Sampler | None,
+        ranks: Sequence[Link] = (),
     ) -> None:
         self._engine = engine
+        self._cores = cores
         self._link = link  # to the next stage; None where one stage is alone, and at ranks above 0
         self._sampler = sampler  # of the last stage, at rank 0
         self._ranks = ranks  # at rank 0: to the others of this stage
@@ -44,8 +51,9 @@ class Stage:
         for rank in self._ranks:
             rank.send(StepPlan(plan.step, plan.pieces), values)
         self.is_running = True
-        result = self._engine.run(plan.pieces, values)
-        outcome = self._sampler.sample(plan, result) if self._sampler else None
+        with self._cores.computing():
+            result = self._engine.run(plan.pieces, values)
+            outcome = self._sampler.sample(plan, result) if self._sampler else None
         self.is_running = False
         if self._link is None:
             return outcome

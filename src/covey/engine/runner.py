@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from covey.engine.contract import StageEngine
+from covey.engine.cores import Cores
 from covey.engine.engines import create
 from covey.engine.generation import BegunAnewError, Generation
 from covey.engine.handshake import LinkRefusedError
@@ -34,6 +35,7 @@ class Runner:
 
     def __init__(self, pipe: NodePipe) -> None:
         self._pipe = pipe
+        self._cores = Cores()
         self._engine: StageEngine | None = None
         self._port: DataPort | None = None
         self._generation: Generation | None = None
@@ -83,7 +85,7 @@ class Runner:
         reception = Reception(configure.spec, configure.credentials, mailbox)
         self._port = self._port or DataPort(reception)
         self._port.reception = reception
-        self._generation = Generation(self._pipe, configure, mailbox, self._port, self._find_engine)
+        self._generation = Generation(self._pipe, configure, mailbox, self._port, self._cores, self._find_engine)
         return self._generation
 
     def _find_engine(self, spec: RunnerSpec) -> StageEngine:
