@@ -144,7 +144,8 @@ def test_marks_that_are_over_or_somebody_elses_count_for_nothing(tmp_path: Path)
     old, other = tmp_path / f"{family}-killed", tmp_path / "covey-cores-0-f0f0-elsewhere"
     for path, after_s in ((old, -100.0), (other, 5.0), (tmp_path / f"{family}-tomorrow", 90_000.0)):
         path.touch()
-        os.utime(path, (time.time() + after_s,) * 2)
+        until_s = time.time() + after_s
+        os.utime(path, (until_s, until_s))
     compute()
     assert os.sched_getaffinity(0) == every
     assert not old.exists()
