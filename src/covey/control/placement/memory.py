@@ -56,10 +56,14 @@ def _whole_permille(load: Load) -> int:
     """
     if load.rank_count == 1:
         return 0
-    card, query, keys = load.card, load.card.attention_head_count, load.card.kv_head_count
-    rows = 2 * card.head_size * (query + keys) + 3 * card.feed_forward_size
+    card, keys = load.card, load.card.kv_head_count
     repeated = 2 * card.head_size * max(0, load.rank_count - keys) // load.rank_count
-    return WHOLE_PERMILLE + -(-repeated * 1000 // rows)
+    return WHOLE_PERMILLE + -(-repeated * 1000 // layer_rows(card))
+
+
+def layer_rows(card: ModelCard) -> int:
+    """How many rows of weights, as wide as the hidden size, a token is multiplied with in a layer."""
+    return 2 * card.head_size * (card.attention_head_count + card.kv_head_count) + 3 * card.feed_forward_size
 
 
 def first_bytes(load: Load) -> int:
