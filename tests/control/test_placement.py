@@ -101,7 +101,7 @@ def test_split_finds_a_split_exactly_when_there_is_one(
 ) -> None:
     model = card(tuple(size * MB for size in layers), ends[0] * MB, ends[1] * MB)
     load = Load(model, 64, 1)
-    budgets = tuple(memory.RUNNER_OVERHEAD_BYTES + room * MB for room in rooms)
+    budgets = tuple(memory.overhead_bytes(load) + room * MB for room in rooms)
     possible = [cuts for cuts in all_splits(len(layers), len(rooms)) if fits(load, cuts, budgets)]
     found = split(load, budgets)
     assert (found in possible) if possible else (found is None)

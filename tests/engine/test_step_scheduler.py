@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from covey.engine.contract import Piece
 from covey.engine.plan import PlannedStep, Remark, StepOutcome
-from covey.engine.scheduler import PREFILL_CHUNK_TOKENS, Events, Scheduler, StepOrderError
+from covey.engine.scheduler import Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
 from covey.engine.waiting import QUEUE_MAX
 from covey.schema.generation import (
+    PREFILL_CHUNK_TOKENS,
     Admit,
     Broken,
     Cancel,

@@ -14,7 +14,7 @@ given away as soon as its request ends: links keep the order, so what is in flig
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,15 @@ from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
 from covey.engine.slots import Slots
 from covey.engine.waiting import Pace, Waiting, full
-from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, TokenSampled
-
-PREFILL_CHUNK_TOKENS: Final = 256  # nearly a long prompt's full speed, while others wait for one chunk only
+from covey.schema.generation import (
+    PREFILL_CHUNK_TOKENS,
+    Admit,
+    Cancel,
+    FinishReason,
+    HeadEvent,
+    Prefilled,
+    TokenSampled,
+)
 
 
 class OwnedEvent(NamedTuple):

@@ -8,12 +8,12 @@ from bisect import bisect_right
 from typing import Final
 
 from covey.control.placement.memory import (
-    RUNNER_OVERHEAD_BYTES,
     Load,
     first_bytes,
     last_bytes,
     layer_bytes,
     layer_rows,
+    overhead_bytes,
 )
 
 WITH_OUTPUT: Final = (
@@ -27,7 +27,7 @@ def split(load: Load, budgets_bytes: tuple[int, ...]) -> tuple[int, ...] | None:
     Every stage gets at least one layer.
     """
     sums = _prefix_sums(load)
-    rooms = [budget - RUNNER_OVERHEAD_BYTES for budget in budgets_bytes]
+    rooms = [budget - overhead_bytes(load) for budget in budgets_bytes]
     if sum(rooms) < sums[-1] or min(rooms) <= 0:
         return None
     can_end = _possible_ends(sums, rooms)
