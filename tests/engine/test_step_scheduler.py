@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covey.engine.contract import Piece
+from covey.engine.contract import Copy, Piece
 from covey.engine.plan import PlannedStep, Remark, StepOutcome
 from covey.engine.scheduler import Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
@@ -118,6 +118,9 @@ class World:
     def run_piece(self, piece: Piece, chunk: list[int]) -> list[int]:
         """The token that follows, and as many more as were guessed right before them."""
         cache = self.slots.setdefault(piece.slot, [])
+        if piece.copy:
+            assert piece.copy.start <= len(cache)
+            cache[piece.copy.start :] = self.slots[piece.copy.source][piece.copy.start : piece.position]
         assert piece.position <= len(cache), "a step must begin where the cache reaches"
         assert len(chunk) == piece.token_count > 0
         cache[piece.position :] = chunk
@@ -446,6 +449,66 @@ def test_the_next_turn_of_a_conversation_takes_up_its_slot() -> None:
     world.admit(make_admit("same", first.token_ids, 1))
     assert world.schedule()
     assert world.plans[-1].plan.pieces[0].position == 299  # the last token's logits are always computed
+
+
+def first_pieces(world: World, prompts: dict[str, Sequence[int]], count: int = 1) -> dict[str, Piece]:
+    """Each asked and answered by itself; the first piece of each."""
+    found: dict[str, Piece] = {}
+    for name, prompt in prompts.items():
+        world.plans.clear()
+        world.admit(make_admit(name, prompt, count))
+        world.settle()
+        [found[name], *_] = [piece for planned in world.plans for piece in planned.plan.pieces]
+    return found
+
+
+GREETING = ids(9, 30)  # what a chat template puts before every prompt
+
+
+def test_a_greeting_costs_nobody_a_long_conversation() -> None:
+    """All prompts of a chat model begin alike. The first words of another one are copied to a slot that is empty, or
+    has been free for longest.
+    """
+    long, short = [*GREETING, *ids(1, 900)], [*GREETING, *ids(2, 20)]
+    found = first_pieces(
+        World(make_scheduler(slot_count=3)), {"long": long, "short": short, "again": [*long, 1], "third": ids(3, 9)}
+    )
+    assert [found[name].slot for name in ("long", "short", "again", "third")] == [0, 1, 0, 2]
+    assert (found["short"].copy, found["short"].position) == (Copy(0, 0), 30)
+    assert (found["again"].copy, found["again"].position) == (None, 930)
+
+
+def test_a_beginning_is_in_as_many_slots_as_it_is_asked_for() -> None:
+    """The same long document with several questions that come together is computed once, in turns."""
+    world = World(make_scheduler(slot_count=4))
+    document = ids(1, 1500)
+    for name in "abcd":
+        world.admit(make_admit(name, [*document, ord(name)], 3))
+    world.settle()
+    computed = sum(piece.token_count for planned in world.plans for piece in planned.plan.pieces)
+    assert computed <= 1500 + 4 + 4 * 2
+    told = [[each.cached_tokens for each in world.of(name) if isinstance(each, Prefilled)][-1] for name in "abcd"]
+    assert sum(told) == 4 * 1501 - (1500 + 4)
+    for name in "abcd":
+        assert (
+            sampled(world.of(name))
+            == plain_run(make_admit(name, [*document, ord(name)], 3), 2000, next_token)[0][1501:]
+        )
+
+
+def test_who_comes_takes_a_place_beside_the_others() -> None:
+    """Slots that lie apart are computed one after the other, and each reads all weights."""
+    world = World(make_scheduler(slot_count=6))
+    for name in "abcd":
+        world.admit(make_admit(name, ids(ord(name), 5), 500, stop_token_ids=()))
+    while not all(request.is_decoding for request in world.scheduler._running.values()):
+        world.schedule()
+        world.learn()
+    for name, slot in (("b", 1), ("a", 0), ("d", 3)):
+        world.note(world.scheduler.cancel(1, Cancel(RequestId(name), 0), world.now))
+        world.admit(make_admit(f"after {name}", ids(ord(name) + 10, 5), 500, stop_token_ids=()))
+        taken = {request.slot for request in world.scheduler._running.values()}
+        assert max(taken) - min(taken) == 3, (name, slot)
 
 
 def test_what_the_cache_held_is_told() -> None:
