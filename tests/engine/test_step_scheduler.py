@@ -228,11 +228,11 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     world.admit(make_admit("a", ids(1, 2 * PREFILL_CHUNK_TOKENS + 10), 3))
     world.settle()
     counts = [[piece.token_count for piece in planned.plan.pieces] for planned in world.plans]
-    assert counts == [[256], [256], [10], [1], [1]]
+    assert counts == [[128], [128], [10], [1], [1]]
     wants = [planned.plan.pieces[0].wants_logits for planned in world.plans]
     assert wants == [False, False, True, True, True]
     progress = [event.processed_tokens for event in world.of("a") if isinstance(event, Prefilled)]
-    assert progress == [256, 512, 522]
+    assert progress == [128, 256, 266]
 
 
 def quoting(count: int, **changes: Any) -> World:
@@ -293,7 +293,7 @@ def test_a_long_prompt_stalls_nobody_who_is_being_answered() -> None:
     for _ in range(8):
         world.schedule()
         world.learn()
-    assert [planned.plan.pieces[0].token_count for planned in world.plans[1:]] == [1, 256] * 4
+    assert [planned.plan.pieces[0].token_count for planned in world.plans[1:]] == [1, 128] * 4
 
 
 def test_prompts_take_turns() -> None:
@@ -336,7 +336,7 @@ def test_a_group_comes_to_be_of_neighbouring_slots(stage_count: int) -> None:
     """The engine reads the weights once for these. Prompts end one after the other, while others are in flight."""
     world = World(make_scheduler(slot_count=6, stage_count=stage_count))
     for place, name in enumerate("abcdef"):
-        world.admit(make_admit(name, ids(ord(name), 5 + 300 * place), 90, stop_token_ids=()))
+        world.admit(make_admit(name, ids(ord(name), 5 + 150 * place), 90, stop_token_ids=()))
     for _ in range(60):
         while world.schedule():
             pass
@@ -351,7 +351,7 @@ def test_the_chunks_of_a_prompt_fill_the_pipeline() -> None:
     world.admit(make_admit("a", ids(1, 1000), 1))
     while world.schedule():
         pass
-    assert [planned.plan.pieces[0].position for planned in world.plans] == [0, 256, 512]
+    assert [planned.plan.pieces[0].position for planned in world.plans] == [0, 128, 256]
 
 
 def test_a_request_decodes_one_token_at_a_time() -> None:
@@ -514,11 +514,11 @@ def test_who_comes_takes_a_place_beside_the_others() -> None:
 def test_what_the_cache_held_is_told() -> None:
     world = World(make_scheduler(slot_count=1))
     for name in ("cold", "warm"):
-        world.admit(make_admit(name, ids(1, 600), 1))
+        world.admit(make_admit(name, ids(1, 300), 1))
         world.settle()
     told = {name: [event for event in world.of(name) if isinstance(event, Prefilled)] for name in ("cold", "warm")}
-    assert [(each.processed_tokens, each.cached_tokens) for each in told["cold"]] == [(256, 0), (512, 0), (600, 0)]
-    assert [(each.processed_tokens, each.cached_tokens) for each in told["warm"]] == [(600, 599)]
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["cold"]] == [(128, 0), (256, 0), (300, 0)]
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["warm"]] == [(300, 299)]
 
 
 def test_penalties_bring_the_tokens_that_they_need_and_no_more() -> None:
