@@ -4,8 +4,9 @@
     python bench/decode_and_prefill.py --model FILE.gguf --threads 2 --rounds 5 --exact
 
 A round is one prefill of 512 tokens (or --prompt-tokens) and 64 decode steps from an empty cache, in each program, as
-`llama-bench -p 512 -n 64` does; ours in chunks, as the scheduler cuts prompts. Whatever else the machine does meets both, so ratios hold better than absolute
-figures. Medians are printed. With --exact the engine is compared with itself in exact mode.
+`llama-bench -p 512 -n 64` does; ours in chunks, as the scheduler cuts prompts. Whatever else the machine does meets
+both, so ratios hold better than absolute figures. Medians are printed. With --exact the engine is compared with itself
+in exact mode.
 """
 
 import argparse
