@@ -30,7 +30,7 @@ from covey.checkpoints.opening import open_checkpoint
 from covey.checkpoints.tokenizer import load_tokenizer
 from covey.engine.contract import Piece
 from covey.engine.onnx.stage import OnnxStage
-from covey.engine.scheduler import PREFILL_CHUNK_TOKENS
+from covey.schema.generation import PREFILL_CHUNK_TOKENS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TEXT: Final = ROOT / "tests" / "engine" / "onnx" / "alice.txt"

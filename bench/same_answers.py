@@ -120,7 +120,7 @@ def ways(model: Path, prompts: list[list[int]], count: int, threads: int, *, exa
 
     others: dict[str, Callable[[], Answers]] = {
         f"{slots} at once": lambda: served(one, prompts, count, slots, looks_up=False),
-        "chunks of 256": lambda: [plainly(one, prompt, count, 256) for prompt in prompts],
+        "chunks of 128": lambda: [plainly(one, prompt, count, 128) for prompt in prompts],
         "chunks of 33": lambda: [plainly(one, prompt, count, 33) for prompt in prompts],
         "prefix held": lambda: [after_another(one, prompt, count) for prompt in prompts],
         "prompt lookup": lambda: [served(one, [prompt], count, 1, looks_up=True)[0] for prompt in prompts],

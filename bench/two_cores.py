@@ -81,12 +81,12 @@ def rpc_worker(folder: Path) -> Generator[int]:
 
 
 def llama_decode(folder: Path, model: Path, port: int) -> float:
-    """Tokens/s of one request, as `llama-bench` has it, from an empty context on."""
+    """Tokens/s of one request, as `llama-bench` has it, after a prompt as long as ours."""
     half = open_checkpoint(model).metadata["llama.block_count"] // 2
     command = [
         *pinned(0), str(folder / "llama-bench"), "--model", str(model), "--rpc", f"127.0.0.1:{port}",
         "--n-gpu-layers", str(half), "--threads", "1", "--n-prompt", "0", "--n-gen", str(NEW_TOKENS),
-        "--repetitions", "1", "--output", "json",
+        "--n-depth", str(PROMPT_TOKENS), "--repetitions", "1", "--output", "json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=LLAMA_SECONDS_MAX, check=True)
     return float(json.loads(done.stdout)[0]["avg_ts"])

@@ -1,5 +1,6 @@
 """Placement against a dumb twin, and its refusals in words."""
 
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -79,8 +80,14 @@ def fits(load: Load, cuts: tuple[int, ...], budgets: tuple[int, ...]) -> bool:
 
 
 def proportional(load: Load, budgets: tuple[int, ...]) -> tuple[int, ...]:
-    count, total = load.card.layer_count, sum(budgets)
-    return tuple((2 * count * sum(budgets[: stage + 1]) + total) // (2 * total) for stage in range(len(budgets)))
+    """By the work: a layer's rows of weights, and half of the vocabulary's with the last."""
+    layers = [2 * 64 * 12 + 3 * 1536] * load.card.layer_count
+    layers[-1] += 49152 // 2
+    shares = [Fraction(sum(budgets[: stage + 1]), sum(budgets)) for stage in range(len(budgets))]
+    return tuple(
+        min(range(len(layers) + 1), key=lambda cut, share=share: (abs(sum(layers[:cut]) - share * sum(layers)), cut))
+        for share in shares
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -94,7 +101,7 @@ def test_split_finds_a_split_exactly_when_there_is_one(
 ) -> None:
     model = card(tuple(size * MB for size in layers), ends[0] * MB, ends[1] * MB)
     load = Load(model, 64, 1)
-    budgets = tuple(memory.RUNNER_OVERHEAD_BYTES + room * MB for room in rooms)
+    budgets = tuple(memory.overhead_bytes(load) + room * MB for room in rooms)
     possible = [cuts for cuts in all_splits(len(layers), len(rooms)) if fits(load, cuts, budgets)]
     found = split(load, budgets)
     assert (found in possible) if possible else (found is None)
@@ -167,12 +174,12 @@ def test_a_large_model_finds_its_place_among_many_small_nodes() -> None:
 
 def test_two_nodes_on_one_machine_divide_its_memory() -> None:
     nodes = [node("a", 8 * GB, "box"), node("b", 8 * GB, "box")]
-    assert layout(place(card((2 * MB,) * 30), nodes, Options(node_count_min=2))) == [("a", 15), ("b", 15)]
+    assert layout(place(card((2 * MB,) * 30), nodes, Options(node_count_min=2))) == [("a", 17), ("b", 13)]
 
 
-def test_layers_go_in_proportion_to_free_memory() -> None:
+def test_layers_go_in_proportion_to_free_memory_and_the_vocabulary_counts_as_four() -> None:
     nodes = [node("a", 3 * GB), node("b", 9 * GB)]
-    assert layout(place(card((2 * MB,) * 24), nodes, Options(node_count_min=2))) == [("b", 18), ("a", 6)]
+    assert layout(place(card((2 * MB,) * 24), nodes, Options(node_count_min=2))) == [("b", 21), ("a", 3)]
 
 
 def test_the_node_that_asked_is_the_head_if_it_takes_part() -> None:

@@ -107,7 +107,7 @@ def test_two_ranks_hold_all_layers_together() -> None:
 
 def test_two_by_two_are_a_pipeline_of_two_stages() -> None:
     placed = place(card(), nodes("abcd"), shared(2, node_count_min=4))
-    assert layout(placed) == [("a", 0, 6, 0), ("b", 0, 6, 1), ("c", 6, 12, 0), ("d", 6, 12, 1)]
+    assert layout(placed) == [("a", 0, 8, 0), ("b", 0, 8, 1), ("c", 8, 12, 0), ("d", 8, 12, 1)]
     made = instance(placed, 2)
     assert [stage.node_id for stage in leaders(made)] == ["a", "c"]
     assert list(ranks_of(made, 1)) == [2, 3]
@@ -115,7 +115,7 @@ def test_two_by_two_are_a_pipeline_of_two_stages() -> None:
 
 def test_the_node_that_asked_is_the_head() -> None:
     placed = place(card(), nodes("abcd"), shared(2, node_count_min=4, asked_at=NodeId("d")))
-    assert layout(placed)[0] == ("d", 0, 6, 0)
+    assert layout(placed)[0] == ("d", 0, 8, 0)
 
 
 def test_nodes_of_one_machine_share_layers_with_one_another() -> None:
@@ -233,7 +233,7 @@ def test_another_node_takes_the_place_of_a_lost_rank() -> None:
     before = instance(place(card(), nodes("abcd"), shared(2, node_count_min=4)), 2)
     again = place_again(before, nodes("acde"), shared(2, node_count_min=4))
     assert again is not None
-    assert layout(again) == [("a", 0, 6, 0), ("e", 0, 6, 1), ("c", 6, 12, 0), ("d", 6, 12, 1)]
+    assert layout(again) == [("a", 0, 8, 0), ("e", 0, 8, 1), ("c", 8, 12, 0), ("d", 8, 12, 1)]
 
 
 def test_a_spare_node_without_room_takes_no_place() -> None:

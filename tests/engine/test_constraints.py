@@ -182,6 +182,7 @@ def test_one_that_fails_fails_alone(model: Path, tmp_path: Path) -> None:
         (schema({"type": "string", "const": 5}), "nsatisfiable"),
         (schema({"$ref": "#/$defs/gone"}), "/$defs/gone"),
         (schema({"$ref": "#"}), "nothing satisfies it"),
+        (schema({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "itself again"),
         (schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
         (schema({"type": "string", "pattern": "a" * 9000}), "a string in it has more than 8192 characters"),
         (schema({"enum": ["word"] * 10_000}), "32768 are the most"),

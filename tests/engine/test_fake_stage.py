@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from covey.engine.contract import ALONE, Activations, EngineError, LoadProgress, Piece
+from covey.engine.contract import ALONE, Activations, Copy, EngineError, LoadProgress, Piece
 from covey.engine.engines import create
 from covey.engine.fake import FakeStage
 from tests.engine.harness import loaded, make_spec
@@ -54,6 +54,15 @@ def test_going_back_drops_what_came_after() -> None:
     whole = run(stages, [last(0, 0, 8)], TOKENS)
     run(stages, [last(0, 4, 3)], [1, 2, 3])
     assert (run(stages, [last(0, 4, 4)], TOKENS[4:]) == whole).all()
+
+
+def test_what_another_slot_holds_is_copied() -> None:
+    stages = make_stages(2)
+    whole = run(stages, [last(0, 0, 8)], TOKENS)
+    run(stages, [last(1, 0, 3)], [*TOKENS[:2], 99])
+    for slot, start in ((1, 2), (2, 0)):
+        copied = Piece(slot, 6, 2, wants_logits=True, copy=Copy(0, start))
+        assert (run(stages, [copied], TOKENS[6:]) == whole).all()
 
 
 @pytest.mark.parametrize("change", [0, 3, 7])

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covey.engine.contract import Piece
+from covey.engine.contract import Copy, Piece
 from covey.engine.plan import PlannedStep, Remark, StepOutcome
-from covey.engine.scheduler import PREFILL_CHUNK_TOKENS, Events, Scheduler, StepOrderError
+from covey.engine.scheduler import Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
 from covey.engine.waiting import QUEUE_MAX
 from covey.schema.generation import (
+    PREFILL_CHUNK_TOKENS,
     Admit,
     Broken,
     Cancel,
@@ -117,6 +118,9 @@ class World:
     def run_piece(self, piece: Piece, chunk: list[int]) -> list[int]:
         """The token that follows, and as many more as were guessed right before them."""
         cache = self.slots.setdefault(piece.slot, [])
+        if piece.copy:
+            assert piece.copy.start <= len(cache)
+            cache[piece.copy.start :] = self.slots[piece.copy.source][piece.copy.start : piece.position]
         assert piece.position <= len(cache), "a step must begin where the cache reaches"
         assert len(chunk) == piece.token_count > 0
         cache[piece.position :] = chunk
@@ -224,11 +228,11 @@ def test_a_prompt_is_prefilled_in_chunks_and_then_decoded() -> None:
     world.admit(make_admit("a", ids(1, 2 * PREFILL_CHUNK_TOKENS + 10), 3))
     world.settle()
     counts = [[piece.token_count for piece in planned.plan.pieces] for planned in world.plans]
-    assert counts == [[256], [256], [10], [1], [1]]
+    assert counts == [[128], [128], [10], [1], [1]]
     wants = [planned.plan.pieces[0].wants_logits for planned in world.plans]
     assert wants == [False, False, True, True, True]
     progress = [event.processed_tokens for event in world.of("a") if isinstance(event, Prefilled)]
-    assert progress == [256, 512, 522]
+    assert progress == [128, 256, 266]
 
 
 def quoting(count: int, **changes: Any) -> World:
@@ -289,7 +293,7 @@ def test_a_long_prompt_stalls_nobody_who_is_being_answered() -> None:
     for _ in range(8):
         world.schedule()
         world.learn()
-    assert [planned.plan.pieces[0].token_count for planned in world.plans[1:]] == [1, 256] * 4
+    assert [planned.plan.pieces[0].token_count for planned in world.plans[1:]] == [1, 128] * 4
 
 
 def test_prompts_take_turns() -> None:
@@ -332,7 +336,7 @@ def test_a_group_comes_to_be_of_neighbouring_slots(stage_count: int) -> None:
     """The engine reads the weights once for these. Prompts end one after the other, while others are in flight."""
     world = World(make_scheduler(slot_count=6, stage_count=stage_count))
     for place, name in enumerate("abcdef"):
-        world.admit(make_admit(name, ids(ord(name), 5 + 300 * place), 90, stop_token_ids=()))
+        world.admit(make_admit(name, ids(ord(name), 5 + 150 * place), 90, stop_token_ids=()))
     for _ in range(60):
         while world.schedule():
             pass
@@ -347,7 +351,7 @@ def test_the_chunks_of_a_prompt_fill_the_pipeline() -> None:
     world.admit(make_admit("a", ids(1, 1000), 1))
     while world.schedule():
         pass
-    assert [planned.plan.pieces[0].position for planned in world.plans] == [0, 256, 512]
+    assert [planned.plan.pieces[0].position for planned in world.plans] == [0, 128, 256]
 
 
 def test_a_request_decodes_one_token_at_a_time() -> None:
@@ -447,14 +451,74 @@ def test_the_next_turn_of_a_conversation_takes_up_its_slot() -> None:
     assert world.plans[-1].plan.pieces[0].position == 299  # the last token's logits are always computed
 
 
+def first_pieces(world: World, prompts: dict[str, Sequence[int]], count: int = 1) -> dict[str, Piece]:
+    """Each asked and answered by itself; the first piece of each."""
+    found: dict[str, Piece] = {}
+    for name, prompt in prompts.items():
+        world.plans.clear()
+        world.admit(make_admit(name, prompt, count))
+        world.settle()
+        [found[name], *_] = [piece for planned in world.plans for piece in planned.plan.pieces]
+    return found
+
+
+GREETING = ids(9, 30)  # what a chat template puts before every prompt
+
+
+def test_a_greeting_costs_nobody_a_long_conversation() -> None:
+    """All prompts of a chat model begin alike. The first words of another one are copied to a slot that is empty, or
+    has been free for longest.
+    """
+    long, short = [*GREETING, *ids(1, 900)], [*GREETING, *ids(2, 20)]
+    found = first_pieces(
+        World(make_scheduler(slot_count=3)), {"long": long, "short": short, "again": [*long, 1], "third": ids(3, 9)}
+    )
+    assert [found[name].slot for name in ("long", "short", "again", "third")] == [0, 1, 0, 2]
+    assert (found["short"].copy, found["short"].position) == (Copy(0, 0), 30)
+    assert (found["again"].copy, found["again"].position) == (None, 930)
+
+
+def test_a_beginning_is_in_as_many_slots_as_it_is_asked_for() -> None:
+    """The same long document with several questions that come together is computed once, in turns."""
+    world = World(make_scheduler(slot_count=4))
+    document = ids(1, 1500)
+    for name in "abcd":
+        world.admit(make_admit(name, [*document, ord(name)], 3))
+    world.settle()
+    computed = sum(piece.token_count for planned in world.plans for piece in planned.plan.pieces)
+    assert computed <= 1500 + 4 + 4 * 2
+    told = [[each.cached_tokens for each in world.of(name) if isinstance(each, Prefilled)][-1] for name in "abcd"]
+    assert sum(told) == 4 * 1501 - (1500 + 4)
+    for name in "abcd":
+        assert (
+            sampled(world.of(name))
+            == plain_run(make_admit(name, [*document, ord(name)], 3), 2000, next_token)[0][1501:]
+        )
+
+
+def test_who_comes_takes_a_place_beside_the_others() -> None:
+    """Slots that lie apart are computed one after the other, and each reads all weights."""
+    world = World(make_scheduler(slot_count=6))
+    for name in "abcd":
+        world.admit(make_admit(name, ids(ord(name), 5), 500, stop_token_ids=()))
+    while not all(request.is_decoding for request in world.scheduler._running.values()):
+        world.schedule()
+        world.learn()
+    for name, slot in (("b", 1), ("a", 0), ("d", 3)):
+        world.note(world.scheduler.cancel(1, Cancel(RequestId(name), 0), world.now))
+        world.admit(make_admit(f"after {name}", ids(ord(name) + 10, 5), 500, stop_token_ids=()))
+        taken = {request.slot for request in world.scheduler._running.values()}
+        assert max(taken) - min(taken) == 3, (name, slot)
+
+
 def test_what_the_cache_held_is_told() -> None:
     world = World(make_scheduler(slot_count=1))
     for name in ("cold", "warm"):
-        world.admit(make_admit(name, ids(1, 600), 1))
+        world.admit(make_admit(name, ids(1, 300), 1))
         world.settle()
     told = {name: [event for event in world.of(name) if isinstance(event, Prefilled)] for name in ("cold", "warm")}
-    assert [(each.processed_tokens, each.cached_tokens) for each in told["cold"]] == [(256, 0), (512, 0), (600, 0)]
-    assert [(each.processed_tokens, each.cached_tokens) for each in told["warm"]] == [(600, 599)]
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["cold"]] == [(128, 0), (256, 0), (300, 0)]
+    assert [(each.processed_tokens, each.cached_tokens) for each in told["warm"]] == [(300, 299)]
 
 
 def test_penalties_bring_the_tokens_that_they_need_and_no_more() -> None:

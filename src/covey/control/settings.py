@@ -24,7 +24,7 @@ class PhaseLimits(Struct, frozen=True, kw_only=True):
     connect_ms: int = 30_000  # to start and listen; then to reach its neighbours, who start at the same time
     load_ms: int = 300_000  # a layer of a large model from a slow disk takes half a minute, packing all of them more
     warm_up_ms: int = 120_000  # one short prompt, which touches all weights for the first time
-    step_ms: int = 300_000  # the 256 tokens of a long prompt's step, on a board that takes a second for each
+    step_ms: int = 300_000  # the 128 tokens of a long prompt's step, on a board that takes two seconds for each
     shut_down_ms: int = 6_000  # half of it for the end that it is asked for, half of it for SIGTERM; then it is killed
 
 

@@ -16,6 +16,13 @@ Activations = NDArray[Any]  # [tokens] int64 token ids into the first stage; els
 Logits = NDArray[np.float32]  # [tokens whose logits are wanted, vocabulary]
 
 
+class Copy(Struct, frozen=True):
+    """What another slot holds already: its tokens from `start` up to the position of the piece that this belongs to."""
+
+    source: int
+    start: int
+
+
 class Piece(Struct, frozen=True):
     """Consecutive tokens of one slot within a step: positions `position .. position + token_count - 1`.
 
@@ -29,6 +36,7 @@ class Piece(Struct, frozen=True):
     token_count: int
     wants_logits: bool  # of its last token
     guess_count: int = 0
+    copy: Copy | None = None  # what the slot is to hold before the piece is computed
 
     @property
     def row_count(self) -> int:

@@ -85,6 +85,8 @@ class FakeStage:
             raise EngineError(f"Slot {piece.slot} does not exist.")
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"Slot {piece.slot} is full.")
+        if piece.copy and not 0 <= piece.copy.source < self._spec.slot_count:
+            raise EngineError(f"Slot {piece.copy.source} does not exist.")
 
     def _sum(self, hashes: list[int]) -> list[int]:
         """What the ranks' parts of it make together."""
@@ -121,6 +123,8 @@ class _Layer:
         found: list[int] = []
         for piece in pieces:
             cache = self._slots[piece.slot]
+            if piece.copy:
+                cache[piece.copy.start :] = self._slots[piece.copy.source][piece.copy.start : piece.position]
             if piece.position > len(cache):
                 held = f"Slot {piece.slot} holds {len(cache)} positions"
                 raise EngineError(f"{held}; a step began at {piece.position}.")

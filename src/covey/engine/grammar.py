@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from covey.engine.endless import is_endless
 from covey.schema.generation import Constraint, ConstraintKind
 
 CHARACTERS_MAX: Final = {ConstraintKind.JSON_SCHEMA: 32_768, ConstraintKind.REGEX: 8_192, ConstraintKind.GRAMMAR: 8_192}
@@ -136,6 +137,7 @@ def _reason_against(constraint: Constraint) -> str:
         matcher = compile_constraint(constraint, _byte_tree())
         matcher.compute_bitmask()  # finds that nothing can begin
         check_matcher(constraint, matcher)
+        _check_end(constraint)
     except ConstraintError as error:
         return str(error)
     return ""
@@ -175,6 +177,11 @@ def _check_size(constraint: Constraint) -> None:
         raise refused(constraint, f"it has {len(constraint.text)} characters, and {limit} are the most")
     if constraint.kind is ConstraintKind.JSON_SCHEMA and _longest_string(constraint.text) > STRING_CHARACTERS_MAX:
         raise refused(constraint, f"a string in it has more than {STRING_CHARACTERS_MAX} characters")
+
+
+def _check_end(constraint: Constraint) -> None:
+    if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(msgspec.json.decode(constraint.text)):
+        raise refused(constraint, "nothing satisfies it, since what it requires has to contain itself again, for ever")
 
 
 def _longest_string(text: str) -> int:

@@ -18,7 +18,7 @@ from covey.engine.plan import StepOutcome, StepPlan, Values
 from covey.engine.tls import Channel, explain
 from covey.schema.wire import LENGTH_BYTES, FrameTooLargeError, body_length, pack
 
-VALUES_BYTES_MAX: Final = 256 * 1024 * 1024  # a chunk of 256 tokens of 16384 float32 is 16 MiB
+VALUES_BYTES_MAX: Final = 256 * 1024 * 1024  # a chunk of 128 tokens of 16384 float32 is 8 MiB
 JOINED_BYTES_MAX: Final = 64 * 1024  # up to here one copy is cheaper than a second packet
 SILENCE_SECONDS: Final = 10  # a machine that lost its power says no goodbye
 PULSE: Final = b"\0"  # against the direction of the steps: whoever receives is alive

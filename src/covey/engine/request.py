@@ -20,7 +20,7 @@ class Request:
     answered: float | None = None  # its first token came
     tokens: list[int] = field(init=False)  # prompt and generated
     slot: int = NO_SLOT
-    cached: int = 0  # tokens that its slot held when it got it
+    cached: int = 0  # tokens that its slot held when it got it, or that were copied to it
     sent: int = 0  # tokens that are planned already: their keys and values are cached, or will be
     told: tuple[int, int] | None = None  # its place in the queue, as its client knows it
     ended: bool = False

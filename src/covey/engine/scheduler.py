@@ -14,19 +14,25 @@ given away as soon as its request ends: links keep the order, so what is in flig
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from covey.engine.contract import Piece
+from covey.engine.contract import Copy, Piece
 from covey.engine.plan import PlannedStep, Remark, SamplingStart, StepOutcome, StepPlan
 from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
-from covey.engine.slots import Slots
+from covey.engine.slots import Slots, most_shared
 from covey.engine.waiting import Pace, Waiting, full
-from covey.schema.generation import Admit, Cancel, FinishReason, HeadEvent, Prefilled, TokenSampled
-
-PREFILL_CHUNK_TOKENS: Final = 256  # nearly a long prompt's full speed, while others wait for one chunk only
+from covey.schema.generation import (
+    PREFILL_CHUNK_TOKENS,
+    Admit,
+    Cancel,
+    FinishReason,
+    HeadEvent,
+    Prefilled,
+    TokenSampled,
+)
 
 
 class OwnedEvent(NamedTuple):
@@ -206,7 +212,8 @@ class Scheduler:
         token_ids: list[int] = []
         guesses = self._guesses(requests)
         for request in requests:
-            piece = _next_piece(request, len(guesses.get(request.slot, ())))
+            copy = self._catch_up(request)
+            piece = _next_piece(request, len(guesses.get(request.slot, ())), copy)
             pieces.append(piece)
             token_ids += request.tokens[piece.position : piece.position + piece.token_count]
             token_ids += guesses.get(request.slot, ())
@@ -218,6 +225,22 @@ class Scheduler:
         self._released.clear()
         self._in_flight.append(_InFlight(plan, requests, is_prefill))
         return PlannedStep(plan, np.array(token_ids, np.int64))
+
+    def _catch_up(self, request: Request) -> Copy | None:
+        """What another slot holds more of a prompt is copied, also where that one is still being computed: so requests
+        with one beginning that come together compute it once.
+        """
+        if request.is_decoding:
+            return None
+        others = [each for each in self._running.values() if each is not request]
+        held = [*self._slots.held(), *((each.slot, each.tokens[: each.sent]) for each in others)]
+        source, length = most_shared(request.tokens[:-1], held, request.sent)
+        if length == request.sent:
+            return None
+        copy = Copy(source, request.sent)
+        request.cached += length - request.sent
+        request.sent = length
+        return copy
 
     def _guesses(self, requests: list[Request]) -> dict[int, tuple[int, ...]]:
         """By slot. Only for one that goes by itself: the engine runs pieces of several tokens one by one, and reads the
@@ -282,10 +305,10 @@ class Scheduler:
         return events
 
 
-def _next_piece(request: Request, guess_count: int) -> Piece:
+def _next_piece(request: Request, guess_count: int, copy: Copy | None) -> Piece:
     left = len(request.tokens) - request.sent
     count = min(left, PREFILL_CHUNK_TOKENS)
-    return Piece(request.slot, request.sent, count + guess_count, count == left, guess_count)
+    return Piece(request.slot, request.sent, count + guess_count, count == left, guess_count, copy)
 
 
 def _sampling_start(request: Request) -> SamplingStart:

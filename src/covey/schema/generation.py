@@ -7,10 +7,13 @@ requests would hold their slots to the end.
 """
 
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 
 from covey.schema.ids import ModelId, RequestId
+
+PREFILL_CHUNK_TOKENS: Final = 128  # of a prompt, in one step: nearly its full speed, and others wait for no more
 
 
 class FinishReason(StrEnum):

@@ -65,6 +65,7 @@ class Runner:
     flying: deque[StepOutcome] = field(default_factory=deque[StepOutcome])
     events: dict[str, list] = field(default_factory=dict[str, list])
     guessed: int = 0
+    copied: int = 0
     together_most: int = 0
 
     def note(self, events: Events) -> None:
@@ -80,6 +81,7 @@ class Runner:
             values = stage.run(planned.plan.pieces, values)
         self.flying.append(self.sampler.sample(planned.plan, values))
         self.guessed += sum(piece.guess_count for piece in planned.plan.pieces)
+        self.copied += sum(piece.copy is not None for piece in planned.plan.pieces)
         self.together_most = max(self.together_most, len(planned.plan.pieces))
         return True
 
@@ -120,6 +122,7 @@ def test_each_is_answered_as_alone_and_every_slot_comes_back(bounds, tiny, alone
     assert ends.count(FinishReason.LENGTH) > 0.8 * REQUESTS
     assert ends.count(FinishReason.CANCELLED) <= len(cancelled)
     assert runner.guessed
+    assert runner.copied
     assert runner.together_most == SLOTS // len(stages)
 
 

@@ -9,7 +9,7 @@ from tiny_llama import HEAD, HIDDEN, LAYERS, VOCABULARY, shapes, write_tiny_llam
 
 from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.gguf_file import read_header
-from covey.engine.contract import ALONE, EngineError, LoadProgress, Piece
+from covey.engine.contract import ALONE, Copy, EngineError, LoadProgress, Piece
 from covey.engine.onnx.stage import OnnxStage, neighbours
 from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
@@ -184,6 +184,27 @@ def test_going_back_drops_what_was_cached(stage):
 
 
 @pytest.mark.parametrize("stage_count", [1, 2])
+def test_what_another_slot_holds_is_copied(tiny, stage_count):
+    """To an empty slot and to one that holds a beginning, to the bit; who lent goes on as if nothing had been."""
+    seam = LAYERS // 2
+    ranges = [range(LAYERS)] if stage_count == 1 else [range(seam), range(seam, LAYERS)]
+    stages = [loaded(tiny, layers=each, slots=3) for each in ranges]
+
+    def run(each: Piece, tokens: np.ndarray) -> np.ndarray:
+        values = tokens
+        for stage in stages:
+            values = stage.run([each], values).copy()
+        return values
+
+    run(silent(0, 0, 20), TOKENS[:20])
+    run(silent(1, 0, 8), np.concatenate([TOKENS[:5], TOKENS[:3]]))
+    expected = run(piece(0, 20), TOKENS[20:21])
+    for slot, start in ((2, 0), (1, 5)):
+        assert np.array_equal(run(Piece(slot, 20, 1, wants_logits=True, copy=Copy(0, start)), TOKENS[20:21]), expected)
+    assert np.array_equal(run(piece(0, 20), TOKENS[20:21]), expected)
+
+
+@pytest.mark.parametrize("stage_count", [1, 2])
 def test_guesses_have_the_logits_of_single_tokens(tiny, stage_count):
     """Beside other pieces, too, and from a second stage; wrong ones are forgotten."""
     seam = LAYERS // 2
@@ -271,6 +292,10 @@ def test_warming_up_leaves_nothing_behind(tiny):
         ([piece(1, 5, 1)], "holds 0 tokens; 5 leaves a gap"),
         ([piece(1, 0, 65)], "slot 1 is full: it holds 64"),
         ([piece(1, 0, 1), piece(1, 1, 1)], "one slot twice"),
+        ([Piece(1, 5, 1, wants_logits=True, copy=Copy(0, 0))], "holds 0 tokens; 5 leaves a gap"),
+        ([Piece(1, 5, 1, wants_logits=True, copy=Copy(0, 1))], "holds 0 tokens; 5 leaves a gap"),
+        ([Piece(1, 0, 1, wants_logits=True, copy=Copy(2, 0))], "copies slot 2"),
+        ([Piece(1, 0, 1, wants_logits=True, copy=Copy(1, 0))], "copies slot 1 to slot 1"),
     ],
 )
 def test_a_step_that_makes_no_sense_is_refused(pieces, message, tiny):

@@ -16,7 +16,7 @@ from tiny_llama import LAYERS, VOCABULARY, write_tiny_llama
 
 from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.quantizing import quantize
-from covey.engine.contract import ALONE, EngineError, Exchange, LoadProgress, Piece
+from covey.engine.contract import ALONE, Copy, EngineError, Exchange, LoadProgress, Piece
 from covey.engine.link import LinkBrokenError
 from covey.engine.onnx.cutting import columns_of, in_blocks, rows_of
 from covey.engine.onnx.stage import OnnxStage
@@ -153,6 +153,7 @@ def test_slots_chunks_and_guesses_over_real_connections(cuts: tuple[int, ...], t
         [piece(0, 6), piece(2, 1)],
         [Piece(2, 2, 30, wants_logits=False), piece(1, 21, 4, 3)],
         [piece(1, 22), Piece(0, 7, 1, wants_logits=False)],
+        [Piece(0, 32, 1, wants_logits=True, copy=Copy(2, 8))],
     ]
     with ranks_of(path, 2, LAYERS, *cuts, exchanges=channel_exchanges, exact="1") as ranks:
         for pieces in steps:

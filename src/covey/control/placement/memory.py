@@ -5,11 +5,12 @@ from typing import Final
 from msgspec import Struct
 
 from covey.checkpoints.ranks import Heads
+from covey.schema.generation import PREFILL_CHUNK_TOKENS
 from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MEBIBYTE: Final = 1024 * 1024
-KV_ELEMENT_BYTES: Final = 4  # the onnx engine keeps keys and values in float32 on CPUs
-RUNNER_OVERHEAD_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and working memory of one runner process
+FLOAT_BYTES: Final = 4  # the onnx engine keeps keys, values and the scores of attention in float32 on CPUs
+PROGRAM_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and other working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
@@ -34,7 +35,7 @@ def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
 def kv_bytes_of_layer(load: Load) -> int:
     """Keys and values of one layer, for all slots at full length."""
     card = load.card
-    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * KV_ELEMENT_BYTES
+    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * FLOAT_BYTES
     return token_bytes * load.context_length * load.slot_count
 
 
@@ -56,10 +57,14 @@ def _whole_permille(load: Load) -> int:
     """
     if load.rank_count == 1:
         return 0
-    card, query, keys = load.card, load.card.attention_head_count, load.card.kv_head_count
-    rows = 2 * card.head_size * (query + keys) + 3 * card.feed_forward_size
+    card, keys = load.card, load.card.kv_head_count
     repeated = 2 * card.head_size * max(0, load.rank_count - keys) // load.rank_count
-    return WHOLE_PERMILLE + -(-repeated * 1000 // rows)
+    return WHOLE_PERMILLE + -(-repeated * 1000 // layer_rows(card))
+
+
+def layer_rows(card: ModelCard) -> int:
+    """How many rows of weights, as wide as the hidden size, a token is multiplied with in a layer."""
+    return 2 * card.head_size * (card.attention_head_count + card.kv_head_count) + 3 * card.feed_forward_size
 
 
 def first_bytes(load: Load) -> int:
@@ -82,17 +87,26 @@ def share(count: int, load: Load) -> int:
     return -(-count // load.rank_count)
 
 
+def overhead_bytes(load: Load) -> int:
+    """Of a runner, whatever layers it has: its program, and what each head makes of each token before, of the tokens of
+    a step.
+    """
+    tokens = min(PREFILL_CHUNK_TOKENS, load.context_length)
+    scores = share(load.card.attention_head_count, load) * tokens * load.context_length
+    return PROGRAM_BYTES + scores * FLOAT_BYTES
+
+
 def shard_bytes(load: Load, shard: Shard) -> int:
     """Memory of the runner that holds `shard`."""
     layers = sum(layer_bytes(load, layer) for layer in range(shard.layer_start, shard.layer_end))
     ends = first_bytes(load) * (shard.layer_start == 0) + last_bytes(load) * (shard.layer_end == shard.layer_count)
-    return RUNNER_OVERHEAD_BYTES + layers + ends
+    return overhead_bytes(load) + layers + ends
 
 
 def whole_bytes(load: Load, stage_count: int) -> int:
     """Memory of all runners of a pipeline of so many stages."""
     layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
-    one_rank = layers + first_bytes(load) + last_bytes(load) + stage_count * RUNNER_OVERHEAD_BYTES
+    one_rank = layers + first_bytes(load) + last_bytes(load) + stage_count * overhead_bytes(load)
     return load.rank_count * one_rank
 
 

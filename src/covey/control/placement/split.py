@@ -1,12 +1,24 @@
 """Cuts the layers of a model into consecutive ranges, one for each budget of memory.
 
-Layers go in proportion to the budgets; where that does not fit, a cut moves to the nearest place from which the rest
+Work goes in proportion to the budgets; where that does not fit, a cut moves to the nearest place from which the rest
 still fits. So a split is found whenever there is one for this order of budgets.
 """
 
 from bisect import bisect_right
+from typing import Final
 
-from covey.control.placement.memory import RUNNER_OVERHEAD_BYTES, Load, first_bytes, last_bytes, layer_bytes
+from covey.control.placement.memory import (
+    Load,
+    first_bytes,
+    last_bytes,
+    layer_bytes,
+    layer_rows,
+    overhead_bytes,
+)
+
+WITH_OUTPUT: Final = (
+    2  # so many times as long as for answers, whose tokens need the output matrix, stages compute in all
+)
 
 
 def split(load: Load, budgets_bytes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -15,17 +27,18 @@ def split(load: Load, budgets_bytes: tuple[int, ...]) -> tuple[int, ...] | None:
     Every stage gets at least one layer.
     """
     sums = _prefix_sums(load)
-    rooms = [budget - RUNNER_OVERHEAD_BYTES for budget in budgets_bytes]
+    rooms = [budget - overhead_bytes(load) for budget in budgets_bytes]
     if sum(rooms) < sums[-1] or min(rooms) <= 0:
         return None
     can_end = _possible_ends(sums, rooms)
+    work = _work(load)
     cuts: list[int] = []
     start = 0
     for stage, room in enumerate(rooms):
         ends = [end for end in range(start + 1, _reach(sums, start, room) + 1) if can_end[stage][end]]
         if not ends:
             return None
-        start = _nearest(ends, _proportional_cut(load.card.layer_count, budgets_bytes, stage))
+        start = _fairest(ends, work, budgets_bytes, stage)
         cuts.append(start)
     return tuple(cuts)
 
@@ -58,11 +71,19 @@ def _reach(sums: list[int], start: int, room: int) -> int:
     return bisect_right(sums, sums[start] + room) - 1
 
 
-def _proportional_cut(layer_count: int, budgets_bytes: tuple[int, ...], stage: int) -> int:
-    """Where this stage would end if layers went strictly by budget, rounded to the nearest layer."""
+def _work(load: Load) -> list[int]:
+    """What the layers before each cut cost, in rows of weights that a token is multiplied with.
+
+    The vocabulary counts with the last layer. A stage that had half of the layers and it as well would keep the others
+    waiting: in a small model it is as much as ten layers for each token of an answer, and nothing for one of a prompt.
+    """
+    card = load.card
+    work = [layer * layer_rows(card) for layer in range(card.layer_count + 1)]
+    work[-1] += card.vocabulary_size // WITH_OUTPUT
+    return work
+
+
+def _fairest(ends: list[int], work: list[int], budgets_bytes: tuple[int, ...], stage: int) -> int:
+    """Of the `ends`, that one before which the share of the work is most like the share of the budgets."""
     before, total = sum(budgets_bytes[: stage + 1]), sum(budgets_bytes)
-    return (2 * layer_count * before + total) // (2 * total)
-
-
-def _nearest(ends: list[int], wanted: int) -> int:
-    return min(ends, key=lambda end: (abs(end - wanted), end))
+    return min(ends, key=lambda end: (abs(work[end] * total - work[-1] * before), end))

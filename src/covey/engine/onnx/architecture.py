@@ -3,6 +3,7 @@
 Only nouns live here. `families` says how a file's metadata becomes one; `graph` what is computed for it.
 """
 
+import math
 from typing import Literal
 
 from msgspec import Struct
@@ -80,7 +81,7 @@ class Architecture(Struct, frozen=True, kw_only=True):
     is_joined: bool = False  # query, key and value are one tensor, and so are gate and up
     activation: Activation = "silu"
     experts: Experts | None = None
-    attention_scale: float | None = None  # of query times key; None for 1 / sqrt(head size)
+    stated_attention_scale: float | None = None  # of query times key; None for 1 / sqrt(head size)
     attention_soft_cap: float = 0.0  # 0 for none
     logit_soft_cap: float = 0.0
     embedding_scale: float = 1.0
@@ -90,6 +91,11 @@ class Architecture(Struct, frozen=True, kw_only=True):
     @property
     def layer_count(self) -> int:
         return len(self.layers)
+
+    @property
+    def attention_scale(self) -> float:
+        stated = self.stated_attention_scale
+        return 1 / math.sqrt(self.head_size) if stated is None else stated
 
     @property
     def query_size(self) -> int:

@@ -58,13 +58,15 @@ class AttentionGraph:
 
     def _attributes(self, layer: int) -> dict[str, Any]:
         architecture, kind = self._architecture, self._architecture.layers[layer]
-        attributes: dict[str, Any] = {"num_heads": architecture.head_count, "kv_num_heads": architecture.kv_head_count}
+        attributes: dict[str, Any] = {
+            "num_heads": architecture.head_count,
+            "kv_num_heads": architecture.kv_head_count,
+            "scale": 1.0,  # queries come scaled
+        }
         if kind.rotary is not None:
             attributes |= {"do_rotary": 1, "rotary_interleaved": int(architecture.is_interleaved)}
         if kind.window:
             attributes["local_window_size"] = kind.window
-        if architecture.attention_scale is not None:
-            attributes["scale"] = architecture.attention_scale
         if architecture.attention_soft_cap:
             attributes["softcap"] = architecture.attention_soft_cap
         return attributes

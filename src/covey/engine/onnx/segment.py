@@ -86,6 +86,10 @@ class Segment:
             raise EngineError(f"the ranks computed {logits.shape[1]} logits together, not {self.result_size}")
         return logits
 
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Keys and values of the tokens from `start` to `end`, from one slot to another."""
+        self._session.copy(source, target, start, end)
+
 
 def open_model(spec: RunnerSpec) -> Model:
     """Raises `EngineError`, `CheckpointError`."""

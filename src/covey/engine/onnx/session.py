@@ -35,6 +35,11 @@ class KvCache:
         """The part of `count` slots from `slot` on, contiguous."""
         return {name: array[slot : slot + count] for name, array in self._arrays.items()}
 
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """The tokens from `start` to `end` of one slot become those of another."""
+        for array in self._arrays.values():
+            array[target, :, start:end] = array[source, :, start:end]
+
 
 def _untouched(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
     """Zeros that take memory page by page, as they are written to.
@@ -92,6 +97,10 @@ class StageSession:
             if partial is not None:
                 exchange.add_up(partial)
         return binding.result
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """As `KvCache` says."""
+        self._cache.copy(source, target, start, end)
 
     def _make_room(self, values: Activations, result_count: int) -> None:
         """All bindings share arrays as large as the largest run: 32 of their own would be much for many slots and a

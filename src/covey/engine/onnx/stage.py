@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from covey.engine.contract import Activations, EngineError, Exchange, LoadProgress, Logits, Piece
+from covey.engine.contract import Activations, Copy, EngineError, Exchange, LoadProgress, Logits, Piece
 from covey.engine.onnx.segment import Footing, Model, Segment, load, open_model
 from covey.engine.onnx.session import give_back_memory
 from covey.schema.model import Shard
@@ -41,6 +41,7 @@ class OnnxStage:
 
     def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
         self._check(pieces, values)
+        self._copy(pieces)
         groups = neighbours(pieces)
         together = groups == [list(range(len(pieces)))]
         result = self._run_group(pieces, values) if together else self._run_groups(pieces, groups, values)
@@ -61,6 +62,12 @@ class OnnxStage:
         return sorted(
             [*kept, *_load_missing(model, spec.shard, kept, progress)], key=lambda segment: segment.shard.layer_start
         )
+
+    def _copy(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if copy := piece.copy:
+                for segment in self._segments:
+                    segment.copy(copy.source, piece.slot, copy.start, piece.position)
 
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]], values: Activations) -> NDArray[np.float32]:
         """Each group by itself, and the results in the order of `pieces`."""
@@ -111,12 +118,17 @@ class OnnxStage:
     def _check_piece(self, piece: Piece) -> None:
         if not 0 <= piece.slot < self._spec.slot_count or piece.token_count < 1:
             raise EngineError(f"a step names slot {piece.slot} with {piece.token_count} tokens; it can't be run")
-        if not 0 <= piece.position <= self._lengths[piece.slot]:
-            raise EngineError(
-                f"slot {piece.slot} holds {self._lengths[piece.slot]} tokens; {piece.position} leaves a gap"
-            )
+        held = self._lengths[piece.slot] if piece.copy is None else self._held_with(piece.slot, piece.copy)
+        if not 0 <= piece.position <= held:
+            raise EngineError(f"slot {piece.slot} holds {held} tokens; {piece.position} leaves a gap")
         if piece.position + piece.token_count > self._spec.context_length:
             raise EngineError(f"slot {piece.slot} is full: it holds {self._spec.context_length} tokens")
+
+    def _held_with(self, slot: int, copy: Copy) -> int:
+        """How many tokens `slot` can have with what is copied to it."""
+        if not 0 <= copy.source < self._spec.slot_count or copy.source == slot:
+            raise EngineError(f"a step copies slot {copy.source} to slot {slot}; it can't be run")
+        return self._lengths[copy.source] if 0 <= copy.start <= self._lengths[slot] else self._lengths[slot]
 
 
 def _row_count(piece: Piece) -> int:

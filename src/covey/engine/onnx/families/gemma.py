@@ -54,5 +54,5 @@ def _gemma(stated: Stated, layers_largest: int) -> Architecture:
     return replace(
         found,
         embedding_scale=math.sqrt(found.hidden_size),
-        attention_scale=stated.number("attention.scale", 1 / math.sqrt(scaled_size)),
+        stated_attention_scale=stated.number("attention.scale", 1 / math.sqrt(scaled_size)),
     )

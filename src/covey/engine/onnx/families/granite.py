@@ -16,6 +16,6 @@ def granite(stated: Stated) -> Architecture:
         found,
         embedding_scale=stated.number("embedding_scale", 1.0),
         residual_scale=stated.number("residual_scale", 1.0),
-        attention_scale=stated.number("attention.scale", None),
+        stated_attention_scale=stated.number("attention.scale", None),
         logit_divisor=stated.number("logit_scale"),
     )
