@@ -10,7 +10,7 @@ from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, Spa
 
 MEBIBYTE: Final = 1024 * 1024
 FLOAT_BYTES: Final = 4  # the onnx engine keeps keys, values and the scores of attention in float32 on CPUs
-PROGRAM_BYTES: Final = 128 * MEBIBYTE  # interpreter, libraries and other working memory of one runner process
+PROGRAM_BYTES: Final = 120 * MEBIBYTE  # interpreter, libraries and other working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
 USABLE_PERCENT: Final = 90  # of what is free; the rest is left to the person who owns the machine
