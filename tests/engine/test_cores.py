@@ -155,9 +155,11 @@ def test_marks_that_are_over_or_somebody_elses_count_for_nothing(tmp_path: Path)
 
 @needs_cores
 def test_where_no_marks_can_be_left_a_runner_has_all_cores(tmp_path: Path) -> None:
-    cores = Cores(tmp_path / "is not there")
+    every, cores = os.sched_getaffinity(0), Cores(tmp_path / "is not there")
     end = time.monotonic() + 2.5 * LOOK_SECONDS
     while time.monotonic() < end:
         with cores.computing():
             time.sleep(0.02)
+        assert os.sched_getaffinity(0) == every
     cores.leave()
+    assert not list(tmp_path.iterdir())

@@ -16,9 +16,7 @@ from covey.control.placement.memory import (
     overhead_bytes,
 )
 
-WITH_OUTPUT: Final = (
-    2  # so many times as long as for answers, whose tokens need the output matrix, stages compute in all
-)
+ANSWERS_SHARE: Final = 2  # one in so many seconds goes to answers, whose tokens alone need the output matrix
 
 
 def split(load: Load, budgets_bytes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -75,11 +73,11 @@ def _work(load: Load) -> list[int]:
     """What the layers before each cut cost, in rows of weights that a token is multiplied with.
 
     The vocabulary counts with the last layer. A stage that had half of the layers and it as well would keep the others
-    waiting: in a small model it is as much as ten layers for each token of an answer, and nothing for one of a prompt.
+    waiting: in SmolLM2 it is as much as eight layers for each token of an answer, and nothing for one of a prompt.
     """
     card = load.card
     work = [layer * layer_rows(card) for layer in range(card.layer_count + 1)]
-    work[-1] += card.vocabulary_size // WITH_OUTPUT
+    work[-1] += card.vocabulary_size // ANSWERS_SHARE
     return work
 
 
