@@ -4,7 +4,8 @@
 
 The engine alone is a loop around its step, in this process. The other is a whole node: HTTP, serving, scheduler,
 sampling, and text, asked by the client of `covey bench`. One request at a time, at the same positions of the context.
-Give --threads what the node's runner has: the physical cores.
+The node is asked for the likelihood of each token, which costs it little and rules guesses out: several tokens of one
+step would hide what is measured. Give --threads what the node's runner has: the physical cores.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def engine_ms(stage: OnnxStage, prompt_tokens: int, new_tokens: int) -> float:
 
 def http_ms(server: Server, prompt: str, new_tokens: int) -> tuple[int, float]:
     """The tokens of the prompt, and the time of one after the first. Raises `CliError`."""
-    (sample,) = ask_together(server, [prompt], new_tokens)
+    (sample,) = ask_together(server, [prompt], new_tokens, {"logprobs": True})
     return sample.prompt_tokens, 1000 * (sample.pieces_s[-1] - sample.pieces_s[0]) / (sample.new_tokens - 1)
 
 

@@ -4,8 +4,9 @@
 
 The model has the shape of a Llama of 1 B (hidden 2048, 16 layers, 32 query and 8 key-value heads, inner 8192, 32,000
 words) and random weights, in a temporary folder of 0.7 GB. A round is a prompt of 512 tokens and 24 decode steps
-from an empty cache, by the process alone and then by both ranks, whose sums go over mutual TLS on loopback. Medians of
-the rounds are printed, those of the ratio of neighbouring rounds, and what one sum of 8 KB takes.
+from an empty cache, by the process alone, by two such processes at once, and by both ranks, whose sums go over mutual
+TLS on loopback. Medians of the rounds are printed, those of the ratio of neighbouring rounds, and what one sum of 8 KB
+takes. Two processes at once share nothing but the machine: what they do together is the most that two ranks could.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -140,10 +142,11 @@ def sum_us(exchange: Exchange) -> float:
 
 @contextmanager
 def processes(model: Path) -> Iterator[dict[str, Connection]]:
-    """Alone on one core, and a rank on each of two; none computes while it was not told to."""
+    """Alone on each of two cores, and a rank on each; none computes while it was not told to."""
     context, first, *others = multiprocessing.get_context("spawn"), *sorted(os.sched_getaffinity(0))
+    second = (others or [first])[0]
     places: dict[str, tuple[int | None, int]] = {
-        "alone": (None, first), "rank 0": (0, first), "rank 1": (1, (others or [first])[0]),
+        "alone": (None, first), "beside": (None, second), "rank 0": (0, first), "rank 1": (1, second),
     }  # fmt: skip
     connections: dict[str, Connection] = {}
     started: list[Any] = []
@@ -170,14 +173,17 @@ def told(connections: list[Connection], order: str) -> list[Any]:
 
 def compare(model: Path, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
     """Medians, and the microseconds of a sum."""
-    found: dict[str, list[dict[str, float]]] = {"one core": [], "two ranks": [], "ratio": []}
+    found: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     with processes(model) as connections:
-        alone, *ranks = connections.values()
+        alone, beside, *ranks = connections.values()
         for _ in range(rounds):
-            [one], [both, _] = told([alone], "round"), told(ranks, "round")
+            [one], twice, [both, _] = told([alone], "round"), told([alone, beside], "round"), told(ranks, "round")
+            together = {name: float(sum(each[name] for each in twice)) for name in MEASURES}
             found["one core"].append(one)
+            found["two processes"].append(together)
             found["two ranks"].append(both)
-            found["ratio"].append({name: both[name] / one[name] for name in MEASURES})
+            found["ratio: processes"].append({name: together[name] / one[name] for name in MEASURES})
+            found["ratio: ranks"].append({name: both[name] / one[name] for name in MEASURES})
         microseconds = told(ranks, "sum")[0]
     medians = {name: {each: median(at[each] for at in every) for each in MEASURES} for name, every in found.items()}
     return medians, microseconds

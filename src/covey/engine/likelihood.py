@@ -3,11 +3,12 @@
 So OpenAI describes them, and so vLLM gives them unless told otherwise (its `raw_logprobs`).
 """
 
+import math
 from typing import Final
 
 import numpy as np
 
-from covey.engine.sampling import Ids, Row
+from covey.engine.sampling import Ids, Row, best_ids
 from covey.schema.generation import Likelihood
 
 LOGPROB_MIN: Final = -9999.0  # OpenAI's number for "as good as impossible"; JSON has no infinity
@@ -16,8 +17,8 @@ LOGPROB_MIN: Final = -9999.0  # OpenAI's number for "as good as impossible"; JSO
 def likelihood(logits: Row, token_id: int, count: int) -> Likelihood:
     """Of `token_id`, and of the `count` likeliest; of equal ones those with lower ids."""
     best = float(logits.max())
-    total = best + float(np.log(np.exp(logits.astype(np.float64) - best).sum()))
-    ids = _best(logits, min(count, logits.size))
+    total = best + math.log(float(np.exp(logits - np.float32(best)).sum(dtype=np.float64)))
+    ids = _best(logits, count)
     return Likelihood(
         _bounded(float(logits[token_id]) - total),
         tuple((int(each), _bounded(float(logits[each]) - total)) for each in ids),
@@ -27,8 +28,7 @@ def likelihood(logits: Row, token_id: int, count: int) -> Likelihood:
 def _best(logits: Row, count: int) -> Ids:
     if count == 0:
         return np.empty(0, np.int64)
-    place = logits.size - count
-    ids = np.flatnonzero(logits >= np.partition(logits, place)[place])
+    ids = best_ids(logits, count)
     return ids[np.argsort(-logits[ids], kind="stable")][:count]
 
 

@@ -7,10 +7,11 @@ client runs on the server's machine, and what it takes of the processor the serv
 import json
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -84,13 +85,16 @@ _chunks = msgspec.json.Decoder(_Chunk)
 Came = list[tuple[float, bytes]]  # what was read, and when
 
 
-def ask_together(server: Server, prompts: Sequence[str], new_tokens: int) -> tuple[Sample, ...]:
-    """Asks all at once, each over a connection of its own, and waits for the last. Raises `CliError`.
+def ask_together(
+    server: Server, prompts: Sequence[str], new_tokens: int, also: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Sample, ...]:
+    """Asks all at once, each over a connection of its own, and waits for the last. `also` is sent beside what is asked
+    always. Raises `CliError`.
 
     However it ends, no request goes on.
     """
     streams = [_Stream(server) for _ in prompts]
-    bodies = [_body(server, prompt, new_tokens) for prompt in prompts]
+    bodies = [_body(server, prompt, new_tokens, also) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as threads:
         try:
             for stream in streams:
@@ -115,7 +119,7 @@ def _answer(server: Server, asked: "Future[Sample]") -> None:
         raise CliError(f"{server.name} at {server.url} sent something that is no answer: {error}.") from None
 
 
-def _body(server: Server, prompt: str, new_tokens: int) -> bytes:
+def _body(server: Server, prompt: str, new_tokens: int, also: Mapping[str, Any]) -> bytes:
     """No end before the last token that is asked for, and tokens that are drawn: the likeliest ones soon repeat
     themselves, which a guess from the text so far makes fast, and nobody's text is like that. The settings are those
     that llama.cpp's server has by default, and draw from few tokens, as most people's do.
@@ -131,6 +135,7 @@ def _body(server: Server, prompt: str, new_tokens: int) -> bytes:
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **also,
     }
     return json.dumps(asked).encode()
 
