@@ -55,7 +55,7 @@ class EventStream(Generic[Event]):
         self._refusal = refusal
         self._failure = failure
         self._begun = False
-        self._lock = anyio.Lock()
+        self._lock = anyio.Lock(fast_acquire=True)  # but for keep-alives nobody else wants it
         self._sent_at = anyio.current_time()
 
     async def run(self, receive: Receive, send: Send) -> RequestError | None:
