@@ -2,8 +2,9 @@
 
     python bench/prompt_lookup.py FILE.gguf [--rounds 5] [--threads 2]
 
-The engine with its scheduler and sampler, in this process, greedy. One prompt asks for a passage of its own to be
-repeated, one for something new. Told are steps, tokens a second, their ratio, and whether both ways say the same.
+The engine with its scheduler and sampler, in this process, greedy. Three prompts ask for what they hold: a table to be
+copied, a file to be written again with one word changed, a passage to be repeated (small models tell it in words of
+their own); one asks for something new. Told are steps, tokens a second, their ratio, and how long both say the same.
 """
 
 import argparse
@@ -26,8 +27,33 @@ PASSAGE = (
     "from house to house by boat. The market is held on Thursdays, in the hall that was built after the great fire. "
     "There is a school, a mill that has not turned for forty years, and a bridge of seven arches."
 )
+TABLE = """| name | born | town |
+|---|---|---|
+| Anna Berg | 1961 | Lund |
+| Peter Holm | 1974 | Malmo |
+| Karin Lind | 1980 | Uppsala |
+| Erik Strand | 1955 | Gavle |
+| Maria Nyman | 1990 | Kiruna |
+"""
+FILE = '''def area(width, height):
+    """The area of a rectangle."""
+    return width * height
+
+
+def volume(width, height, depth):
+    """The volume of a box."""
+    return area(width, height) * depth
+
+
+def surface(width, height, depth):
+    """The surface of a box."""
+    return 2 * (area(width, height) + area(width, depth) + area(height, depth))
+'''
 PROMPTS = {
-    "copied": f"Repeat this text word for word, twice:\n\n{PASSAGE}",
+    "table": f"Copy this table exactly:\n\n{TABLE}",
+    "file": f"Here is a Python file:\n\n```python\n{FILE}```\n\nWrite the whole file again, with the word `depth` "
+    "replaced by `length`.",
+    "passage": f"Repeat this text word for word, twice:\n\n{PASSAGE}",
     "new": "Write a long story about a lighthouse keeper and his dog.",
 }
 
