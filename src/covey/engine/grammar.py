@@ -17,6 +17,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from covey.engine.endless import is_endless
+from covey.engine.neutral import without_neutral
 from covey.schema.generation import Constraint, ConstraintKind
 
 CHARACTERS_MAX: Final = {ConstraintKind.JSON_SCHEMA: 32_768, ConstraintKind.REGEX: 8_192, ConstraintKind.GRAMMAR: 8_192}
@@ -110,8 +111,24 @@ def token_tree(tokens: Tokens) -> LLTokenizer:
 
 def compile_constraint(constraint: Constraint, tree: LLTokenizer) -> LLMatcher:
     """To be called in a `DeepThread`. Raises `ConstraintError`."""
+    return _compiled(constraint, _decoded(constraint), tree)
+
+
+def _decoded(constraint: Constraint) -> Any:
+    """The schema, if it is one. Raises `ConstraintError`."""
+    if constraint.kind is not ConstraintKind.JSON_SCHEMA:
+        return None
     try:
-        matcher = LLMatcher(tree, _grammar(constraint), log_level=0, limits=_limits())
+        return msgspec.json.decode(constraint.text)
+    except msgspec.DecodeError as error:
+        raise refused(constraint, f"it is no JSON: {error}") from None
+    except RecursionError:
+        raise refused(constraint, "it is nested too deep") from None
+
+
+def _compiled(constraint: Constraint, schema: Any, tree: LLTokenizer) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tree, _grammar(constraint, schema), log_level=0, limits=_limits())
     except ValueError as error:
         raise refused(constraint, str(error)) from None
     check_matcher(constraint, matcher)
@@ -134,10 +151,12 @@ def check(constraint: Constraint) -> None:
 def _reason_against(constraint: Constraint) -> str:
     try:
         _check_size(constraint)
-        matcher = compile_constraint(constraint, _byte_tree())
+        schema = _decoded(constraint)
+        _check_strings(constraint, schema)
+        matcher = _compiled(constraint, schema, _byte_tree())
         matcher.compute_bitmask()  # finds that nothing can begin
         check_matcher(constraint, matcher)
-        _check_end(constraint)
+        _check_end(constraint, schema)
     except ConstraintError as error:
         return str(error)
     return ""
@@ -160,11 +179,12 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _grammar(constraint: Constraint) -> str:
+def _grammar(constraint: Constraint, schema: Any) -> str:
     """In the library's own notation. Raises `ValueError`."""
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": WHITESPACE})
+            asked = msgspec.json.encode(without_neutral(schema)).decode()
+            return LLMatcher.grammar_from_json_schema(asked, {"whitespace_pattern": WHITESPACE})
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.text)
         case ConstraintKind.GRAMMAR:
@@ -175,18 +195,21 @@ def _check_size(constraint: Constraint) -> None:
     limit = CHARACTERS_MAX[constraint.kind]
     if len(constraint.text) > limit:
         raise refused(constraint, f"it has {len(constraint.text)} characters, and {limit} are the most")
-    if constraint.kind is ConstraintKind.JSON_SCHEMA and _longest_string(constraint.text) > STRING_CHARACTERS_MAX:
+
+
+def _check_strings(constraint: Constraint, schema: Any) -> None:
+    if _longest_string(schema) > STRING_CHARACTERS_MAX:
         raise refused(constraint, f"a string in it has more than {STRING_CHARACTERS_MAX} characters")
 
 
-def _check_end(constraint: Constraint) -> None:
-    if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(msgspec.json.decode(constraint.text)):
+def _check_end(constraint: Constraint, schema: Any) -> None:
+    if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(schema):
         raise refused(constraint, "nothing satisfies it, since what it requires has to contain itself again, for ever")
 
 
-def _longest_string(text: str) -> int:
-    """Of JSON, keys included."""
-    longest, waiting = 0, [msgspec.json.decode(text)]
+def _longest_string(schema: Any) -> int:
+    """Keys included."""
+    longest, waiting = 0, [schema]
     while waiting:
         match waiting.pop():
             case str() as string:
