@@ -17,6 +17,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from covey.engine.endless import is_endless
+from covey.engine.endless_grammar import ENDLESS, endless_rules
 from covey.engine.neutral import without_neutral
 from covey.schema.generation import Constraint, ConstraintKind
 
@@ -28,6 +29,7 @@ STEP_FUEL: Final = 100_000  # for one token, for which all streams wait: half of
 LEXER_STATES_MAX: Final = 20_000  # of 1 to 2 KB, for as long as the request runs
 WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"  # between the parts of JSON: small models write on and on if they may
 REASON_CHARACTERS_MAX: Final = 300
+TOO_DEEP: Final = "it is nested too deep"
 COSTLY: Final = ("too many expressions", "precomputation failed", "too big", "too large", "max is", "fuel")
 CHECKED_MAX: Final = 64  # programs send the same schema again and again
 END: Final = 256  # the token that ends an answer where the tokens are bytes
@@ -123,7 +125,7 @@ def _decoded(constraint: Constraint) -> Any:
     except msgspec.DecodeError as error:
         raise refused(constraint, f"it is no JSON: {error}") from None
     except RecursionError:
-        raise refused(constraint, "it is nested too deep") from None
+        raise refused(constraint, TOO_DEEP) from None
 
 
 def _compiled(constraint: Constraint, schema: Any, tree: LLTokenizer) -> LLMatcher:
@@ -131,6 +133,8 @@ def _compiled(constraint: Constraint, schema: Any, tree: LLTokenizer) -> LLMatch
         matcher = LLMatcher(tree, _grammar(constraint, schema), log_level=0, limits=_limits())
     except ValueError as error:
         raise refused(constraint, str(error)) from None
+    except RecursionError:
+        raise refused(constraint, TOO_DEEP) from None
     check_matcher(constraint, matcher)
     return matcher
 
@@ -205,6 +209,15 @@ def _check_strings(constraint: Constraint, schema: Any) -> None:
 def _check_end(constraint: Constraint, schema: Any) -> None:
     if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(schema):
         raise refused(constraint, "nothing satisfies it, since what it requires has to contain itself again, for ever")
+    if constraint.kind is ConstraintKind.GRAMMAR and (rules := endless_rules(constraint.text)):
+        raise refused(constraint, f"nothing satisfies it, since {_circle(rules)}, for ever; give it an alternative")
+
+
+def _circle(rules: list[str]) -> str:
+    if rules == [ENDLESS]:
+        return "what a schema in it requires has to contain itself again"
+    others = f" (by way of {', '.join(repr(name) for name in rules[1:])})" if rules[1:] else ""
+    return f"the rule {rules[0]!r} has to contain itself again{others}"
 
 
 def _longest_string(schema: Any) -> int:
