@@ -6,6 +6,7 @@ grammar that takes long takes one core. Nothing in the library can be told to st
 is bounded: the longest compilation that was found within these limits takes about a second.
 """
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -31,6 +32,8 @@ WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"  # between the parts of JSON: sm
 REASON_CHARACTERS_MAX: Final = 300
 TOO_DEEP: Final = "it is nested too deep"
 COSTLY: Final = ("too many expressions", "precomputation failed", "too big", "too large", "max is", "fuel")
+CONTROL_TOKEN: Final = re.compile(r'unknown special token: "(.+?)"; following')
+TOKEN_NUMBER: Final = re.compile(r"Token range end too large: (\d+)")
 CHECKED_MAX: Final = 64  # programs send the same schema again and again
 END: Final = 256  # the token that ends an answer where the tokens are bytes
 
@@ -169,7 +172,7 @@ def _reason_against(constraint: Constraint) -> str:
 @cache
 def _byte_tree() -> LLTokenizer:
     """Each byte is a token: what can be said of a constraint without any model is found with these."""
-    tokens = [*(bytes([byte]) for byte in range(END)), b"<end>"]
+    tokens = [*(bytes([byte]) for byte in range(END)), b"< end >"]  # a name with spaces can't be written in a grammar
     return token_tree(Tokens(tokens, [END], [END], lambda text: list(text.encode())))
 
 
@@ -246,6 +249,10 @@ def plain(reason: str) -> str:
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     said = said.replace("Unimplemented keys:", "these keywords are not supported:")
     said = said.replace("NoExtensionBias", "nothing satisfies it")
+    if named := CONTROL_TOKEN.search(said):
+        return f"it names the control token {named[1]}, and a grammar is of text alone; leave it out"
+    if numbered := TOKEN_NUMBER.search(said):
+        return f"it names tokens by their numbers, up to {numbered[1]}, and a grammar is of text alone; quote it"
     if any(sign in said for sign in COSTLY):
         return "it is too costly to follow; make it simpler"
     return said[:REASON_CHARACTERS_MAX].rstrip(". ")
