@@ -16,6 +16,7 @@ from covey.checkpoints.gguf_file import (
     parse_header,
     read_header,
 )
+from covey.checkpoints.quantization import is_known
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def text_value(key: bytes, kind: int, value: bytes) -> bytes:
         (preamble(entries=2) + 2 * text_value(b"key", 0, b"1"), "'key' is in its header twice"),
         (
             preamble(tensors=1) + tensor(b"t", (32,), 77, 0) + bytes(999),
-            "'t' is of the unknown type 77; known are F32",
+            "'t' is of type number 77, which is not known; Covey runs F32, F16, BF16, Q4_0",
         ),
         (preamble(tensors=1) + tensor(b"t", (33,), 2, 0) + bytes(999), "'t' of Q4_0 measures"),
         (preamble(tensors=1) + tensor(b"t", (0,), 0, 0) + bytes(999), "'t' of F32 measures"),
@@ -227,3 +228,12 @@ def test_a_file_that_shrinks_while_a_tensor_is_read(sample, tmp_path):
     cut.write_bytes(sample.read_bytes()[: entry.offset + 5])
     with cut.open("rb", buffering=0) as file, pytest.raises(CheckpointError, match="ends within its tensor 'packed'"):
         read_tensor(file, entry)
+
+
+def test_the_types_that_are_told_of_are_those_that_run(tmp_path):
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(preamble(tensors=1) + tensor(b"t", (32,), 77, 0) + bytes(999))
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    told = str(caught.value).partition("Covey runs ")[2].split(", ")
+    assert set(told) == {name for name, _, _ in TENSOR_TYPES.values() if is_known(name)}

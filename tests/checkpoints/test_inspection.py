@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from hub_folders import LLAMA, bfloat16, llama_tensors, write_folder
+from tiny_model import write_model
 from typer.testing import CliRunner
 
 from covey.checkpoints.blocks import KERNEL_BYTES
+from covey.checkpoints.card import card_from_header
 from covey.checkpoints.checkpoint import TensorReader
 from covey.checkpoints.inspection import TensorKind, kinds_of, quantized_kinds
 from covey.checkpoints.opening import open_checkpoint
 from covey.cli.main import app
-from covey.schema.model import Quantizing
+from covey.schema.ids import ModelId
+from covey.schema.model import FileSource, Quantizing
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "mlx.npz")
 
@@ -34,6 +38,21 @@ def test_full_precision(folder):
         name="blk.*.attn_k.weight", type="BF16", shape=(32, 64), count=2, file_bytes=2 * 32 * 64 * 2,
         held_bytes=2 * 32 * 64 * 4, held_as="exact: float32",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", [None, *Quantizing])
+def test_in_memory_it_is_what_placement_counts(folder, quantize):
+    """A tied embedding is in the file once, and held twice: as a table, and as the matrix of the output."""
+    header = open_checkpoint(folder)
+    with TensorReader(folder) as reader:
+        kinds = kinds_of(header) if quantize is None else quantized_kinds(header, reader, quantize)
+    card = card_from_header(header, ModelId("tied"), FileSource(str(folder)))
+    placed = next((each for each in card.quantized if each.quantize is quantize), card)
+    total = sum(placed.layer_bytes) + placed.embedding_bytes + placed.output_bytes
+    assert sum(kind.held_bytes for kind in kinds) == total
+    tied, table = by_name(kinds)["output.weight"], by_name(kinds)["token_embd.weight"]
+    assert (tied.file_bytes, tied.count, tied.shape) == (0, 1, table.shape)
+    assert tied.held_as == f"{table.held_as}, the embedding's again"
 
 
 def test_full_precision_made_small(folder):
@@ -74,3 +93,22 @@ def test_the_command(folder, tmp_path):
         assert said in done.stderr.replace("\n", " ")
     done = run(app, ["models", "inspect", str(folder), "--quantize", "q5"])
     assert (done.exit_code, "'q5' is not one of 'q4', 'q8'" in done.stderr) == (2, True)
+
+
+def test_a_model_that_can_be_run_and_one_that_cannot(tmp_path):
+    """Its tensors can be looked at either way; who asks for JSON gets it, and the reason beside it."""
+    run = CliRunner().invoke
+    assert run(app, ["models", "inspect", str(write_model(tmp_path / "tiny.gguf"))]).exit_code == 0
+    path = tmp_path / "strange.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ssm_in.weight", np.zeros((4, 32), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    said = f"{path} can't be run: this model is of the architecture 'mamba'; this engine knows gemma2, "
+    for options in ([], ["--json"]):
+        done = run(app, ["models", "inspect", str(path), *options], env={"COLUMNS": "300"})
+        assert done.exit_code == 1
+        assert "blk.*.ssm_in.weight" in done.stdout
+        assert said in done.stderr.replace("\n", " ")

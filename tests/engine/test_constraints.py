@@ -192,7 +192,9 @@ def test_one_that_fails_fails_alone(model: Path, tmp_path: Path) -> None:
         (regex("[^\\x00-\\x{10FFFF}]"), "nothing satisfies it"),
         (regex("(" * 4000 + ")" * 4000), "nest"),
         (grammar("start: word"), '"word"'),
-        (grammar("start: <|im_end|>"), "<|im_end|>"),
+        (grammar("start: <|im_end|>"), "it names the control token <|im_end|>, and a grammar is of text alone"),
+        (grammar("start: <end>"), "it names the control token <end>"),
+        (grammar("start: <[7-700]>"), "it names tokens by their numbers, up to 700"),
         (grammar(""), "Empty grammar"),
     ],
 )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"  # a file without it uses the embedding's
+FLOATS: Final = ("F32", "F16", "BF16")  # the types of plain numbers that can be computed with
 
 
 class CheckpointError(Exception):

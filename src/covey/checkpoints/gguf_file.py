@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 from msgspec import Struct
 
-from covey.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import FLOATS, Checkpoint, CheckpointError, TensorEntry
+from covey.checkpoints.ggml_blocks import GGML_BLOCKS
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -308,8 +309,10 @@ def _place(
 
 def _entry(name: str, raw: _RawEntry, data_start: int, alignment: int) -> TensorEntry:
     if raw.type not in TENSOR_TYPES:
-        known = ", ".join(type_name for type_name, _, _ in TENSOR_TYPES.values())
-        raise CheckpointError(f"tensor {name!r} is of the unknown type {raw.type}; known are {known}")
+        runnable = ", ".join((*FLOATS, *GGML_BLOCKS))
+        raise CheckpointError(
+            f"tensor {name!r} is of type number {raw.type}, which is not known; Covey runs {runnable}"
+        )
     type_name, block_elements, block_bytes = TENSOR_TYPES[raw.type]
     if raw.dimensions[0] % block_elements or 0 in raw.dimensions:
         raise CheckpointError(f"the GGUF file is damaged: tensor {name!r} of {type_name} measures {raw.dimensions}")

@@ -7,14 +7,13 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import FLOATS, CheckpointError, TensorEntry
 
 WORD_BITS: Final = 32
 MLX_BITS: Final = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS: Final = (32, 64, 128)
 MX_GROUP: Final = 32
 METHODS: Final = ("awq", "gptq", "mxfp4")
-FLOATS: Final = ("F16", "BF16", "F32")
 
 
 class Quantization(Struct, frozen=True):

@@ -10,11 +10,10 @@ from typing import Any, Final
 
 from msgspec import Struct, structs
 
-from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import FLOATS, CheckpointError, TensorEntry
 from covey.checkpoints.hub_families import ENDS, Family
 from covey.checkpoints.hub_quantization import Quantization, is_quantised, quantised_entry
 
-PLAIN: Final = ("F32", "F16", "BF16")
 EXPERTS_MAX: Final = 10_000
 _PREFIX: Final = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?")
 # Pictures and sounds, for which there is no graph, and frequencies that follow from the config.
@@ -123,8 +122,8 @@ def _transposed(entry: TensorEntry) -> TensorEntry:
 
 
 def _plain(entry: TensorEntry) -> TensorEntry:
-    if entry.type not in PLAIN:
-        known = ", ".join(PLAIN)
+    if entry.type not in FLOATS:
+        known = ", ".join(FLOATS)
         raise CheckpointError(
             f"tensor {entry.name!r} is of the type {entry.type}, which can't be used; known are {known}"
         )

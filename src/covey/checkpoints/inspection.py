@@ -1,13 +1,14 @@
 """What a model's tensors are, kind by kind, and how they will be held when they are loaded."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from covey.checkpoints.checkpoint import EMBEDDING, Checkpoint, TensorEntry, TensorReader
+from covey.checkpoints.checkpoint import EMBEDDING, OUTPUT, Checkpoint, TensorEntry, TensorReader
 from covey.checkpoints.quantization import (
     dequantize,
     form_of,
@@ -37,7 +38,7 @@ class TensorKind(Struct, frozen=True):
 
 def kinds_of(header: Checkpoint) -> list[TensorKind]:
     """In the order of the file, as all is held without quantising: exactly, or not at all. Raises `CheckpointError`."""
-    return [_kind(entries) for entries in _groups(header.tensors.values())]
+    return _kinds(header, _kind)
 
 
 def quantized_kinds(header: Checkpoint, reader: TensorReader, quantize: Quantizing) -> list[TensorKind]:
@@ -45,7 +46,17 @@ def quantized_kinds(header: Checkpoint, reader: TensorReader, quantize: Quantizi
 
     Raises `CheckpointError`, `OSError`.
     """
-    return [_quantized(entries, reader, BITS[quantize]) for entries in _groups(header.tensors.values())]
+    return _kinds(header, partial(_quantized, reader=reader, bits=BITS[quantize]))
+
+
+def _kinds(header: Checkpoint, kind_of: Callable[[list[TensorEntry]], TensorKind]) -> list[TensorKind]:
+    """A tied embedding comes twice: runners hold it as a table, and as the matrix of the output."""
+    kinds = [kind_of(entries) for entries in _groups(header.tensors.values())]
+    embedding = header.tensors.get(EMBEDDING)
+    if embedding is None or OUTPUT in header.tensors:
+        return kinds
+    tied = kind_of([replace(embedding, name=OUTPUT)])
+    return [*kinds, replace(tied, file_bytes=0, held_as=f"{tied.held_as}, the embedding's again")]
 
 
 def _groups(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:

@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta, Struct
 
-from covey.checkpoints.checkpoint import CheckpointError, TensorEntry
+from covey.checkpoints.checkpoint import FLOATS, CheckpointError, TensorEntry
 
 LENGTH_BYTES: Final = 8
 HEADER_BYTES_MAX: Final = 100_000_000  # as in the reference implementation
@@ -74,8 +74,10 @@ def _parse(content: bytes, file: str, data_start: int, file_bytes: int) -> dict[
 def _entry(name: str, tensor: _Tensor, file: str, data_start: int) -> TensorEntry:
     bits = ITEM_BITS.get(tensor.dtype)
     if bits is None:
-        known = ", ".join(ITEM_BITS)
-        raise CheckpointError(f"tensor {name!r} is of the unknown type {tensor.dtype!r}; known are {known}")
+        raise CheckpointError(
+            f"tensor {name!r} is of the type {tensor.dtype!r}, which is not known; Covey runs {', '.join(FLOATS)} "
+            "and what MLX, AWQ, GPTQ or MXFP4 made of them"
+        )
     start, end = tensor.data_offsets
     byte_count = math.prod(tensor.shape) * bits // 8
     if end - start != byte_count:

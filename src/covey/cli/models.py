@@ -1,5 +1,7 @@
 """`covey models`: those that can be named; and what a file or folder of this machine holds, which no node is asked."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,28 +38,51 @@ def models(context: typer.Context, url: Url = DEFAULT_URL, as_json: Json = False
 @app.command()
 @explained
 def inspect(path: str, quantize: Quantize = None, as_json: Json = False) -> None:  # noqa: FBT002
-    """Tell what types a model's tensors have, and how they will be held: a GGUF file, or a folder of safetensors."""
-    rows = _kinds(Path(path).expanduser(), quantize)
+    """Tell what types a model's tensors have, and how they will be held: a GGUF file, or a folder of safetensors. If it
+    is no model that can be run, the reason follows, and the exit status is 1.
+    """
+    place = Path(path).expanduser()
+    rows = _kinds(place, quantize)
     if as_json:
         print_json(rows)
     else:
         out.print(tables.tensors_table(rows))
+    _expect_runnable(place)
 
 
 def _kinds(path: Path, quantize: Quantizing | None) -> list[dict[str, Any]]:
     """Raises `CliError`."""
     from covey.checkpoints import inspection  # noqa: PLC0415 (the other commands start faster so)
-    from covey.checkpoints.checkpoint import CheckpointError, TensorReader  # noqa: PLC0415
+    from covey.checkpoints.checkpoint import TensorReader  # noqa: PLC0415
     from covey.checkpoints.opening import open_checkpoint  # noqa: PLC0415
 
-    try:
+    with _told(path, "can't be used"):
         header = open_checkpoint(path)
         if quantize is None:
             return msgspec.to_builtins(inspection.kinds_of(header))
         with TensorReader(path) as reader:
             return msgspec.to_builtins(inspection.quantized_kinds(header, reader, quantize))
-    except CheckpointError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise CliError(f"{path} can't be used: {reason}.") from None
+
+
+def _expect_runnable(path: Path) -> None:
+    """Raises `CliError` with what a node would say that is to run it."""
+    from covey.checkpoints.opening import open_checkpoint  # noqa: PLC0415
+    from covey.effects.model_files import runnable_card  # noqa: PLC0415
+
+    with _told(path, "can't be run"):
+        runnable_card(path, open_checkpoint(path))
+
+
+@contextmanager
+def _told(path: Path, failure: str) -> Generator[None]:
+    """Raises what is wrong with the model as `CliError`."""
+    from covey.checkpoints.checkpoint import CheckpointError  # noqa: PLC0415
+    from covey.engine.contract import EngineError  # noqa: PLC0415
+
+    try:
+        yield
+    except (CheckpointError, EngineError) as error:
+        reason = str(error).removeprefix(f"{path}: ").removesuffix(".")
+        raise CliError(f"{path} {failure}: {reason}.") from None
     except OSError as error:
         raise CliError(f"{path} can't be read: {error.strerror or error}.") from None

@@ -198,12 +198,16 @@ def _expect_runnable(header: Checkpoint) -> None:
     load_tokenizer(header)
 
 
+def runnable_card(path: Path, header: Checkpoint) -> ModelCard:
+    """Of the file or folder at `path`. Raises `CheckpointError`, `EngineError` for what could not be placed."""
+    _expect_runnable(header)
+    return card_from_header(header, ModelId(str(path)), FileSource(str(path)))
+
+
 def _card_of_file(name: str) -> ModelCard:
     path = Path(os.path.expanduser(name)).absolute()  # noqa: PTH111 - that of pathlib raises for unknown users
     try:
-        header = open_checkpoint(path)
-        _expect_runnable(header)
-        return card_from_header(header, ModelId(str(path)), FileSource(str(path)))
+        return runnable_card(path, open_checkpoint(path))
     except (CheckpointError, EngineError) as error:
         reason = str(error).removeprefix(f"{path}: ")  # what reads the header names its file, too
         raise ModelNotFoundError(f"{path} is no model that can be run: {reason}", 400) from None

@@ -6,7 +6,7 @@ taken for one that ends: nothing is refused that could be satisfied.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Final, cast
 
 DEPTH_MAX: Final = 200  # the library refuses what is nested deeper
@@ -17,17 +17,25 @@ Schema = dict[str, Any]
 def is_endless(schema: Any) -> bool:
     """Whether no finite JSON satisfies `schema`, which is JSON that was decoded."""
     targets = {ref: _resolved(schema, ref) for ref in _references(schema)}
+    needed = {name: set(_references(target)) for name, target in targets.items()}
+    return not _ends(schema, closed(needed, lambda name, ending: _ends(targets[name], ending)))
+
+
+def closed(needed: Mapping[str, Set[str]], ends: Callable[[str, Set[str]], bool]) -> Set[str]:
+    """The names that end: the least set that has all of which `ends` says so, given itself. `needed`: of each name,
+    those that it hears of.
+    """
     users: defaultdict[str, list[str]] = defaultdict(list)
-    for name, target in targets.items():
-        for ref in set(_references(target)):
-            users[ref].append(name)
-    ending, waiting = set[str](), list(targets)
+    for name, others in needed.items():
+        for other in others:
+            users[other].append(name)
+    ending, waiting = set[str](), list(needed)
     while waiting:
         name = waiting.pop()
-        if name not in ending and _ends(targets[name], ending):
+        if name not in ending and ends(name, ending):
             ending.add(name)
             waiting += users[name]
-    return not _ends(schema, ending)
+    return ending
 
 
 def _references(schema: Any) -> Iterator[str]:

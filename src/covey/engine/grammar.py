@@ -6,6 +6,7 @@ grammar that takes long takes one core. Nothing in the library can be told to st
 is bounded: the longest compilation that was found within these limits takes about a second.
 """
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,6 +18,8 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from covey.engine.endless import is_endless
+from covey.engine.endless_grammar import ENDLESS, endless_rules
+from covey.engine.neutral import without_neutral
 from covey.schema.generation import Constraint, ConstraintKind
 
 CHARACTERS_MAX: Final = {ConstraintKind.JSON_SCHEMA: 32_768, ConstraintKind.REGEX: 8_192, ConstraintKind.GRAMMAR: 8_192}
@@ -27,7 +30,10 @@ STEP_FUEL: Final = 100_000  # for one token, for which all streams wait: half of
 LEXER_STATES_MAX: Final = 20_000  # of 1 to 2 KB, for as long as the request runs
 WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"  # between the parts of JSON: small models write on and on if they may
 REASON_CHARACTERS_MAX: Final = 300
+TOO_DEEP: Final = "it is nested too deep"
 COSTLY: Final = ("too many expressions", "precomputation failed", "too big", "too large", "max is", "fuel")
+CONTROL_TOKEN: Final = re.compile(r'unknown special token: "(.+?)"; following')
+TOKEN_NUMBER: Final = re.compile(r"Token range end too large: (\d+)")
 CHECKED_MAX: Final = 64  # programs send the same schema again and again
 END: Final = 256  # the token that ends an answer where the tokens are bytes
 
@@ -110,10 +116,28 @@ def token_tree(tokens: Tokens) -> LLTokenizer:
 
 def compile_constraint(constraint: Constraint, tree: LLTokenizer) -> LLMatcher:
     """To be called in a `DeepThread`. Raises `ConstraintError`."""
+    return _compiled(constraint, _decoded(constraint), tree)
+
+
+def _decoded(constraint: Constraint) -> Any:
+    """The schema, if it is one. Raises `ConstraintError`."""
+    if constraint.kind is not ConstraintKind.JSON_SCHEMA:
+        return None
     try:
-        matcher = LLMatcher(tree, _grammar(constraint), log_level=0, limits=_limits())
+        return msgspec.json.decode(constraint.text)
+    except msgspec.DecodeError as error:
+        raise refused(constraint, f"it is no JSON: {error}") from None
+    except RecursionError:
+        raise refused(constraint, TOO_DEEP) from None
+
+
+def _compiled(constraint: Constraint, schema: Any, tree: LLTokenizer) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tree, _grammar(constraint, schema), log_level=0, limits=_limits())
     except ValueError as error:
         raise refused(constraint, str(error)) from None
+    except RecursionError:
+        raise refused(constraint, TOO_DEEP) from None
     check_matcher(constraint, matcher)
     return matcher
 
@@ -134,10 +158,12 @@ def check(constraint: Constraint) -> None:
 def _reason_against(constraint: Constraint) -> str:
     try:
         _check_size(constraint)
-        matcher = compile_constraint(constraint, _byte_tree())
+        schema = _decoded(constraint)
+        _check_strings(constraint, schema)
+        matcher = _compiled(constraint, schema, _byte_tree())
         matcher.compute_bitmask()  # finds that nothing can begin
         check_matcher(constraint, matcher)
-        _check_end(constraint)
+        _check_end(constraint, schema)
     except ConstraintError as error:
         return str(error)
     return ""
@@ -146,7 +172,7 @@ def _reason_against(constraint: Constraint) -> str:
 @cache
 def _byte_tree() -> LLTokenizer:
     """Each byte is a token: what can be said of a constraint without any model is found with these."""
-    tokens = [*(bytes([byte]) for byte in range(END)), b"<end>"]
+    tokens = [*(bytes([byte]) for byte in range(END)), b"< end >"]  # a name with spaces can't be written in a grammar
     return token_tree(Tokens(tokens, [END], [END], lambda text: list(text.encode())))
 
 
@@ -160,11 +186,12 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _grammar(constraint: Constraint) -> str:
+def _grammar(constraint: Constraint, schema: Any) -> str:
     """In the library's own notation. Raises `ValueError`."""
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": WHITESPACE})
+            asked = msgspec.json.encode(without_neutral(schema)).decode()
+            return LLMatcher.grammar_from_json_schema(asked, {"whitespace_pattern": WHITESPACE})
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.text)
         case ConstraintKind.GRAMMAR:
@@ -175,18 +202,30 @@ def _check_size(constraint: Constraint) -> None:
     limit = CHARACTERS_MAX[constraint.kind]
     if len(constraint.text) > limit:
         raise refused(constraint, f"it has {len(constraint.text)} characters, and {limit} are the most")
-    if constraint.kind is ConstraintKind.JSON_SCHEMA and _longest_string(constraint.text) > STRING_CHARACTERS_MAX:
+
+
+def _check_strings(constraint: Constraint, schema: Any) -> None:
+    if _longest_string(schema) > STRING_CHARACTERS_MAX:
         raise refused(constraint, f"a string in it has more than {STRING_CHARACTERS_MAX} characters")
 
 
-def _check_end(constraint: Constraint) -> None:
-    if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(msgspec.json.decode(constraint.text)):
+def _check_end(constraint: Constraint, schema: Any) -> None:
+    if constraint.kind is ConstraintKind.JSON_SCHEMA and is_endless(schema):
         raise refused(constraint, "nothing satisfies it, since what it requires has to contain itself again, for ever")
+    if constraint.kind is ConstraintKind.GRAMMAR and (rules := endless_rules(constraint.text)):
+        raise refused(constraint, f"nothing satisfies it, since {_circle(rules)}, for ever; give it an alternative")
 
 
-def _longest_string(text: str) -> int:
-    """Of JSON, keys included."""
-    longest, waiting = 0, [msgspec.json.decode(text)]
+def _circle(rules: list[str]) -> str:
+    if rules == [ENDLESS]:
+        return "what a schema in it requires has to contain itself again"
+    others = f" (by way of {', '.join(repr(name) for name in rules[1:])})" if rules[1:] else ""
+    return f"the rule {rules[0]!r} has to contain itself again{others}"
+
+
+def _longest_string(schema: Any) -> int:
+    """Keys included."""
+    longest, waiting = 0, [schema]
     while waiting:
         match waiting.pop():
             case str() as string:
@@ -210,6 +249,10 @@ def plain(reason: str) -> str:
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     said = said.replace("Unimplemented keys:", "these keywords are not supported:")
     said = said.replace("NoExtensionBias", "nothing satisfies it")
+    if named := CONTROL_TOKEN.search(said):
+        return f"it names the control token {named[1]}, and a grammar is of text alone; leave it out"
+    if numbered := TOKEN_NUMBER.search(said):
+        return f"it names tokens by their numbers, up to {numbered[1]}, and a grammar is of text alone; quote it"
     if any(sign in said for sign in COSTLY):
         return "it is too costly to follow; make it simpler"
     return said[:REASON_CHARACTERS_MAX].rstrip(". ")
