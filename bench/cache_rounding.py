@@ -1,8 +1,8 @@
-"""What rounding keys and values in the cache does to what a model says: a float64 twin with and without it.
+"""What rounding keys and values in the cache does to what a model says: a twin in NumPy with and without it.
 
-    python bench/cache_rounding.py FILE.gguf [--tokens 500] [--windows 1]
+    python bench/cache_rounding.py FILE.gguf [--tokens 500] [--windows 1] [--text FILE ...] [--other FILE ...]
 
-The twin is that of `bench/exactness.py`, and reads the opening of a story; static scales, which is all that
+The twin is that of `bench/exactness.py`, in float32, and reads the opening of a story. Static scales, which is all that
 `GroupQueryAttention` takes, are the largest values of each channel in another text (this project's documents) or in the
 story itself. Told are the perplexity over that of the twin without rounding, in how many places both name the same next
 token, and how far attention's output is off in each layer, from the same input, over its size.
@@ -22,7 +22,7 @@ from tests.engine.onnx.llama_twin import LlamaTwin
 
 STEPS: Final = 127
 Q8_0_SIZE: Final = 32  # values of a token that share a scale in llama.cpp's q8_0
-OTHER_TEXTS: Final = (ROOT / "docs" / "reliability.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "network.md")
+OTHERS: Final = [ROOT / "docs" / "reliability.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "network.md"]
 
 Rounding = Callable[[int, str, np.ndarray], np.ndarray]  # layer, kind; [tokens, heads, head size]
 
@@ -31,7 +31,7 @@ class RoundingTwin(LlamaTwin):
     """Keys (turned) and values pass through `rounding` before they are read, as they would through a cache."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, np.float64)
+        super().__init__(path, np.float32)
         self.rounding: Rounding = unrounded
         self.errors: list[float] = []  # of attention's output, of each layer: root of the mean squares over its size
         self._layer = 0
@@ -59,8 +59,8 @@ class RoundingTwin(LlamaTwin):
     def _attended(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         group = self.heads // self.kv_heads
         key, value = (np.repeat(held, group, axis=1).swapaxes(0, 1) for held in (key, value))
-        scores = query.swapaxes(0, 1) @ key.swapaxes(1, 2) / np.sqrt(self.head_size)
-        scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
+        scores = query.swapaxes(0, 1) @ key.swapaxes(1, 2) * np.float32(self.head_size**-0.5)
+        scores += np.triu(np.full(scores.shape[1:], -np.inf, np.float32), 1)
         odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
         return (odds / odds.sum(axis=-1, keepdims=True) @ value).swapaxes(0, 1).reshape(len(query), -1)
 
@@ -75,7 +75,7 @@ def unrounded(layer: int, kind: str, values: np.ndarray) -> np.ndarray:
 
 def halves(layer: int, kind: str, values: np.ndarray) -> np.ndarray:
     del layer, kind
-    return values.astype(np.float16).astype(np.float64)
+    return values.astype(np.float16).astype(np.float32)
 
 
 def q8_0(layer: int, kind: str, values: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def q8_0(layer: int, kind: str, values: np.ndarray) -> np.ndarray:
     blocks = values.reshape(*values.shape[:-1], -1, Q8_0_SIZE)
     scales = np.abs(blocks).max(axis=-1, keepdims=True) / STEPS
     codes = np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales != 0))
-    return (codes * scales.astype(np.float16)).reshape(values.shape)
+    return (codes * scales.astype(np.float16)).astype(np.float32).reshape(values.shape)
 
 
 class Static:
@@ -96,7 +96,7 @@ class Static:
 
     def __call__(self, layer: int, kind: str, values: np.ndarray) -> np.ndarray:
         largest = self._largest[layer, kind]
-        scales = (largest if self._of_channels else largest.max()) * self._room / STEPS
+        scales = (largest if self._of_channels else largest.max()) * np.float32(self._room / STEPS)
         codes = np.rint(values / scales)
         self.clipped += int((np.abs(codes) > STEPS + 0.5).sum())
         self.count += codes.size
@@ -126,7 +126,8 @@ def ways(twin: RoundingTwin, own: list[list[int]], other: list[list[int]]) -> di
         "static, of channels, this text's": Static(seen["own"], 1.0, of_channels=True),
         "static, of channels, another text's": Static(seen["other"], 1.0, of_channels=True),
         "the same, and a quarter of room": Static(seen["other"], 1.25, of_channels=True),
-        "the same, twice the room": Static(seen["other"], 2.0, of_channels=True),
+        "the same, a half": Static(seen["other"], 1.5, of_channels=True),
+        "the same, twice": Static(seen["other"], 2.0, of_channels=True),
         "the same, four times": Static(seen["other"], 4.0, of_channels=True),
         "another text's without its first token": Static(later, 1.0, of_channels=True),
         "static, of a layer, another text's": Static(seen["other"], 1.0, of_channels=False),
@@ -150,9 +151,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=500, help="of a window")
     parser.add_argument("--windows", type=int, default=1)
+    parser.add_argument("--text", type=Path, nargs="+", default=[TEXT], help="that is read")
+    parser.add_argument("--other", type=Path, nargs="+", default=OTHERS, help="that scales are made for")
     options = parser.parse_args()
-    other_text = "\n".join(path.read_text() for path in OTHER_TEXTS)
-    own, other = (windows_of(options.model, text, options.tokens, options.windows) for text in (TEXT.read_text(), other_text))
+    own, other = (
+        windows_of(options.model, "\n".join(path.read_text() for path in paths), options.tokens, options.windows)
+        for paths in (options.text, options.other)
+    )
     twin = RoundingTwin(options.model)
     expected = twin.told(own, unrounded)
     table = Table("cache", "perplexity ratio", "top-1 %", "KL (nats)", "attention off by, mean", "worst layer", "clipped")

@@ -34,6 +34,7 @@ from covey.engine.contract import ALONE, Piece
 from covey.engine.onnx import attention, graph, products
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
 from covey.engine.onnx.runtime import new_options, open_session, shared
+from covey.engine.onnx.session import SPIN_US_MAX
 
 Step = Callable[[], Any]
 FLOAT_BYTES: Final = 4
@@ -191,7 +192,10 @@ def product_step(form: Form, columns: int, rows: int, tokens: int, threads: int)
 
 def bound(builder: GraphBuilder, inputs: dict[str, Any], outputs: dict[str, Any], threads: int) -> Step:
     """A run of the graph over these arrays, after one that was not counted."""
-    session = open_session(builder.model(), new_options(threads), builder.weights)
+    options = new_options(threads)
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US_MAX))
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or other sessions' threads take the cores
+    session = open_session(builder.model(), options, builder.weights)
     binding = session.io_binding()
     values = {id(array): shared(array) for array in (*inputs.values(), *outputs.values())}
     for name, array in inputs.items():
