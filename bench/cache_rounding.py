@@ -160,7 +160,9 @@ def main() -> None:
     )
     twin = RoundingTwin(options.model)
     expected = twin.told(own, unrounded)
-    table = Table("cache", "perplexity ratio", "top-1 %", "KL (nats)", "attention off by, mean", "worst layer", "clipped")
+    table = Table(
+        "cache", "perplexity ratio", "top-1 %", "KL (nats)", "attention off by, mean", "worst layer", "clipped"
+    )
     for name, rounding in ways(twin, own, other).items():
         comparison = Comparison()
         for window, plain, rounded in zip(own, expected, twin.told(own, rounding), strict=True):

@@ -30,7 +30,7 @@ from exactness import TEXT, engine_logits, tokens_of
 from rich.console import Console
 from rich.table import Table
 
-from covey.engine.contract import ALONE, Piece
+from covey.engine.contract import Piece
 from covey.engine.onnx import attention, graph, products
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
 from covey.engine.onnx.runtime import new_options, open_session, shared
@@ -211,7 +211,7 @@ def forms(options: argparse.Namespace) -> Iterator[Form]:
         yield Form(bits, block, level, has_zeros=zeros == "with")
 
 
-def times_of(form: Form) -> str:
+def title(form: Form) -> str:
     return f"{form.bits} bits, level {form.level}" + (", zeros" if form.has_zeros else "")
 
 
@@ -229,7 +229,7 @@ def products_table(options: argparse.Namespace) -> Table:
         for form, (count, size) in sizes.items():
             taken = found[form] / count
             rates = f"{taken:.0f}, {size / taken / 1e3:.1f}, {2e-3 * width * height * tokens / taken:.0f}"
-            cells.setdefault(times_of(form), []).append(rates)
+            cells.setdefault(title(form), []).append(rates)
         for name, row in cells.items():
             table.add_row(f"{width} to {height}, {tokens}", name, *row)
     return table
@@ -262,7 +262,8 @@ def levels(options: argparse.Namespace) -> Table:
 HEADS: Final = {"9/3 of 64": (9, 3), "32/8 of 64": (32, 8)}
 HEAD: Final = 64
 LAYERS: Final = 8  # in one graph, each with a cache of its own, as in a model
-INT8_STEP: Final = 4 / 127
+LARGEST: Final = 3**0.5  # of evenly spread values of the size of normal ones, which those in float32 are
+QUERY_SIZE: Final = HEAD**-0.5  # far larger scores would leave weights so small that processors are slow with them
 SCALES: Final = {"PER_CHANNEL": (-1, 1, HEAD), "PER_TENSOR": (1,)}
 OLDER_KERNELS: Final = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
@@ -282,49 +283,53 @@ def attention_step(heads: tuple[int, int], past: int, tokens: int, kind: str, th
     """All layers, whose cache of `kind` holds `past` tokens before."""
     query_heads, kv_heads = heads
     builder, total = GraphBuilder(), past + tokens
-    dtype, room = {"float32": (np.float32, HEAD), "float16": (np.float16, HEAD), "4 bits": (np.uint8, HEAD // 2)}.get(
-        kind, (np.int8, HEAD)
-    )
-    extra: dict[str, Any] = {}
-    if not kind.startswith("float"):
-        grain = "PER_CHANNEL" if kind == "4 bits" else kind
-        extra = {"k_quant_type": grain, "v_quant_type": grain, "kv_cache_bit_width": 4 if kind == "4 bits" else 8}
-        shape = tuple(kv_heads if size == -1 else size for size in SCALES[grain])
-        builder.constant("scale", np.full(shape, INT8_STEP * (127 / 7 if kind == "4 bits" else 1), np.float32))
-    angles = np.outer(np.arange(total), 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD))
-    builder.constant("cosines", np.cos(angles).astype(np.float32))
-    builder.constant("sines", np.sin(angles).astype(np.float32))
-    width = (query_heads + 2 * kv_heads) * HEAD
+    add_tables(builder, total)
+    attributes = quantised(builder, kv_heads, kind) | {"num_heads": query_heads, "kv_num_heads": kv_heads}
     inputs: dict[str, Any] = {
-        "joined": RANDOM.standard_normal((1, tokens, width), np.float32),
+        "joined": RANDOM.standard_normal((1, tokens, (query_heads + 2 * kv_heads) * HEAD), np.float32)
+        * np.float32(QUERY_SIZE),
         "ends": np.array([total - 1], np.int32),
         "longest": np.array([total], np.int32),
     }
-    for name, value in inputs.items():
-        builder.input(name, value.dtype, list(value.shape))
     outputs: dict[str, Any] = {}
     for layer in range(LAYERS):
         caches = [f"{layer}.keys", f"{layer}.values"]
         for name in caches:
-            inputs[name] = outputs[f"{name}.new"] = random_cache((1, kv_heads, total, room), dtype)
-            builder.input(name, dtype, list(inputs[name].shape))
-            builder.output(f"{name}.new", dtype, list(inputs[name].shape))
-        result = f"{layer}.result"
-        builder.output(result, np.float32, [1, tokens, query_heads * HEAD])
-        outputs[result] = np.empty((1, tokens, query_heads * HEAD), np.float32)
+            inputs[name] = outputs[f"{name}.new"] = random_cache(kv_heads, total, kind)
+        outputs[f"{layer}.result"] = np.empty((1, tokens, query_heads * HEAD), np.float32)
         names = ["joined", "", "", *caches, "ends", "longest", "cosines", "sines"]
-        names += ["", "", "", "scale", "scale"] if extra else []
-        builder.nodes_with(
-            "GroupQueryAttention", names, [result, *(f"{name}.new" for name in caches)], MICROSOFT,
-            num_heads=query_heads, kv_num_heads=kv_heads, scale=1.0, do_rotary=1, **extra,
-        )  # fmt: skip
+        names += ["", "", "", "scale", "scale"] if "kv_cache_bit_width" in attributes else []
+        results = [f"{layer}.result", *(f"{name}.new" for name in caches)]
+        builder.nodes_with("GroupQueryAttention", names, results, MICROSOFT, scale=1.0, do_rotary=1, **attributes)
+    for arrays, add in ((inputs, builder.input), (outputs, builder.output)):
+        for name, value in arrays.items():
+            add(name, value.dtype, list(value.shape))
     return bound(builder, inputs, outputs, threads)
 
 
-def random_cache(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    if dtype in (np.int8, np.uint8):
-        return RANDOM.integers(0, 100, shape, dtype)
-    return RANDOM.standard_normal(shape, np.float32).astype(dtype)
+def add_tables(builder: GraphBuilder, total: int) -> None:
+    """Cosines and sines of all positions."""
+    angles = np.outer(np.arange(total), 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD))
+    builder.constant("cosines", np.cos(angles).astype(np.float32))
+    builder.constant("sines", np.sin(angles).astype(np.float32))
+
+
+def quantised(builder: GraphBuilder, kv_heads: int, kind: str) -> dict[str, Any]:
+    """What the operator is told of a cache of whole numbers, and its scales as a constant."""
+    if kind.startswith("float"):
+        return {}
+    bits, grain = (4, "PER_CHANNEL") if kind == "4 bits" else (8, kind)
+    shape = tuple(kv_heads if size == -1 else size for size in SCALES[grain])
+    builder.constant("scale", np.full(shape, LARGEST / ((1 << (bits - 1)) - 1), np.float32))
+    return {"k_quant_type": grain, "v_quant_type": grain, "kv_cache_bit_width": bits}
+
+
+def random_cache(kv_heads: int, total: int, kind: str) -> np.ndarray:
+    if kind.startswith("float"):
+        return RANDOM.standard_normal((1, kv_heads, total, HEAD), np.float32).astype(kind)
+    if kind == "4 bits":
+        return RANDOM.integers(0, 256, (1, kv_heads, total, HEAD // 2), np.uint8)
+    return RANDOM.integers(-127, 128, (1, kv_heads, total, HEAD), np.int8)
 
 
 def attention_table(options: argparse.Namespace) -> Table:
