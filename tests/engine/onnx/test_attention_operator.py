@@ -185,16 +185,44 @@ def test_a_cache_of_halves_is_converted_whole_at_every_step(tmp_path):
     assert operators == ["Cast", "Cast", "GroupQueryAttention", "Cast", "Cast"]
 
 
+SCALES_OF_BYTES = {"PER_TENSOR": (1,), "PER_CHANNEL": (KV_HEADS, 1, HEAD)}
+
+
+def bytes_of(feed: dict[str, np.ndarray], grain: str) -> tuple[dict[str, np.ndarray], dict[str, str | int]]:
+    """The feed with a cache of bytes, and what the operator has to be told of it. Scales differ by up to a half."""
+    shape = SCALES_OF_BYTES[grain]
+    scales = {kind: (4 / 127 * GENERATOR.uniform(0.8, 1.2, shape)).astype(np.float32) for kind in ("key", "value")}
+    packed = dict(feed)
+    for kind, scale in scales.items():
+        packed[f"{kind}s"] = np.clip(np.round(feed[f"{kind}s"] / scale), -127, 127).astype(np.int8)
+        packed[f"{kind}_scale"] = scale
+    return packed, {"k_quant_type": grain, "v_quant_type": grain, "kv_cache_bit_width": 8}
+
+
 @pytest.mark.parametrize("step", STEPS)
-def test_a_cache_of_bytes_is_computed_as_it_is(step, tmp_path):
+@pytest.mark.parametrize("grain", SCALES_OF_BYTES)
+def test_a_cache_of_bytes_is_computed_as_it_is(step, grain, tmp_path):
     """Its error is that of rounding keys and values, of which the largest is 127 steps."""
     pasts, count = STEPS[step]
-    feed, step_size = feed_of(pasts, count), np.array([4 / 127], np.float32)
-    attributes = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
-    rounded = {name: np.clip(np.round(feed[name] / step_size), -127, 127) for name in ("keys", "values")}
-    plain = feed | {name: (value * step_size).astype(np.float32) for name, value in rounded.items()}
-    packed = feed | {name: value.astype(np.int8) for name, value in rounded.items()}
-    packed |= {"key_scale": step_size, "value_scale": step_size}
-    np.testing.assert_allclose(run(packed, **attributes), expected(plain), atol=1.5 * step_size[0])
+    packed, attributes = bytes_of(feed := feed_of(pasts, count), grain)
+    plain = feed | {kind: packed[kind] * packed[f"{kind[:-1]}_scale"] for kind in ("keys", "values")}
+    np.testing.assert_allclose(run(packed, **attributes), expected(plain), atol=8 / 127)
     opened(packed, attributes, str(tmp_path / "bytes.onnx"))
     assert [node.op_type for node in onnx.load(tmp_path / "bytes.onnx").graph.node] == ["GroupQueryAttention"]
+
+
+def test_what_is_too_large_for_a_cache_of_bytes_is_cut_off():
+    """Static scales may be too small for a text; then a value becomes the largest that there is, of its sign."""
+    packed, attributes = bytes_of(feed_of([20], 1), "PER_CHANNEL")
+    packed["value"][...] = np.where(np.arange(packed["value"].size) % 2, 100, -100)
+    binding = (session := opened(packed, attributes)).io_binding()
+    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in packed.items()}
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in ("keys", "values"):
+        binding.bind_ortvalue_output(f"new_{name}", held[name])
+    binding.bind_output("result")
+    session.run_with_iobinding(binding)
+    written = held["values"].numpy()[0, :, 20].reshape(-1)
+    assert set(written[0::2].tolist()) == {-128}
+    assert set(written[1::2].tolist()) == {127}
