@@ -157,9 +157,10 @@ class Trace:
 
 def _command(news: CommandSubmitted) -> str:
     match news.command:
-        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count):
+        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count, draft=draft):
             shared = f", each layer shared by {rank_count}" if rank_count > 1 else ""
-            return f"place {card.model_id} on at least {node_count_min}{shared}"
+            guessed = f", with {draft.model_id} as its draft" if draft else ""
+            return f"place {card.model_id} on at least {node_count_min}{shared}{guessed}"
         case Rebalance(instance_id):
             return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):
