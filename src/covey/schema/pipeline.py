@@ -47,8 +47,9 @@ def cards_placed(instances: Iterable[Instance]) -> list[ModelCard]:
 def cards_needed(instances: Iterable[Instance], node_id: NodeId) -> dict[ModelId, ModelCard]:
     """Of all that is assigned to a node, by model; of one name the model itself rather than a draft."""
     own = [(each, stage) for each in instances for stage in each.stages if stage.node_id == node_id]
+    models = {each.card.model_id: each.card for each, _ in own}
     drafts = {card.model_id: card for each, stage in own for card in cards_at(each, stage)[1:]}
-    return {**drafts, **{each.card.model_id: each.card for each, _ in own}}
+    return models | {model_id: card for model_id, card in drafts.items() if model_id not in models}
 
 
 def is_regular(instance: Instance) -> bool:
