@@ -16,6 +16,7 @@ from covey.schema.cluster import (
     Visibility,
     Wish,
 )
+from covey.schema.pipeline import cards_needed
 from simulation.people import is_creation, lasting
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _nothing_extra(host: Host, state: ClusterState, machine: Machine) -> Iterato
             yield f"{host.name} still runs {runner_id}"
     ending = [process.spec.runner_id for process in host.processes if process.was_asked_to_stop]
     yield from (f"{host.name} waits for the end of {runner_id}" for runner_id in ending)  # then another may start
-    needed = [instance.card.model_id for instance in state.instances]
+    needed = cards_needed(state.instances, host.node_id)
     yield from (f"{host.name} still fetches {model_id}" for model_id in host.fetches if model_id not in needed)
 
 

@@ -89,8 +89,11 @@ class People:
         node_count_min: int = 1,
         node_ids: tuple[NodeId, ...] = (),
         rank_count: int = 1,
+        draft: ModelCard | None = None,
     ) -> str:
-        command = PlaceModel(card=model, node_count_min=node_count_min, node_ids=node_ids, rank_count=rank_count)
+        command = PlaceModel(
+            card=model, node_count_min=node_count_min, node_ids=node_ids, rank_count=rank_count, draft=draft
+        )
         return self._ask(host, command)
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
@@ -140,7 +143,8 @@ class People:
             chosen = random.sample(self.world.hosts, random.randint(1, len(self.world.hosts)))
             node_ids = tuple(each.node_id for each in chosen) if random.random() < 0.25 else ()
             ranks = random.choice((1, 1, 2))
-            self.place(host, model, random.choice((1, 2, 4)) if ranks == 2 else count, node_ids, ranks)
+            draft = SMALL if model is not SMALL and random.random() < 0.3 else None
+            self.place(host, model, random.choice((1, 2, 4)) if ranks == 2 else count, node_ids, ranks, draft)
 
     def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
         if command_id in self.answers:

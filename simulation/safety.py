@@ -37,6 +37,7 @@ from covey.schema.machine import (
     StartFetch,
     StartRunner,
 )
+from covey.schema.pipeline import cards_needed
 from covey.schema.runner import BEAT_MS
 from simulation.failure import Failure
 from simulation.pace import Pace
@@ -339,12 +340,21 @@ class Safety:
             self._fail(f"attempt {effect.attempt} of {runner_id} follows attempt {attempt}")
         if now_ms - started_ms < machine.settings.runner_spacing_ms:
             self._fail(f"{runner_id} is started twice within {now_ms - started_ms} ms")
+        self._check_files(effect)
         self.attempts[runner_id] = (effect.attempt, now_ms)
         self.generations[runner_id] = max(effect.attempt, self.generations.get(runner_id, 0))
         if self.probed_ms < self.ended_ms.get(runner_id, 0):
             self._fail(f"it starts {runner_id} before it has seen what memory its last process left free")
         self._check_room(effect)
         self._check_back_off(machine, runner_id)
+
+    def _check_files(self, effect: StartRunner | RegroupRunner) -> None:
+        """The head of what has a draft is told of that, and nobody else."""
+        assert self.host.machine is not None
+        instance = self.host.machine.cluster.instances[InstanceId(effect.spec.instance_id)]
+        wants = instance.draft is not None and effect.spec.runner_id == instance.stages[0].runner_id
+        if wants is not (effect.spec.draft is not None):
+            self._fail(f"{effect.spec.runner_id} is told of {effect.spec.draft or 'no draft'}")
 
     def _assigned(self, machine: Machine) -> frozenset[RunnerId]:
         stages = [stage for instance in machine.view.assigned(self.host.now_ms) for stage in instance.stages]
@@ -355,6 +365,7 @@ class Safety:
         runner_id = effect.spec.runner_id
         if effect.spec.generation <= self.generations.get(runner_id, 0):
             self._fail(f"{runner_id} begins generation {effect.spec.generation} again")
+        self._check_files(effect)
         self.generations[runner_id] = effect.spec.generation
         if not any(process.key == (effect.runner_id, effect.attempt) for process in self.host.processes):
             return  # it ended by itself a moment ago
@@ -382,8 +393,7 @@ class Safety:
 
     def _check_fetch(self, machine: Machine, effect: StartFetch) -> None:
         model_id = effect.card.model_id
-        needed = [each.card.model_id for each in machine.state(self.host.now_ms).instances]
-        if model_id not in needed:
+        if model_id not in cards_needed(machine.state(self.host.now_ms).instances, self.host.node_id):
             self._fail(f"it fetches {model_id}, which no assignment needs")
         if model_id in self.host.fetches:
             self._fail(f"it fetches {model_id} twice at once")

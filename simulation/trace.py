@@ -47,7 +47,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
-from covey.schema.runner import Beat
+from covey.schema.runner import Beat, RunnerSpec
 from simulation.host import Host
 from simulation.world import World
 
@@ -123,11 +123,9 @@ class Trace:
             case AnswerCommand(command_id, outcome):
                 done = f"{command_id} is answered: {_outcome(outcome)}"
             case StartRunner(runner_id, attempt, spec):
-                layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
-                done = f"start {runner_id} attempt {attempt}, {layers}"
+                done = f"start {runner_id} attempt {attempt}, {_held(spec)}"
             case RegroupRunner(runner_id, attempt, spec):
-                layers = f"layers {spec.shard.layer_start} to {spec.shard.layer_end} of {spec.shard.layer_count}"
-                done = f"regroup {runner_id} attempt {attempt} as {spec.runner_id} in {spec.generation}, {layers}"
+                done = f"regroup {runner_id} attempt {attempt} as {spec.runner_id} in {spec.generation}, {_held(spec)}"
             case StopRunner(runner_id, attempt):
                 done = f"stop {runner_id} attempt {attempt}"
             case TellRunner(runner_id, attempt, command):
@@ -155,11 +153,19 @@ class Trace:
         return self.world.host(node_id).name
 
 
+def _held(spec: RunnerSpec) -> str:
+    """What it is to load."""
+    shard = spec.shard
+    draft = f", and the {spec.draft.layer_count} of its draft" if spec.draft else ""
+    return f"layers {shard.layer_start} to {shard.layer_end} of {shard.layer_count}{draft}"
+
+
 def _command(news: CommandSubmitted) -> str:
     match news.command:
-        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count):
+        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count, draft=draft):
             shared = f", each layer shared by {rank_count}" if rank_count > 1 else ""
-            return f"place {card.model_id} on at least {node_count_min}{shared}"
+            guessed = f", with {draft.model_id} as its draft" if draft else ""
+            return f"place {card.model_id} on at least {node_count_min}{shared}{guessed}"
         case Rebalance(instance_id):
             return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):

@@ -67,6 +67,7 @@ from covey.schema.generation import GenerationEvent, GenerationRequest
 from covey.schema.ids import NodeId
 from covey.schema.machine import MessageReceived, NetworkNoticed
 from covey.schema.model import ModelCard
+from covey.schema.pipeline import cards_placed
 from covey.schema.runner import EVERYWHERE, Address
 from covey.schema.trust import Credentials, RotationOutcome
 from covey.serving.model_text import ModelTexts
@@ -258,7 +259,7 @@ class Node:
         self._mesh = opened
         self._name = options.name or platform.node().partition(".")[0] or "node"
         self._files = ModelFiles(paths.models_folder())
-        self._models = ModelWatch(self._files, lambda: [each.card for each in self.state().instances])
+        self._models = ModelWatch(self._files, lambda: cards_placed(self.state().instances))
         self._probe = Probe(paths.models_folder())
         self._host, self._port = options.host, port_of(listener)
         hardware = self._probe.hardware()

@@ -65,6 +65,16 @@ CARD = ModelCard(
     embedding_bytes=500_000,
     output_bytes=500_000,
 )
+DRAFT = msgspec.structs.replace(
+    CARD,
+    model_id=ModelId("Tiny-Draft"),
+    source=PackageSource("tiny", "1.0", "0" * 64, "draft.gguf", "0" * 64),
+    layer_count=2,
+    file_bytes=400_000,
+    layer_bytes=(100_000,) * 2,
+    embedding_bytes=100_000,
+    output_bytes=100_000,
+)
 ANSWER: tuple[GenerationEvent, ...] = (
     GenerationStarted(RequestId("r1"), 7, 42),
     PrefillProgressed(7, 7),
@@ -191,9 +201,10 @@ class FakeBackend:
             return
 
     async def resolve_model(self, name: str) -> ModelCard:
-        if name != CARD.model_id:
+        card = next((each for each in (CARD, DRAFT) if each.model_id == name), None)
+        if card is None:
             raise RequestError(f"There is no model '{name}'; listed are: {CARD.model_id}.", status=404, param="model")
-        return CARD
+        return card
 
     def models(self) -> Sequence[ListedModel]:
         return self.listed

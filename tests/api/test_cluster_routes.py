@@ -249,6 +249,8 @@ def test_layers_that_are_shared_are_shown_as_exo_does(client: TestClient, backen
         ({"model_id": "Tiny-Chat", "rank_count": -2}, "rank_count"),
         ({"model_id": "Tiny-Chat", "rank_count": 65}, "rank_count"),
         ({"model_id": "Tiny-Chat", "rank_count": "2"}, "rank_count"),
+        ({"model_id": "Tiny-Chat", "draft_model": ""}, "draft_model"),
+        ({"model_id": "Tiny-Chat", "draft_model": 7}, "draft_model"),
         ({"model_id": "Tiny-Chat", "instance_meta": "MlxJaccl"}, "instance_meta"),
         ({"model_id": "Tiny-Chat", "instanceMeta": "MlxRing"}, "instanceMeta"),
     ],

@@ -22,7 +22,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import InstanceId
 from covey.schema.runner import RunnerState
-from tests.api.fake_backend import CARD, FIRST, SECOND, cluster, member
+from tests.api.fake_backend import CARD, DRAFT, FIRST, SECOND, cluster, member
 
 READY, FAILED = RunnerState.READY, RunnerState.FAILED
 KEY = ApiKey(key_id="0" * 12, name="laptop", salt=b"s", digest=b"d", created_s=1)
@@ -100,6 +100,17 @@ def test_a_node_that_leaves_in_order_has_not_been_away() -> None:
 def test_the_leader_changes() -> None:
     other, nobody = replace(cluster(), leader=SECOND), replace(cluster(), leader=None)
     assert told(cluster(), nobody, other) == ["Nobody leads the cluster.", "berta leads the cluster."]
+
+
+def test_how_an_instance_is_placed_stands_between_commas() -> None:
+    plain = cluster(READY, READY).instances[0]
+    ways = [{"draft": DRAFT}, {"rank_count": 2}, {"rank_count": 2, "draft": DRAFT}]
+    texts = [told(cluster(), replace(cluster(FAILED, FAILED), instances=(replace(plain, **way),)))[0] for way in ways]
+    assert [text.removeprefix("Tiny-Chat is placed on anna and berta") for text in texts] == [
+        ", with Tiny-Draft as its draft, as inst-1.",
+        ", each layer shared by 2 of them, as inst-1.",
+        ", each layer shared by 2 of them, with Tiny-Draft as its draft, as inst-1.",
+    ]
 
 
 def test_an_instance_is_placed_fails_recovers_and_is_removed() -> None:

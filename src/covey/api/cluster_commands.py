@@ -47,8 +47,10 @@ class PlaceBody(DialectBody):
     exact: bool = False
     quantize: Annotated[Quantizing | None, Field(strict=False)] = None  # in JSON it is its text
     rank_count: int | None = Field(default=None, ge=1, le=RANKS_MAX)  # how many nodes are to share each layer
+    draft_model: str | None = Field(default=None, min_length=1)  # named as a model is; it guesses what comes next
 
-    def command(self, card: ModelCard) -> PlaceModel:
+    def command(self, card: ModelCard, draft: ModelCard | None = None) -> PlaceModel:
+        """`draft`: what `draft_model` names."""
         return PlaceModel(
             card=card,
             node_count_min=self.min_nodes,
@@ -58,6 +60,7 @@ class PlaceBody(DialectBody):
             exact=self.exact,
             quantize=self.quantize,
             rank_count=self._rank_count(),
+            draft=draft,
         )
 
     def _rank_count(self) -> int:

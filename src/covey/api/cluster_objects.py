@@ -77,8 +77,11 @@ def shard(case: Case, instance: Instance, rank: int) -> dict[str, Any]:
 
 
 def instance(case: Case, value: Instance, runners: dict[RunnerId, RunnerReport]) -> dict[str, Any]:
-    """Every placement appears as `MlxRingInstance`, the name that exo's clients know for a pipeline."""
+    """Every placement appears as `MlxRingInstance`, the name that exo's clients know for a pipeline. The draft is there
+    only where there is one: exo's clients know no such field.
+    """
     addresses = [host(stage, runners) for stage in value.stages]
+    draft = {"draft_model": value.draft.model_id} if value.draft else {}
     return {
         "MlxRingInstance": case(
             instance_id=value.instance_id,
@@ -89,6 +92,7 @@ def instance(case: Case, value: Instance, runners: dict[RunnerId, RunnerReport])
             ),
             hosts_by_node={stage.node_id: addresses for stage in value.stages},
             ephemeral_port=addresses[0]["port"] if addresses else 0,
+            **draft,
         )
     }
 

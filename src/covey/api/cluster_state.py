@@ -78,7 +78,8 @@ def render_downloads(state: ClusterState, report: NodeReport, cards: dict[ModelI
 
 def shards_on(state: ClusterState, node_id: NodeId, cards: dict[ModelId, ModelCard]) -> dict[ModelId, dict[str, Any]]:
     """For each model the shard that `node_id` holds of it; the whole model where no instance says otherwise."""
-    shards = {model_id: whole(card) for model_id, card in cards.items()}
+    drafts = {item.draft.model_id: whole(item.draft) for item in state.instances if item.draft}
+    shards = drafts | {model_id: whole(card) for model_id, card in cards.items()}
     for item in state.instances:
         for rank, stage in enumerate(item.stages):
             if stage.node_id == node_id:

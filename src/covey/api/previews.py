@@ -41,9 +41,11 @@ class PlacementQuery(DialectBody):
     instance_meta: Literal["MlxRing"] = "MlxRing"
     min_nodes: int = Field(default=1, ge=1, le=NODES_MAX)
     rank_count: int | None = Field(default=None, ge=1, le=RANKS_MAX)
+    draft_model: str | None = Field(default=None, min_length=1)
 
-    def command(self, card: ModelCard) -> PlaceModel:
-        return PlaceBody(**self.model_dump()).command(card)
+    def command(self, card: ModelCard, draft: ModelCard | None = None) -> PlaceModel:
+        """`draft`: what `draft_model` names."""
+        return PlaceBody(**self.model_dump()).command(card, draft)
 
 
 def parse_placement(parameters: Mapping[str, str]) -> PlacementQuery:

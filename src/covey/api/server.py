@@ -28,7 +28,7 @@ from covey.api.errors import RequestError, about_model
 from covey.api.event_stream import EventStream, wait_disconnected
 from covey.api.guard import Access, Guard, account_of
 from covey.api.key_routes import KeyRoutes
-from covey.schema.cluster import DeleteInstance, Instance, Rebalance, Refused, Visibility
+from covey.schema.cluster import DeleteInstance, Instance, PlaceModel, Rebalance, Refused, Visibility
 from covey.schema.generation import (
     GenerationEvent,
     GenerationFailed,
@@ -200,16 +200,22 @@ class InstanceRoutes:
     async def place(self, request: Request) -> Response:
         """Places a model; answers when the leader has decided, with the id of the instance."""
         asked = cluster_commands.parse_place(await self._bodies.read(request))
-        card = await self._backend.resolve_model(asked.model_id)
-        result = await self._backend.submit(asked.command(card))
+        command = await self._command(asked)
+        result = await self._backend.submit(command)
         decided = cluster_commands.accepted(result.outcome)
-        return json_response(cluster_commands.render_placed(result.command_id, card, decided))
+        return json_response(cluster_commands.render_placed(result.command_id, command.card, decided))
 
     async def placement(self, request: Request) -> Response:
         """The instance that a placement would make; nothing is placed."""
         asked = previews.parse_placement(request.query_params)
+        placed = self._backend.preview(await self._command(asked))
+        return json_response(previews.render_placement(placed), headers=NO_STORE)
+
+    async def _command(self, asked: cluster_commands.PlaceBody | previews.PlacementQuery) -> PlaceModel:
+        """With the models that are named. Raises `RequestError`."""
         card = await self._backend.resolve_model(asked.model_id)
-        return json_response(previews.render_placement(self._backend.preview(asked.command(card))), headers=NO_STORE)
+        draft = await self._backend.resolve_model(asked.draft_model) if asked.draft_model else None
+        return asked.command(card, draft)
 
     async def previews(self, request: Request) -> Response:
         """What a model could be placed as: for each way to split it and each number of nodes, or why not."""

@@ -46,6 +46,14 @@ Exact = Annotated[
     bool, typer.Option("--exact", help="Slower, and an interrupted answer goes on as it would have gone.")
 ]
 Quantize = Annotated[Quantizing | None, typer.Option(help="Round matrices in full precision to 4 or 8 bits.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A smaller model that guesses what comes next: of the same family, with about a tenth of the weights or "
+        "less. It pays for one request at a time.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Tell only what is wrong, not what happens.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="End when standard input does: with the program that holds it.")
@@ -157,6 +165,7 @@ def run(
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: its own text.")] = None,
     exact: Exact = False,  # noqa: FBT002 (Typer's way to a flag)
     quantize: Quantize = None,
+    draft: Draft = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
     from covey.cli.conversation import Conversation  # noqa: PLC0415
@@ -167,7 +176,7 @@ def run(
     with NodeClient(url) as node:
         node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
         question = chat.question(prompt or ())
-        wanted = Wanted(exact=exact or None, quantize=quantize)
+        wanted = Wanted(exact=exact or None, quantize=quantize, draft=draft_to_place(draft, node.url))
         ready = ensure_ready(node, model_to_place(model, node.url), wanted)
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
@@ -195,21 +204,23 @@ def place(
     another: Annotated[bool, typer.Option("--another", help="Also where it is placed already.")] = False,  # noqa: FBT002
     exact: Exact = False,  # noqa: FBT002
     quantize: Quantize = None,
+    draft: Draft = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
     """Make a model ready on the cluster, and wait until it is."""
     from covey.cli import placing  # noqa: PLC0415
 
-    wanted = placing.Wanted(
-        node_count=nodes,
-        context_length=context,
-        slot_count=slots,
-        exact=exact or None,
-        quantize=quantize,
-        rank_count=tensor,
-    )
     with NodeClient(url) as node:
+        wanted = placing.Wanted(
+            node_count=nodes,
+            context_length=context,
+            slot_count=slots,
+            exact=exact or None,
+            quantize=quantize,
+            rank_count=tensor,
+            draft=draft_to_place(draft, node.url),
+        )
         ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)
         state = node.cluster()
     rows, instance_id = tables.stage_rows(ready.instance, tables.node_names(state)), ready.instance.instance_id
@@ -425,6 +436,11 @@ def rotate(
     from covey.cli import joining  # noqa: PLC0415 (the other commands start faster so)
 
     joining.rotate(url, without or [])
+
+
+def draft_to_place(draft: str | None, url: str) -> str | None:
+    """Named as a model is, if one is named. Raises `CliError`."""
+    return None if draft is None else model_to_place(draft, url)
 
 
 def warn_of_one_copy(state: ClusterState) -> None:

@@ -13,6 +13,7 @@ from covey.checkpoints.catalogue import HUB_PREFIX
 from covey.cli.client import CliError
 from covey.effects.addresses import is_local
 from covey.schema.cluster import ClusterState, Instance, Wish
+from covey.schema.model import ModelCard
 
 BEGINNING_LEAST: Final = 4  # characters; fewer are a slip of the finger
 SHORT_LEAST: Final = 8  # characters shown: of 1,000 instances, two would begin alike once in 8,000 clusters
@@ -63,7 +64,11 @@ def instances_of(instances: Sequence[Asked], model: str) -> list[Asked]:
 
 
 def is_of(asked: Instance | Wish, model: str) -> bool:
-    return asked.card.model_id.casefold() == model.casefold()
+    return is_named(asked.card, model)
+
+
+def is_named(card: ModelCard, model: str) -> bool:
+    return card.model_id.casefold() == model.casefold()
 
 
 def short_ids(ids: Sequence[str]) -> dict[str, str]:

@@ -9,13 +9,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
-from covey.cli.naming import asked_for, instances_of, is_of, short_ids
+from covey.cli.naming import asked_for, instances_of, is_named, is_of, short_ids
 from covey.control.cluster import options_asked_for, wish_of
 from covey.control.placement.place import place
 from covey.control.routing import instance_status, nodes_of, wish_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, PlaceModel, Refused, Wish
 from covey.schema.ids import InstanceId, NodeId
 from covey.schema.model import ModelCard, Quantizing
+from covey.schema.pipeline import cards_placed
 
 ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
 
@@ -30,6 +31,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     quantize: Quantizing | None = None
     rank_count: int | None = None  # nodes that share each layer
     node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
+    draft: str | None = None  # the model that guesses what comes next, as a node knows it
 
     def body(self) -> dict[str, Any]:
         given = {
@@ -40,11 +42,12 @@ class Wanted(Struct, frozen=True, kw_only=True):
             "quantize": self.quantize,
             "rank_count": self.rank_count,
             "node_ids": self.node_ids or None,
+            "draft_model": self.draft,
         }
         return {key: value for key, value in given.items() if value is not None}
 
-    def command(self, card: ModelCard) -> PlaceModel:
-        """As the node makes it of the body."""
+    def command(self, card: ModelCard, draft: ModelCard | None) -> PlaceModel:
+        """As the node makes it of the body. `draft`: what it names."""
         return PlaceModel(
             card=card,
             node_count_min=self.node_count or 1,
@@ -54,6 +57,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             exact=bool(self.exact),
             quantize=self.quantize,
             rank_count=self.rank_count or 1,
+            draft=draft,
         )
 
     def is_met_by(self, instance: Instance) -> bool:
@@ -64,7 +68,12 @@ class Wanted(Struct, frozen=True, kw_only=True):
             and (instance.exact or not self.exact)
             and self.quantize in {None, instance.quantize}
             and self.rank_count in {None, instance.rank_count}
+            and self.has_draft_of(instance)
         )
+
+    def has_draft_of(self, instance: Instance) -> bool:
+        """Whether the instance guesses with the draft that was asked for, if one was."""
+        return self.draft is None or (instance.draft is not None and is_named(instance.draft, self.draft))
 
 
 class Ready(Struct, frozen=True):
@@ -111,6 +120,8 @@ def _wait_as_wanted(node: NodeClient, answer: dict[str, Any], wanted: Wanted) ->
         missed = f"--quantize {wanted.quantize}"
     if wanted.rank_count not in {None, _ranks_asked_for(node.cluster(), instance)}:
         missed = f"--tensor {wanted.rank_count}"
+    if not wanted.has_draft_of(instance):
+        missed = f"--draft {wanted.draft}"
     if missed:
         raise CliError(f"It is placed, but not as {missed}: the leader is an older version, which knows no such mode.")
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
@@ -165,6 +176,7 @@ def _asked_before(state: ClusterState, failed: Instance) -> Wanted:
         quantize=failed.quantize,
         rank_count=_ranks_asked_for(state, failed),
         node_ids=wish.node_ids if wish else (),
+        draft=failed.draft.model_id if failed.draft else None,
     )
 
 
@@ -172,10 +184,13 @@ def _refusal(node: NodeClient, state: ClusterState, failed: Instance, asked: Wan
     """Why it could not be placed anew, as far as can be seen before what it holds is given back; else empty."""
     try:
         node.expect_known(failed.card.model_id, state.node_id)
+        if asked.draft:
+            node.expect_known(asked.draft, state.node_id)
     except CliError as error:
         return str(error)
     leaving = [each for each in state.instances if each.wish_id == failed.wish_id]
-    options = options_asked_for(asked.command(failed.card), state.node_id)
+    draft = failed.draft if asked.draft and asked.has_draft_of(failed) else None  # of another one no card is here
+    options = options_asked_for(asked.command(failed.card, draft), state.node_id)
     placement = place(failed.card, nodes_of(state, leaving), options)
     return placement.reason if isinstance(placement, Refused) else ""
 
@@ -186,6 +201,7 @@ def _counted(instance: Instance) -> str:
         f"{nodes} node{'s' * (nodes > 1)}{_shared(instance)} with a context of {instance.context_length} tokens in "
         f"{slots} slot{'s' * (slots > 1)}{', exact' * instance.exact}"
         f"{f', {instance.quantize}' if instance.quantize else ''}"
+        f"{f', with {instance.draft.model_id} as its draft' if instance.draft else ''}"
     )
 
 
@@ -260,7 +276,7 @@ def _show(progress: Progress, task: TaskID, state: ClusterState, instance: Insta
         download
         for report in reports
         for download in report.downloads
-        if download.model_id == instance.card.model_id
+        if download.model_id in {card.model_id for card in cards_placed([instance])}
         and download.state is DownloadState.ONGOING
         and (download.bytes_done or download.reason)  # else the file may well be there
     ]

@@ -31,6 +31,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "slots": each.slot_count,
             "exact": each.exact,
             "quantize": each.quantize,
+            "draft": each.draft.model_id if each.draft else None,
             "ranks": each.rank_count,
             "ranks_asked_for": asked[each.wish_id].rank_count if each.wish_id in asked else each.rank_count,
             "nodes_asked_for": _nodes_asked_for(asked.get(each.wish_id)),
@@ -85,7 +86,7 @@ def instances_table(rows: Sequence[Row]) -> Listing:
 
 def _model_cell(row: Row) -> str:
     ways = ["exact"] * row["exact"] + [row["quantize"]] * bool(row["quantize"])
-    ways += [f"{row['ranks']} ranks"] * (row["ranks"] > 1)
+    ways += [f"{row['ranks']} ranks"] * (row["ranks"] > 1) + [f"draft {row['draft']}"] * bool(row["draft"])
     return f"{row['model_id']} ({', '.join(ways)})" if ways else row["model_id"]
 
 

@@ -22,6 +22,7 @@ from covey.schema.cluster import (
     DeleteInstance,
     DownloadReport,
     DownloadState,
+    Instance,
     Member,
     PlaceModel,
     Rebalance,
@@ -156,8 +157,7 @@ def _instances(before: Seen, after: Seen) -> Iterator[Note]:
     for instance_id, instance in new.items():
         if instance_id not in old:
             names = enumerated([_name(after.state, stage.node_id) for stage in instance.stages])
-            shared = f", each layer shared by {instance.rank_count} of them," if instance.rank_count > 1 else ""
-            text = f"{instance.card.model_id} is placed on {names}{shared} as {instance_id}."
+            text = f"{instance.card.model_id} is placed on {names}{_ways(instance)} as {instance_id}."
             yield EventKind.INSTANCE_PLACED, instance_id, text
     for instance_id in _ready(after.state):
         if instance_id not in were_ready:
@@ -166,6 +166,13 @@ def _instances(before: Seen, after: Seen) -> Iterator[Note]:
         if instance_id not in new:
             text = f"{instance.card.model_id} is not placed as {instance_id} any more."
             yield EventKind.INSTANCE_REMOVED, instance_id, text
+
+
+def _ways(instance: Instance) -> str:
+    """What is particular about how it is placed, between commas."""
+    shared = f", each layer shared by {instance.rank_count} of them" if instance.rank_count > 1 else ""
+    draft = f", with {instance.draft.model_id} as its draft" if instance.draft else ""
+    return f"{shared}{draft}," if shared or draft else ""
 
 
 def enumerated(names: Sequence[str]) -> str:

@@ -284,6 +284,7 @@ def options_asked_for(command: PlaceModel, asked_at: NodeId | None) -> Options:
         quantize=command.quantize,
         exact=command.exact,
         rank_count=command.rank_count,
+        draft=command.draft,
         asked_at=asked_at,
     )
 
@@ -300,6 +301,7 @@ def wish_asked_for(command: PlaceModel, placement: Placement, wish_id: str) -> W
         exact=command.exact,
         quantize=command.quantize,
         rank_count=command.rank_count,
+        draft=command.draft,
     )
 
 
@@ -329,6 +331,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         exact=wish.exact,
         quantize=wish.quantize,
         rank_count=placement.rank_count,
+        draft=wish.draft,
     )
 
 
@@ -356,6 +359,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
         node_ids=(tuple(here) or wish.node_ids) if wish.node_ids else (),
         quantize=wish.quantize,
         exact=wish.exact,
+        draft=wish.draft,
     )
     return with_ranks(options, _rank_count(wish, len(here)))
 

@@ -67,6 +67,7 @@ from covey.schema.machine import (
     Started,
     StateChanged,
 )
+from covey.schema.pipeline import cards_needed
 
 LEAVING: Final = "this node is ending: ask another one."
 MARK_CHARACTERS: Final = 8  # of a node's id, in the ids of instances; boot and counter do the rest within a node
@@ -372,8 +373,7 @@ class Machine:
     def _work(self, now_ms: int) -> list[Effect]:
         """Downloads and runners, as assigned; a node that leaves has nothing assigned."""
         mine: list[Instance] = [] if self._is_leaving else self.view.assigned(now_ms)
-        needed = {instance.card.model_id: instance.card for instance in mine}
-        effects = self.downloads.advance(now_ms, needed)
+        effects = self.downloads.advance(now_ms, cards_needed(mine, self.node_id))
         held = self.runners.held_bytes()
         free_bytes, is_fresh = self.memory.free_bytes(held), self.memory.is_fresh(held)
         world = World(mine, self.view.reports(), self.downloads.paths(), free_bytes, is_fresh)

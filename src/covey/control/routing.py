@@ -5,6 +5,7 @@ everywhere.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.addresses import ways_to
@@ -29,6 +30,7 @@ from covey.schema.cluster import (
     Wish,
 )
 from covey.schema.ids import ModelId, NodeId
+from covey.schema.pipeline import cards_at
 from covey.schema.runner import Address, RunnerState
 
 Reports = dict[NodeId, NodeReport]
@@ -123,25 +125,26 @@ def _failure(instance: Instance, reports: Reports) -> Progress | None:
         report = runner_report(stage, reports)
         if report and has_given_up(report):
             return InstancePhase.FAILED, f"failed: {report.reason}"
-        download = _download_report(instance, reports[stage.node_id])
-        if download and download.state is DownloadState.FAILED:
-            return InstancePhase.FAILED, f"failed: {download.reason}"
+        for each in _downloads(instance, stage, reports):
+            if each.report.state is DownloadState.FAILED:
+                return InstancePhase.FAILED, f"failed: {each.reason}"
     return None
 
 
 def _download(instance: Instance, reports: Reports) -> Progress | None:
     """The download that is furthest behind, and why one waits to be tried again."""
-    found = [
-        (reports[stage.node_id].name, _download_report(instance, reports[stage.node_id])) for stage in instance.stages
-    ]
-    ongoing = [(name, each) for name, each in found if each and each.state is DownloadState.ONGOING]
+    found = [each for stage in instance.stages for each in _downloads(instance, stage, reports)]
+    ongoing = [each for each in found if each.report.state is DownloadState.ONGOING]
     if not ongoing:
         return None
-    if not any(each.bytes_done or each.reason for _, each in ongoing):
-        return InstancePhase.DOWNLOADING, "looking for its file"  # it may well be there
-    percent = min(99, *(each.bytes_done * 100 // max(each.bytes_total, 1) for _, each in ongoing))
-    again = "".join(f"; {name} tries again after a failure ({each.reason})" for name, each in ongoing if each.reason)
-    return InstancePhase.DOWNLOADING, f"downloading {percent} %{again}"
+    last = min(ongoing, key=lambda each: each.percent)
+    if not any(each.report.bytes_done or each.report.reason for each in ongoing):
+        of = f" of its {last.draft}" if last.draft else ""
+        return InstancePhase.DOWNLOADING, f"looking for {'the' if of else 'its'} file{of}"  # it may well be there
+    waiting = [each for each in ongoing if each.report.reason]
+    again = "".join(f"; {each.node_name} tries again after a failure ({each.reason})" for each in waiting)
+    its = f" its {last.draft}," if last.draft else ""
+    return InstancePhase.DOWNLOADING, f"downloading{its} {last.percent} %{again}"
 
 
 def _retry(instance: Instance, reports: Reports) -> Progress | None:
@@ -306,8 +309,31 @@ def _is_measured(report: RunnerReport) -> bool:
     return report.state in MEASURED_STATES or (report.resident_bytes > 0 and report.state in STARTED_STATES)
 
 
-def _download_report(instance: Instance, report: NodeReport) -> DownloadReport | None:
-    return next((each for each in report.downloads if each.model_id == instance.card.model_id), None)
+class _Download(Struct, frozen=True):
+    """What a node of an instance says of a file that it needs. `draft`: which one it is of, if it is of one."""
+
+    node_name: str
+    draft: str
+    report: DownloadReport
+
+    @property
+    def percent(self) -> int:
+        return min(99, self.report.bytes_done * 100 // max(self.report.bytes_total, 1))
+
+    @property
+    def reason(self) -> str:
+        return f"the {self.draft}: {self.report.reason}" if self.draft else self.report.reason
+
+
+def _downloads(instance: Instance, stage: Stage, reports: Reports) -> list[_Download]:
+    """Of the files that the stage needs, the model's first."""
+    node = reports[stage.node_id]
+    return [
+        _Download(node.name, "" if card is instance.card else f"draft {card.model_id}", report)
+        for card in cards_at(instance, stage)
+        for report in node.downloads
+        if report.model_id == card.model_id
+    ]
 
 
 def request_count(instance: Instance, reports: Reports) -> int:

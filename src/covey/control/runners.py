@@ -71,8 +71,8 @@ from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
-from covey.schema.pipeline import leaders, ranks_of, stage_count, stage_index
-from covey.schema.runner import BEAT_MS, Address, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
+from covey.schema.pipeline import cards_at, leaders, ranks_of, stage_count, stage_index
+from covey.schema.runner import BEAT_MS, Address, Draft, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
 RunnerNews = RunnerStarted | RunnerSaid | RunnerHalted | RunnerExited
 
@@ -326,20 +326,20 @@ class Runners:
         return any(index in others and others[index].boot > boot for index, boot in runner.linked_to or ())
 
     def _begin(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
-        path = world.paths.get(runner.instance.card.model_id)
+        files = _files(runner, world.paths)
         last = runner.started_ms
         too_soon = last is not None and now_ms < last + self.settings.runner_spacing_ms
-        if path is None or too_soon or not runner.is_seen_gone:
+        if files is None or too_soon or not runner.is_seen_gone:
             return []
         if not self._has_room(runner, others, world) or is_given_up(others) or has_failed(others):
             return []
         attempt = open_generation(runner, others)
-        return self._step(runner, Begin(attempt, self._spec(runner, path, attempt), now_ms))
+        return self._step(runner, Begin(attempt, self._spec(runner, files, attempt), now_ms))
 
     def _regroup(self, now_ms: int, runner: Runner, others: dict[int, Neighbour], world: World) -> list[Effect]:
         """Its process begins anew with what it holds. If there is no room for what it lacks, it ends instead."""
-        path = world.paths.get(runner.instance.card.model_id)
-        if path is None:
+        files = _files(runner, world.paths)
+        if files is None:
             return []
         if runner.holds != runner.stage.shard and world.memory_bytes_free is not None:
             lack = self._lack(runner, world.memory_bytes_free)
@@ -350,7 +350,7 @@ class Runners:
         if runner.state not in SERVING_STATES:
             runner.heard_ms = now_ms  # only what serves has been beating
         attempt = open_generation(runner, others)
-        effects = self._step(runner, Regroup(attempt, self._spec(runner, path, attempt)))
+        effects = self._step(runner, Regroup(attempt, self._spec(runner, files, attempt)))
         self._note(now_ms, runner)  # whether it was well until now, before its time begins anew
         return effects
 
@@ -408,7 +408,7 @@ class Runners:
         self.revision += 1
         return step(runner, news)
 
-    def _spec(self, runner: Runner, path: str, attempt: int) -> RunnerSpec:
+    def _spec(self, runner: Runner, files: Sequence[str], attempt: int) -> RunnerSpec:
         instance, index = runner.instance, index_of(runner)
         stage = stage_index(instance, index)
         return RunnerSpec(
@@ -417,7 +417,8 @@ class Runners:
             generation=attempt,
             engine=instance.engine,
             engine_options=self.settings.engine_options | _engine_options(instance),
-            model_path=path,
+            model_path=files[0],
+            draft=_draft(instance, files[1:]),
             vocabulary_size=instance.card.vocabulary_size,
             shard=runner.stage.shard,
             stage_index=stage,
@@ -432,6 +433,19 @@ class Runners:
             listen_host=self.settings.listen_host,
             connect_ms=self.settings.limits.connect_ms * 2 // 3,  # so that it can say who was not reached
         )
+
+
+def _files(runner: Runner, paths: Mapping[ModelId, str]) -> list[str] | None:
+    """Where the model's file lies, and at the head its draft's; None until all are there."""
+    cards = cards_at(runner.instance, runner.stage)
+    found = [paths[card.model_id] for card in cards if card.model_id in paths]
+    return found if len(found) == len(cards) else None
+
+
+def _draft(instance: Instance, files: Sequence[str]) -> Draft | None:
+    if not files or instance.draft is None:
+        return None
+    return Draft(model_path=files[0], layer_count=instance.draft.layer_count)
 
 
 def _engine_options(instance: Instance) -> dict[str, str]:

@@ -40,6 +40,8 @@ from covey.control.routing import (
 )
 from covey.schema.cluster import Instance, Refused, Version, Wish
 from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import ModelCard
+from covey.schema.pipeline import head
 from covey.schema.runner import RunnerState
 
 REST_MS: Final = 30_000  # a conversation pauses for less; and a node that comes and goes has gone again by then
@@ -148,6 +150,8 @@ class Tending:
         placement = place_anew(instance, nodes, options)
         if isinstance(placement, Refused) or _is_so_wide(placement.rank_count, len(placement.parts), instance):
             return ()
+        if wish.draft and placement.parts[0].node_id not in _having_draft(wish.draft, instance, reports):
+            return ()
         moved = assignment(wish, placement, context)
         self.widened_from[moved.instance_id] = instance
         return replacement((instance,), moved)
@@ -174,6 +178,12 @@ def _is_so_wide(rank_count: int, node_count: int, instance: Instance) -> bool:
 def _having_file(wish: Wish, reports: Reports) -> set[NodeId]:
     """The nodes that need not fetch anything before they can load."""
     return {node_id for node_id, report in reports.items() if wish.card.model_id in report.models_on_disk}
+
+
+def _having_draft(draft: ModelCard, instance: Instance, reports: Reports) -> set[NodeId]:
+    """The nodes that could be the head without fetching the draft."""
+    having = {node_id for node_id, report in reports.items() if draft.model_id in report.models_on_disk}
+    return {head(instance).node_id} | having
 
 
 def _hung(instances: Sequence[Instance], reports: Reports) -> set[NodeId]:

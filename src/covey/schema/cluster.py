@@ -46,6 +46,7 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     exact: bool = False
     quantize: Quantizing | None = None
     rank_count: int = 1  # how many runners share each layer
+    draft: ModelCard | None = None  # the head guesses with it
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
@@ -63,6 +64,7 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     exact: bool = False  # activations are not rounded: a token's logits hardly depend on what is computed beside it
     quantize: Quantizing | None = None  # matrices in full precision are rounded so when they are loaded
     rank_count: int = 1  # how many runners share each layer
+    draft: ModelCard | None = None  # the head holds it whole, beside its layers, and guesses with it what comes next
 
 
 class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
@@ -231,6 +233,7 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
     exact: bool = False  # slower, and answers that were interrupted go on as they would have
     quantize: Quantizing | None = None  # round matrices in full precision; refused where there are none
     rank_count: int = 1  # how many runners are to share each layer
+    draft: ModelCard | None = None  # a smaller model with the same vocabulary, to guess what comes next
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):

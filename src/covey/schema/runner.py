@@ -49,6 +49,13 @@ class Address(Struct, frozen=True):
     port: int
 
 
+class Draft(Struct, frozen=True, kw_only=True):
+    """A smaller model with the same vocabulary, which a head holds whole beside its stage to guess what comes next."""
+
+    model_path: str
+    layer_count: int
+
+
 class RunnerSpec(Struct, frozen=True, kw_only=True):
     """What one runner process is to be. `generation` counts how often its instance has begun anew: only stages of the
     same one link.
@@ -73,6 +80,7 @@ class RunnerSpec(Struct, frozen=True, kw_only=True):
     rank: int = 0  # which share of every matrix of its layers it has
     rank_count: int = 1
     rank_node_ids: tuple[NodeId, ...] = ()  # whose runner each rank of this stage is
+    draft: Draft | None = None  # for the head alone
 
 
 class Configure(Struct, frozen=True, tag=True):

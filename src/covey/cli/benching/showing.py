@@ -122,6 +122,7 @@ def report(setting: Setting, results: Results) -> dict[str, Any]:
                 "slots": each.slot_count,
                 "exact": each.exact,
                 "quantize": each.quantize,
+                "draft": each.draft.model_id if each.draft else None,
                 "nodes": stage_rows(each, setting.names),
             }
             for each in setting.model.instances

@@ -36,7 +36,7 @@ def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -
     if isinstance(placement, Refused):
         return placement
     ranks = placement.rank_count
-    load = Load(former.card, placement.context_length, placement.slot_count, former.quantize, former.exact, ranks)
+    load = load_of(former, placement.context_length, placement.slot_count, ranks)
     allowed = among(nodes, options.node_ids)
     chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
     groups = [_in_former_order(former, chosen[start : start + ranks]) for start in range(0, len(chosen), ranks)]
@@ -44,7 +44,7 @@ def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -
     for order in islice(permutations(groups), ORDERS_MAX):
         cuts = split(load, group_budgets_bytes(allowed, order))
         parts = parts_of(load, order, cuts) if cuts else placement.parts
-        best = max(best, parts, key=lambda each: _kept_layers(former, each, ranks))
+        best = max(best, parts, key=lambda each: _kept_layers(former, each, ranks) + _kept_draft_layers(former, each))
     return replace(placement, parts=best)
 
 
@@ -82,6 +82,16 @@ def _kept_layers(former: Instance, parts: Sequence[Part], rank_count: int) -> in
     return sum(overlap(before, shard) for before, shard in found if before)
 
 
+def _kept_draft_layers(former: Instance, parts: Sequence[Part]) -> int:
+    """Of the draft, which lies at the head."""
+    return former.draft.layer_count if former.draft and parts[0].node_id == former.stages[0].node_id else 0
+
+
+def load_of(former: Instance, context_length: int, slot_count: int, rank_count: int = 1) -> Load:
+    """The same in other sizes."""
+    return Load(former.card, context_length, slot_count, former.quantize, former.exact, rank_count, former.draft)
+
+
 def overlap(first: Shard, second: Shard) -> int:
     """How many layers are in both."""
     return max(0, min(first.layer_end, second.layer_end) - max(first.layer_start, second.layer_start))
@@ -110,7 +120,7 @@ def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) 
         for stage in former.stages
         if stage.node_id in allowed
     ]
-    load = Load(former.card, former.context_length, former.slot_count, former.quantize, former.exact)
+    load = load_of(former, former.context_length, former.slot_count)
     spare = [node for node in ranked(list(allowed.values()), options.asked_at) if node not in [k.node for k in kept]]
     if not kept:
         return None

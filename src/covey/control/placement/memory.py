@@ -25,6 +25,7 @@ class Load(Struct, frozen=True):
     quantize: Quantizing | None = None
     exact: bool = False
     rank_count: int = 1  # how many runners share each layer; all sizes are those of one of them
+    draft: ModelCard | None = None  # rank 0 of the first stage holds it whole, as its file is
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -68,8 +69,23 @@ def layer_rows(card: ModelCard) -> int:
 
 
 def first_bytes(load: Load) -> int:
-    """What the first stage holds beside its layers, each rank of it whole."""
-    return weight_sizes(load).embedding_bytes
+    """What rank 0 of the first stage holds beside its layers; its other ranks have no draft."""
+    return weight_sizes(load).embedding_bytes + draft_bytes(load)
+
+
+def draft_bytes(load: Load) -> int:
+    """The draft: its weights, one slot of its KV cache, and its scores of attention. It runs in the head's program."""
+    if load.draft is None:
+        return 0
+    alone = Load(load.draft, load.context_length, 1)
+    cache = kv_bytes_of_layer(alone) * load.draft.layer_count
+    return weight_bytes(alone) + cache + overhead_bytes(alone) - PROGRAM_BYTES
+
+
+def weight_bytes(load: Load) -> int:
+    """All weights of the model as they are held, without what exact mode spares."""
+    sizes = weight_sizes(load)
+    return sum(sizes.layer_bytes) + sizes.embedding_bytes + sizes.output_bytes
 
 
 def last_bytes(load: Load) -> int:
@@ -96,18 +112,18 @@ def overhead_bytes(load: Load) -> int:
     return PROGRAM_BYTES + scores * FLOAT_BYTES
 
 
-def shard_bytes(load: Load, shard: Shard) -> int:
-    """Memory of the runner that holds `shard`."""
+def shard_bytes(load: Load, shard: Shard, rank: int = 0) -> int:
+    """Memory of the runner that holds `shard`; of the first one, rank 0 holds most: the draft is there alone."""
     layers = sum(layer_bytes(load, layer) for layer in range(shard.layer_start, shard.layer_end))
     ends = first_bytes(load) * (shard.layer_start == 0) + last_bytes(load) * (shard.layer_end == shard.layer_count)
-    return overhead_bytes(load) + layers + ends
+    return overhead_bytes(load) + layers + ends - (draft_bytes(load) if rank and shard.layer_start == 0 else 0)
 
 
 def whole_bytes(load: Load, stage_count: int) -> int:
     """Memory of all runners of a pipeline of so many stages."""
     layers = sum(layer_bytes(load, layer) for layer in range(load.card.layer_count))
     one_rank = layers + first_bytes(load) + last_bytes(load) + stage_count * overhead_bytes(load)
-    return load.rank_count * one_rank
+    return load.rank_count * one_rank - (load.rank_count - 1) * draft_bytes(load)
 
 
 def loading_bytes(counted_bytes: int) -> int:

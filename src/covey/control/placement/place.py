@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.placement import refusal
-from covey.control.placement.memory import Load, shard_bytes, weight_sizes, whole_bytes
+from covey.control.placement.memory import Load, shard_bytes, weight_bytes, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
 from covey.control.placement.split import split
 from covey.schema.cluster import RANKS_MAX, Refused
@@ -26,6 +26,8 @@ from covey.schema.model import ModelCard, Quantizing, Shard
 CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
 SLOT_COUNT_DEFAULT: Final = 4
+DRAFT_VOCABULARY_APART_MAX: Final = 1_024  # token ids: models of one family pad theirs to different multiples
+DRAFT_WEIGHTS_SHARE: Final = 2  # a draft of one in so many weight bytes guesses no faster than the model answers
 SPLITS_TRIED_MAX: Final = 200  # for one count of nodes, of all sets in all orders; the best come first
 
 
@@ -40,6 +42,7 @@ class Options(Struct, frozen=True, kw_only=True):
     quantize: Quantizing | None = None
     exact: bool = False
     rank_count: int = 1  # how many nodes share each layer
+    draft: ModelCard | None = None  # the head holds it, too
 
 
 class Part(Struct, frozen=True):
@@ -68,8 +71,13 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    load = Load(card, lengths[0], slot_count, options.quantize, options.exact, options.rank_count)
-    refused = _refuse_load(load) or _refuse_ranks(card, options) or _refuse_nodes(load, nodes, allowed, options)
+    load = Load(card, lengths[0], slot_count, options.quantize, options.exact, options.rank_count, options.draft)
+    refused = (
+        _refuse_load(load)
+        or _refuse_draft(load)
+        or _refuse_ranks(card, options)
+        or _refuse_nodes(load, nodes, allowed, options)
+    )
     if refused:
         return refused
     for length in lengths:
@@ -86,12 +94,18 @@ def _stage_count_min(options: Options) -> int:
 
 
 def _smaller(load: Load) -> Iterator[Load]:
-    """Of half the slots, and half of that; then of half the context; then of that in one slot."""
+    """Without the draft; of half the slots, and half of that; then of half the context; then of that in one slot; and
+    all this without the draft.
+    """
+    if load.draft:
+        yield replace(load, draft=None)
     lengths = list(_halves(load.context_length, CONTEXT_LENGTH_LEAST))
     yield from (replace(load, slot_count=count) for count in _halves(load.slot_count, 1))
     yield from (replace(load, context_length=length) for length in lengths)
     if load.slot_count > 1:
         yield from (replace(load, context_length=length, slot_count=1) for length in lengths)
+    if load.draft:
+        yield from _smaller(replace(load, draft=None))
 
 
 def _halves(count: int, least: int) -> Iterator[int]:
@@ -106,9 +120,30 @@ def _refuse_load(load: Load) -> Refused | None:
     sizes = weight_sizes(load)
     counts = {len(sizes.layer_bytes)} | ({len(sizes.spared.layer_bytes)} if sizes.spared else set())
     if {load.card.layer_count} != counts or 0 in counts:
-        return refusal.odd_card(load, min(counts))
+        return refusal.odd_card(load.card, min(counts))
     if not (refusal.CONTEXT_LENGTH_MIN <= load.context_length <= load.card.context_length_max and load.slot_count >= 1):
         return refusal.odd_sizes(load)
+    return None
+
+
+def _refuse_draft(load: Load) -> Refused | None:
+    if load.draft is None:
+        return None
+    if load.card.model_id == load.draft.model_id or load.card.source == load.draft.source:
+        return refusal.draft_of_itself(load.card)
+    return _refuse_to_guess(load, load.draft)
+
+
+def _refuse_to_guess(load: Load, draft: ModelCard) -> Refused | None:
+    """Why the one model can't guess for the other."""
+    if draft.layer_count != len(draft.layer_bytes) or not draft.layer_bytes:
+        return refusal.odd_card(draft, len(draft.layer_bytes))
+    if abs(draft.vocabulary_size - load.card.vocabulary_size) > DRAFT_VOCABULARY_APART_MAX:
+        return refusal.draft_of_other_words(load.card, draft)
+    if DRAFT_WEIGHTS_SHARE * weight_bytes(Load(draft, load.context_length, 1)) >= weight_bytes(load):
+        return refusal.draft_too_large(load.card, draft)
+    if load.context_length > draft.context_length_max:
+        return refusal.draft_too_short(load.context_length, draft)
     return None
 
 
@@ -144,7 +179,8 @@ def _context_lengths(card: ModelCard, options: Options) -> list[int]:
     """The lengths to try, best first: what was asked for, or halves of the default down to the least useful."""
     if options.context_length is not None:
         return [options.context_length]
-    length = min(card.context_length_max, CONTEXT_LENGTH_DEFAULT)
+    trained = min(each.context_length_max for each in (card, options.draft) if each)
+    length = min(trained, CONTEXT_LENGTH_DEFAULT)
     return [length, *_halves(length, CONTEXT_LENGTH_LEAST)]
 
 
@@ -224,7 +260,7 @@ def parts_of(load: Load, groups: Sequence[Group], cuts: tuple[int, ...]) -> tupl
     starts = (0, *cuts)
     shards = [Shard(start, end, load.card.layer_count) for start, end in zip(starts, cuts, strict=False)]
     return tuple(
-        Part(node.node_id, shard, shard_bytes(load, shard), rank)
+        Part(node.node_id, shard, shard_bytes(load, shard, rank), rank)
         for group, shard in zip(groups, shards, strict=True)
         for rank, node in enumerate(group)
     )

@@ -70,11 +70,41 @@ def odd_sizes(load: Load) -> Refused:
     )
 
 
-def odd_card(load: Load, sizes_count: int) -> Refused:
-    card = load.card
+def odd_card(card: ModelCard, sizes_count: int) -> Refused:
     return Refused(
         f"the card of {card.model_id} names {card.layer_count} layers and the sizes of {sizes_count}: "
         "place the model by the name of its file.",
+        BAD_REQUEST,
+    )
+
+
+def draft_of_itself(card: ModelCard) -> Refused:
+    return Refused(
+        f"{card.model_id} can't be its own draft, which would not be faster: name a smaller model of its family.",
+        BAD_REQUEST,
+    )
+
+
+def draft_of_other_words(card: ModelCard, draft: ModelCard) -> Refused:
+    return Refused(
+        f"{draft.model_id} can't be a draft for {card.model_id}: it knows {draft.vocabulary_size} tokens and that "
+        f"{card.vocabulary_size}, so they are of different families. Name a smaller model of the same family.",
+        BAD_REQUEST,
+    )
+
+
+def draft_too_large(card: ModelCard, draft: ModelCard) -> Refused:
+    return Refused(
+        f"{draft.model_id} as a draft for {card.model_id} would not be faster, since it has half of its weights or "
+        "more: name one with about a tenth of them, or place the model without a draft.",
+        BAD_REQUEST,
+    )
+
+
+def draft_too_short(context_length: int, draft: ModelCard) -> Refused:
+    return Refused(
+        f"the draft {draft.model_id} holds a context of {draft.context_length_max} tokens at most: ask for no more "
+        f"than that instead of {context_length}, or place the model without a draft.",
         BAD_REQUEST,
     )
 
@@ -104,22 +134,30 @@ def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, 
     )
     each = "; ".join(_machine_lines(nodes))
     size = f"a context of {load.context_length} tokens in {_slots(load)}"
-    opening = f"{load.card.model_id} needs {amount(needed)} on {_nodes(stage_count * load.rank_count)} with {size}"
+    draft = f" with {load.draft.model_id} as its draft" if load.draft else ""
+    opening = (
+        f"{load.card.model_id}{draft} needs {amount(needed)} on {_nodes(stage_count * load.rank_count)} with {size}"
+    )
     if needed > usable:
         lack = f"the cluster has {amount(usable)} to give, so {amount(needed - usable)} are missing"
     else:
         lack = f"the cluster has {amount(usable)} to give, but its nodes can't each hold their part"
     advice = "free memory, add a node, or choose a smaller model."
-    advice = f"With {_smaller(fitting, load)} it would fit; else {advice}" if fitting else advice.capitalize()
+    smaller = _smaller(fitting, load) if fitting else ""
+    advice = f"{smaller} it would fit; else {advice}" if smaller else advice.capitalize()
     return Refused(f"{opening}; {lack}: {each}. {advice}", CONFLICT)
 
 
 def _smaller(fitting: Load, load: Load) -> str:
-    """What of it is smaller than asked for."""
+    """What of it is smaller than asked for, as the beginning of a sentence."""
     context = f"a context of {fitting.context_length} tokens"
     if fitting.context_length == load.context_length:
-        return _slots(fitting)
-    return context if fitting.slot_count == load.slot_count else f"{context} in {_slots(fitting)}"
+        sizes = _slots(fitting) if fitting.slot_count != load.slot_count else ""
+    else:
+        sizes = context if fitting.slot_count == load.slot_count else f"{context} in {_slots(fitting)}"
+    if load.draft and not fitting.draft:
+        return f"Without the draft, and with {sizes}," if sizes else "Without the draft"
+    return f"With {sizes}"
 
 
 def _slots(load: Load) -> str:
