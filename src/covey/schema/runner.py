@@ -50,7 +50,7 @@ class Address(Struct, frozen=True):
 
 
 class Draft(Struct, frozen=True, kw_only=True):
-    """A smaller model with the same vocabulary, which a head holds whole beside its stage: it guesses what comes next."""
+    """A smaller model with the same vocabulary, which a head holds whole beside its stage to guess what comes next."""
 
     model_path: str
     layer_count: int
