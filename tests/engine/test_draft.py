@@ -1,7 +1,7 @@
 """A draft model reads each token once, drops what it guessed wrong, and is asked only where that pays."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ from covey.engine.cores import Cores
 from covey.engine.draft import DraftModel
 from covey.engine.drafting import MEMORY, TRIED, TRYING_SHARE, Drafted, Drafting
 from covey.engine.guessing import GUESSES_MAX, ROW_COST, Guesses, Trust
+from covey.engine.request import Request
 from covey.engine.runner import Runner
-from covey.schema.generation import PREFILL_CHUNK_TOKENS
+from covey.engine.sampling import pick
+from covey.schema.generation import PREFILL_CHUNK_TOKENS, Sampling
 from covey.schema.model import Shard
 from covey.schema.runner import Draft, RunnerSpec
-from tests.engine.harness import loaded, make_spec
+from tests.engine.harness import GREEDY, loaded, make_admit, make_spec
 
 VOCABULARY = 50
 DRAFT = Draft(model_path="draft.gguf", layer_count=3)
@@ -71,18 +73,18 @@ def make_draft(engine: Counting | None = None, **changes: Any) -> tuple[DraftMod
 
 def test_each_token_is_read_once() -> None:
     draft, engine = make_draft()
-    assert draft.guess([5, 9, 20], 3).token_ids == (21, 22, 23)
+    assert draft.guess([5, 9, 20], 3, GREEDY).token_ids == (21, 22, 23)
     assert engine.runs == [(0, [5, 9]), (2, [20]), (3, [21]), (4, [22])]
     engine.runs.clear()
-    assert draft.guess([5, 9, 20, 21, 22, 23, 24], 2).token_ids == (25, 26)
+    assert draft.guess([5, 9, 20, 21, 22, 23, 24], 2, GREEDY).token_ids == (25, 26)
     assert engine.runs == [(5, [23, 24]), (7, [25])], "all guesses were right; the last one was not read yet"
 
 
 def test_what_was_guessed_wrong_is_dropped() -> None:
     draft, engine = make_draft()
-    draft.guess([5, 9, 20], 3)
+    draft.guess([5, 9, 20], 3, GREEDY)
     engine.runs.clear()
-    assert draft.guess([5, 9, 20, 21, 40], 2).token_ids == (41, 42)
+    assert draft.guess([5, 9, 20, 21, 40], 2, GREEDY).token_ids == (41, 42)
     assert engine.runs == [(4, [40]), (5, [41])]
     assert engine.slot == [5, 9, 20, 21, 40, 41]
 
@@ -90,39 +92,39 @@ def test_what_was_guessed_wrong_is_dropped() -> None:
 def test_the_next_turn_of_a_conversation_begins_where_it_was_left() -> None:
     draft, engine = make_draft()
     prompt = [place % VOCABULARY for place in range(100)]
-    draft.guess(prompt, 2)
+    draft.guess(prompt, 2, GREEDY)
     engine.runs.clear()
-    draft.guess([*prompt[:90], 7, 7, 7, 7, 8], 1)
+    draft.guess([*prompt[:90], 7, 7, 7, 7, 8], 1, GREEDY)
     assert engine.runs == [(90, [7, 7, 7, 7]), (94, [8])]
 
 
 def test_a_long_prompt_is_read_in_chunks_and_nothing_is_guessed_meanwhile() -> None:
     draft, engine = make_draft()
     prompt = [place * 7 % VOCABULARY for place in range(2 * PREFILL_CHUNK_TOKENS + 10)]
-    assert [draft.guess(prompt, 2).token_ids for _ in range(2)] == [(), ()]
+    assert [draft.guess(prompt, 2, GREEDY).token_ids for _ in range(2)] == [(), ()]
     assert [len(tokens) for _, tokens in engine.runs] == [PREFILL_CHUNK_TOKENS] * 2
-    assert draft.guess([*prompt, 8], 2).token_ids == (9, 10)
+    assert draft.guess([*prompt, 8], 2, GREEDY).token_ids == (9, 10)
     assert engine.slot == [*prompt, 8, 9]
 
 
 def test_the_same_text_may_be_asked_for_again() -> None:
     draft, engine = make_draft()
-    assert draft.guess([5, 9, 20], 2)[0] == draft.guess([5, 9, 20], 2)[0] == (21, 22)
+    assert draft.guess([5, 9, 20], 2, GREEDY)[0] == draft.guess([5, 9, 20], 2, GREEDY)[0] == (21, 22)
     assert engine.slot == [5, 9, 20, 21]
 
 
 def test_nothing_beyond_the_vocabulary_is_guessed_or_read() -> None:
     """The model knows ids that the draft does not: they are read as another one."""
     draft, engine = make_draft(vocabulary_size=30)
-    assert draft.guess([5, 40, 28], 3).token_ids == (29, 0, 0 + 1)
+    assert draft.guess([5, 40, 28], 3, GREEDY).token_ids == (29, 0, 0 + 1)
     assert max(engine.slot) < 30
-    assert draft.guess([5, 40, 28, 29, 45], 1).token_ids == (1,)
+    assert draft.guess([5, 40, 28, 29, 45], 1, GREEDY).token_ids == (1,)
 
 
 def test_the_smaller_vocabulary_counts() -> None:
     texts = {"": [*TEXTS[""], "more"], DRAFT.model_path: TEXTS[""][:20]}
     draft, _ = make_draft(Counting(texts))
-    assert draft.guess([18], 2).token_ids == (19, 0)
+    assert draft.guess([18], 2, GREEDY).token_ids == (19, 0)
 
 
 @pytest.mark.parametrize("place", [0, 13, 19])
@@ -137,7 +139,7 @@ def test_a_draft_of_another_family_is_refused(place: int) -> None:
 def test_numbers_without_a_token_differ_freely() -> None:
     """Files pad their vocabularies with names of their own."""
     draft, _ = make_draft(Counting({"": ["a", "", "c"], DRAFT.model_path: ["a", "b", "", "d"]}))
-    assert draft.guess([1], 1).token_ids == (2,)
+    assert draft.guess([1], 1, GREEDY).token_ids == (2,)
 
 
 def test_it_is_loaded_whole_with_one_slot_and_as_fast_as_can_be() -> None:
@@ -150,12 +152,31 @@ def test_it_is_loaded_whole_with_one_slot_and_as_fast_as_can_be() -> None:
     assert (spec.model_path, spec.engine_options) == ("draft.gguf", {"quantize": "q8"})
 
 
+def test_it_draws_with_the_noise_of_the_place() -> None:
+    """So a draft that weighs tokens as the model does draws the same ones."""
+    draft, _ = make_draft()
+    sampling = Sampling(temperature=1.0, seed=3)
+    logits = np.zeros(VOCABULARY, np.float32)
+    logits[21] = 1.0
+    [said] = draft.guess([5, 9, 20], 1, sampling).token_ids
+    assert said == pick(logits, sampling, 3) != 21
+
+
+def test_logits_that_are_no_numbers_guess_nothing() -> None:
+    class Broken(Counting):
+        def run(self, pieces: Sequence[Piece], values: Activations) -> Activations | Logits:
+            return super().run(pieces, values) * np.float32(np.nan)
+
+    draft, _ = make_draft(Broken())
+    assert draft.guess([5, 9, 20], 3, GREEDY).token_ids == ()
+
+
 def test_after_another_load_nothing_is_held() -> None:
     draft, engine = make_draft()
-    draft.guess([5, 9, 20], 1)
+    draft.guess([5, 9, 20], 1, GREEDY)
     draft.load(make_spec(draft=DRAFT), lambda _: None)
     engine.runs.clear()
-    assert draft.guess([5, 9, 20], 1).token_ids == (21,)
+    assert draft.guess([5, 9, 20], 1, GREEDY).token_ids == (21,)
     assert engine.runs[0][0] == 0
 
 
@@ -181,7 +202,7 @@ def test_a_fake_draft_with_as_many_layers_is_always_right() -> None:
         draft = DraftModel(spec, spec.draft, Cores())
         draft.load(spec, lambda _: None)
         draft.warm_up()
-        said = list(draft.guess(tokens, 7).token_ids)
+        said = list(draft.guess(tokens, 7, GREEDY).token_ids)
         piece = Piece(0, 0, 10, wants_logits=True, guess_count=7)
         meant = stage.run([piece], np.array([*tokens, *said], np.int64)).argmax(axis=1)
         rights[layers] = sum(a == b for a, b in zip(said, meant, strict=False))
@@ -202,7 +223,7 @@ class Drafter:
     lacks: int = 0  # runs that read before it guesses
     asked: list[int] = field(default_factory=list)
 
-    def guess(self, tokens: Sequence[int], most: int) -> Drafted:
+    def guess(self, tokens: Sequence[int], most: int, _: Sampling) -> Drafted:
         self.asked.append(most)
         if self.lacks:
             self.lacks -= 1
@@ -216,15 +237,22 @@ class Text:
     """One that counts, and how long it takes. A step with one token takes a second."""
 
     drafting: Drafting
-    tokens: list[int] = field(default_factory=lambda: [1])
+    name: str = "a"
+    request: Request = field(init=False)
     seconds: float = 0.0
     steps: int = 0
     drafted: int = 0  # guesses that steps computed
 
-    def go(self, count: int, *, key: str = "a", found: Iterable[Guesses] = ()) -> "Text":
-        others = iter(found)
+    def __post_init__(self) -> None:
+        self.request = Request(1, make_admit(self.name, [1]), 0.0)
+        self.tokens = self.request.tokens
+
+    def improved(self, found: Guesses) -> Guesses:
+        return self.drafting.improve(self.request, GUESSES_MAX, found)
+
+    def go(self, count: int) -> "Text":
         for _ in range(count):
-            guesses = self.drafting.improve(key, self.tokens, GUESSES_MAX, next(others, Guesses()))
+            guesses = self.improved(Guesses())
             right = 0
             for token in guesses.token_ids:
                 if token != self.tokens[-1] + right + 1:
@@ -274,8 +302,8 @@ def test_where_the_text_can_be_guessed_again_it_is() -> None:
 def test_what_is_looked_up_comes_first_where_it_brings_as_much() -> None:
     text = Text(Drafting(Drafter())).go(50)
     sure, unsure = Guesses((-1,), gain=3.0), Guesses((-1,), gain=1.1)
-    assert text.drafting.improve("a", text.tokens, 7, sure) == sure
-    assert text.drafting.improve("a", text.tokens, 7, unsure).token_ids[0] == text.tokens[-1] + 1
+    assert text.improved(sure) == sure
+    assert text.improved(unsure).token_ids[0] == text.tokens[-1] + 1
 
 
 def test_reading_a_long_prompt_takes_turns_with_steps() -> None:
@@ -283,11 +311,11 @@ def test_reading_a_long_prompt_takes_turns_with_steps() -> None:
     drafting = Drafting(drafter)
     Text(drafting).go(50)
     drafter.lacks = 3
-    text = Text(drafting)
-    lacked = [(text.go(1, key="b"), drafter.lacks)[1] for _ in range(15)]
+    text = Text(drafting, "b")
+    lacked = [(text.go(1), drafter.lacks)[1] for _ in range(15)]
     assert lacked == [2] * 5 + [1] * 5 + [0] * 5, "as long as a chunk took, there is none"
     assert text.drafted == 0
-    text.go(1, key="b")
+    text.go(1)
     assert text.drafted > 0
 
 
@@ -297,7 +325,7 @@ def test_a_bad_one_reads_no_prompts() -> None:
     Text(drafting).go(100)
     for number in range(20):
         drafter.lacks = 10
-        text = Text(drafting).go(50, key=f"r{number}")
+        text = Text(drafting, f"r{number}").go(50)
         assert text.drafted == 0
     assert drafter.asked.count(TRIED) < 8 + 20 * 50 * TRYING_SHARE
 

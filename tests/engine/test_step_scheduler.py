@@ -80,7 +80,8 @@ class Knowing:
     wrong: int = 20
     asked: list[list[int]] = field(default_factory=list[list[int]])
 
-    def guess(self, tokens: Sequence[int], most: int) -> Drafted:
+    def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
+        assert sampling.seed == 0
         self.asked.append([*tokens])
         said = [*tokens]
         while len(said) < len(tokens) + most:
@@ -368,9 +369,9 @@ def test_the_time_of_the_draft_is_none_of_the_steps() -> None:
     """A step begins when guessing is over: else a slow draft would make the model look slow, and so itself cheap."""
 
     class Slow(Knowing):
-        def guess(self, tokens: Sequence[int], most: int) -> Drafted:
+        def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
             world.now += 10.0 * most
-            return super().guess(tokens, most)._replace(guessing_s=10.0 * most)
+            return super().guess(tokens, most, sampling)._replace(guessing_s=10.0 * most)
 
     world = World(make_scheduler())
     drafter = Slow(next_token, wrong=1000)

@@ -1,7 +1,9 @@
 """A draft model: a small one beside the head's stage, whole and with one slot, that guesses what the large one says.
 
 It reads and computes with the same engine as the stage. What its slot holds of a text is not read again, and what it
-guessed wrong is dropped by going on at an earlier position. When to ask it is decided elsewhere (`drafting`).
+guessed wrong is dropped by going on at an earlier position. Where tokens are drawn it draws with the same noise, which
+is that of seed, position and token: so it likely draws what the model draws. Penalties are left to the model. When to
+ask it is decided elsewhere (`drafting`).
 """
 
 import time
@@ -18,8 +20,9 @@ from covey.engine.contract import ALONE, EngineError, LoadProgress, Piece, Stage
 from covey.engine.cores import Cores
 from covey.engine.drafting import Drafted
 from covey.engine.engines import create
+from covey.engine.sampling import pick
 from covey.engine.slots import Tokens, shared_length
-from covey.schema.generation import PREFILL_CHUNK_TOKENS
+from covey.schema.generation import PREFILL_CHUNK_TOKENS, Sampling
 from covey.schema.model import Shard
 from covey.schema.runner import Draft, RunnerSpec
 
@@ -63,7 +66,7 @@ class DraftModel:
     def warm_up(self) -> None:
         self._engine.warm_up()
 
-    def guess(self, tokens: Sequence[int], most: int) -> Drafted:
+    def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
         """Raises `EngineError`."""
         began_s = time.monotonic()
         wanted = self._readable(tokens)
@@ -73,14 +76,18 @@ class DraftModel:
             self._run(wanted[held : min(wanted.size - 1, held + PREFILL_CHUNK_TOKENS)])
         read_s = time.monotonic()
         has_read = wanted.size - self._held.size <= LEFT_TO_READ
-        guesses = self._guess(wanted[self._held.size :], most) if has_read else ()
+        guesses = self._guess(wanted[self._held.size :], most, sampling) if has_read else ()
         return Drafted(guesses, read_s - began_s, time.monotonic() - read_s)
 
-    def _guess(self, unread: Tokens, most: int) -> tuple[int, ...]:
+    def _guess(self, unread: Tokens, most: int, sampling: Sampling) -> tuple[int, ...]:
+        """Logits by which nothing can be picked end it: the model's own may do."""
         guesses: list[int] = []
         while len(guesses) < most:
             logits = self._run(unread, wants_logits=True)[-1]
-            guesses.append(int(np.argmax(logits[: self._known or None])))
+            try:
+                guesses.append(pick(logits[: self._known or None], sampling, self._held.size))
+            except EngineError:
+                break
             unread = np.array(guesses[-1:], np.int64)
         return tuple(guesses)
 

@@ -8,10 +8,12 @@ The draft reads a text before it guesses. Where that takes several of its runs, 
 as long as the reading: an answer may be over before the draft could be of use.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from covey.engine.guessing import ROW_COST, Guesses, Trust
+from covey.engine.request import Key, Request
+from covey.schema.generation import Sampling
 
 MEMORY: Final = 0.95  # a draft's rate is much the same over a text; of the last 20 guesses it is known to a tenth
 PRIOR: Final = (0.6, 1.0)  # hits of tries
@@ -32,8 +34,10 @@ class Drafted(NamedTuple):
 class Drafter(Protocol):
     """A smaller model with the same vocabulary."""
 
-    def guess(self, tokens: Sequence[int], most: int) -> Drafted:
-        """Reads of `tokens` what it lacks, as far as one run goes, then guesses up to `most` that may follow."""
+    def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
+        """Reads of `tokens` what it lacks, as far as one run goes, then guesses up to `most` that may follow, picked as
+        `sampling` says.
+        """
         ...
 
 
@@ -43,7 +47,7 @@ class Drafting:
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
         self._trust = Trust(MEMORY, *PRIOR)
-        self._key: Hashable = None  # of the request whose tokens were looked at
+        self._key: Key | None = None  # of the request whose tokens were looked at
         self._seen = 0  # so many of them
         self._is_reading = False  # the draft has not read all of them
         self._pays = True
@@ -51,19 +55,19 @@ class Drafting:
         self._guess_s: float | None = None  # that one guess takes
         self._step_s: float | None = None  # that a step with one token takes
 
-    def improve(self, key: Hashable, tokens: Sequence[int], most: int, found: Guesses) -> Guesses:
-        """What the draft guesses after the `tokens` of the request `key`, up to `most`, or else what was `found`."""
-        self._look(key, tokens)
+    def improve(self, request: Request, most: int, found: Guesses) -> Guesses:
+        """What the draft guesses after the tokens of a request, up to `most`, or else what was `found`."""
+        self._look(request)
         count, gain = self._best(most)
         self._pays = count > 0
         if count > 0 and gain <= found.gain:
             return found
         if self._is_known and self._pays and not (self._is_reading and self._owed_s > 0):
-            drafted = self._draft(tokens, count)
+            drafted = self._draft(request, count)
             self._owed_s += drafted.reading_s
             seconds = drafted.reading_s + drafted.guessing_s
             return Guesses(drafted.token_ids, gain, seconds) if drafted.token_ids else found._replace(seconds=seconds)
-        return found if found.token_ids or self._owed_s > 0 else found._replace(seconds=self._try(tokens, most))
+        return found if found.token_ids or self._owed_s > 0 else found._replace(seconds=self._try(request, most))
 
     def note_step(self, seconds: float, guess_count: int) -> None:
         """What a step of one request took that had the engine to itself, from the end of guessing on."""
@@ -77,29 +81,29 @@ class Drafting:
     def _is_known(self) -> bool:
         return self._guess_s is not None and self._step_s is not None
 
-    def _look(self, key: Hashable, tokens: Sequence[int]) -> None:
+    def _look(self, request: Request) -> None:
         """Compares what came with what was expected, if it is the same text."""
-        if key == self._key:
-            self._trust.see(tokens[self._seen :])
+        if request.key == self._key:
+            self._trust.see(request.tokens[self._seen :])
         else:
-            self._key, self._is_reading = key, False
+            self._key, self._is_reading = request.key, False
             self._trust.expect(())
-        self._seen = len(tokens)
+        self._seen = len(request.tokens)
 
     def _best(self, most: int) -> tuple[int, float]:
         """As of `Trust`. What is not known yet costs nothing."""
         cost = self._guess_s / self._step_s if self._guess_s is not None and self._step_s else 0.0
         return self._trust.best(most, ROW_COST + cost)
 
-    def _try(self, tokens: Sequence[int], most: int) -> float:
+    def _try(self, request: Request, most: int) -> float:
         """Lets the draft say what is only compared; returns the seconds that it took."""
-        drafted = self._draft(tokens, min(TRIED, most))
+        drafted = self._draft(request, min(TRIED, most))
         seconds = drafted.reading_s + drafted.guessing_s
         self._owed_s += seconds
         return seconds
 
-    def _draft(self, tokens: Sequence[int], count: int) -> Drafted:
-        drafted = self._drafter.guess(tokens, count)
+    def _draft(self, request: Request, count: int) -> Drafted:
+        drafted = self._drafter.guess(request.tokens, count, request.admit.sampling)
         self._trust.expect(drafted.token_ids)
         self._is_reading = not drafted.token_ids
         if drafted.token_ids:

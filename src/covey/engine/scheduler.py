@@ -261,7 +261,7 @@ class Scheduler:
         found = request.lookup.guess(request.tokens, room) if self._looks_up else Guesses()
         if self._drafting is None or len(self._running) > 1:
             return found
-        return self._drafting.improve(request.key, request.tokens, room, found)
+        return self._drafting.improve(request, room, found)
 
     def learn(self, outcome: StepOutcome, now: float) -> Events:
         """Takes in what became of the oldest step in flight. Raises `StepOrderError`."""
