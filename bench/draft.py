@@ -1,6 +1,6 @@
 """What a draft model brings: answers with and without one, in turn.
 
-    python bench/draft.py FILE.gguf --drafts Q4_0.gguf [...] [--times 12] [--rounds 2] [--tokens 64] [--threads 2]
+    python bench/draft.py FILE.gguf [--drafts Q4_0.gguf ...] [--times 12] [--rounds 2] [--tokens 64] [--threads 2]
 
 A large model that says what FILE says is made of it: its layers, and `--times` as many in all, of which the others add
 nothing to what goes through them (what they would add is multiplied by zeros) and take as long to compute. The drafts
@@ -169,7 +169,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--drafts", type=Path, nargs="+", required=True)
+    parser.add_argument("--drafts", type=Path, nargs="*", default=())
     parser.add_argument("--times", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)

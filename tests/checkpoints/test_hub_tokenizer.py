@@ -89,9 +89,8 @@ def test_the_same_ids_and_the_same_text_as_the_library(way, with_bos, tmp_path):
     assert ours.bos == ("<s>" if with_bos else "")
 
 
-@pytest.mark.parametrize("way", ["bytes", "prepend"])
-def test_the_texts_of_its_tokens_are_those_that_merging_knows(way, tmp_path):
-    reference = finished(byte_level() if way == "bytes" else sentence_piece(way))
+def test_the_texts_of_its_tokens_are_those_of_the_library(tmp_path):
+    reference = finished(byte_level())
     path = folder(tmp_path / "model", reference.to_str(), {"eos_token": "</s>"})
     known = [reference.id_to_token(token_id) for token_id in range(reference.get_vocab_size())]
     assert token_texts(open_checkpoint(path)) == known
