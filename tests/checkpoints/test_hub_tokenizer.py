@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from covey.checkpoints.checkpoint import CheckpointError
 from covey.checkpoints.opening import open_checkpoint
-from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
+from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer, token_texts
 
 CORPUS = [
     "It's a fine day, isn't it?",
@@ -87,6 +87,13 @@ def test_the_same_ids_and_the_same_text_as_the_library(way, with_bos, tmp_path):
             assert ours.decode(ids) == reference.decode(shown, skip_special_tokens=False), text
     assert ours.eos == "</s>"
     assert ours.bos == ("<s>" if with_bos else "")
+
+
+def test_the_texts_of_its_tokens_are_those_of_the_library(tmp_path):
+    reference = finished(byte_level())
+    path = folder(tmp_path / "model", reference.to_str(), {"eos_token": "</s>"})
+    known = [reference.id_to_token(token_id) for token_id in range(reference.get_vocab_size())]
+    assert token_texts(open_checkpoint(path)) == known
 
 
 @pytest.mark.parametrize("way", ["bytes", "prepend"])

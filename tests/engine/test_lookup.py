@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from covey.engine.contract import Piece
-from covey.engine.lookup import GUESSES_MAX, INDEXED_MAX, LENGTH, Lookup
+from covey.engine.guessing import GUESSES_MAX
+from covey.engine.lookup import INDEXED_MAX, LENGTH, Lookup
 from covey.engine.plan import SamplingStart, StepPlan
 from covey.engine.sampler import Sampler
 from covey.schema.generation import Sampling
@@ -17,7 +18,7 @@ def follow(lookup: Lookup, tokens: list[int], said: list[int]) -> tuple[list[int
     counts: list[int] = []
     wrong = 0
     while said:
-        guesses = lookup.guess(tokens, GUESSES_MAX)
+        guesses = lookup.guess(tokens, GUESSES_MAX).token_ids
         right = next((n for n, pair in enumerate(zip(guesses, said, strict=False)) if pair[0] != pair[1]), len(guesses))
         wrong += len(guesses) - min(right, len(said))
         counts.append(min(right + 1, len(said)))
@@ -57,8 +58,8 @@ def test_trust_comes_back_where_a_passage_is_quoted_after_many_wrong_guesses() -
 def test_the_latest_of_several_places_counts() -> None:
     lookup = Lookup()
     lookup.guess([7, 8, 9, 1, 1, 7, 8, 9, 2, 2], 3)
-    assert lookup.guess([7, 8, 9, 1, 1, 7, 8, 9, 2, 2, 7, 8, 9], 3) == ()
-    assert lookup.guess([7, 8, 9, 1, 1, 7, 8, 9, 2, 2, 7, 8, 9, 2], 3)[0] == 2
+    assert lookup.guess([7, 8, 9, 1, 1, 7, 8, 9, 2, 2, 7, 8, 9], 3).token_ids == ()
+    assert lookup.guess([7, 8, 9, 1, 1, 7, 8, 9, 2, 2, 7, 8, 9, 2], 3).token_ids[0] == 2
 
 
 def test_of_a_very_long_text_the_latest_part_is_known() -> None:

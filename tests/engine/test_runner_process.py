@@ -20,6 +20,7 @@ from covey.engine.handshake import receive_first
 from covey.engine.link import LinkBrokenError
 from covey.schema.generation import Admit, Broken, Cancel, Ended, FinishReason, HeadEvent, Sampling, TokenSampled
 from covey.schema.ids import RequestId
+from covey.schema.model import Shard
 from covey.schema.runner import (
     Activity,
     Address,
@@ -27,6 +28,7 @@ from covey.schema.runner import (
     Configure,
     Connected,
     ConnectTo,
+    Draft,
     Listening,
     Load,
     LoadProgressed,
@@ -553,5 +555,86 @@ def test_a_stage_lives_for_the_one_before_it_from_its_first_link_on() -> None:
             runner.wait(Connected)
         time.sleep(1)
         assert [runner.process.poll() for runner in runners] == [None, None]
+    finally:
+        [runner.close() for runner in runners]
+
+
+# ---- with a draft model ----
+
+
+def bring_up_drafted(stage_count: int, layers: int, **changes: object) -> tuple[list[Runner], int]:
+    """Ready runners, of which the head has a draft of so many layers, and its port."""
+    head = {"draft": Draft(model_path="", layer_count=layers), "vocabulary_size": 256}
+    specs = [make_spec(index, stage_count, **{**changes, **({} if index else head)}) for index in range(stage_count)]
+    runners = [Runner(spec) for spec in specs]
+    return runners, bring_up(runners)[0]
+
+
+def steps_after(head: Runner, admits: Sequence[Admit], port: int) -> int:
+    """How many the head has counted once these were answered, each as without a draft, one after another."""
+    for admit in admits:
+        assert sampled(answer(port, admit)) == expected_tokens(admit)
+    while True:  # those of a while ago were not read yet
+        waits_from = time.monotonic()
+        beat = head.wait(Beat)
+        if time.monotonic() - waits_from > 0.2:
+            return beat.steps
+
+
+@pytest.mark.parametrize("stage_count", [1, 2])
+def test_with_a_draft_the_same_answers_take_fewer_steps(stage_count: int) -> None:
+    """The draft takes no time beside these steps. One with other layers is nearly always wrong."""
+    admits = [make_admit("greedy", range(200), 60), make_admit("drawn", [5, 6, 7], 40, sampling=BUSY)]
+    counts = []
+    for layers in (6, 5):
+        runners, port = bring_up_drafted(stage_count, layers, engine_options={**SLOW, "lookup": "0"})
+        try:
+            counts.append(steps_after(runners[0], admits, port))
+        finally:
+            [runner.close() for runner in runners]
+    right, wrong = counts
+    assert right < 75
+    assert 95 <= wrong <= 102
+
+
+def test_many_requests_are_answered_beside_a_draft() -> None:
+    runners, port = bring_up_drafted(2, 6)
+    try:
+        with Client(port) as client:
+            admits = [make_admit(f"r{number}", [number, 9, 5], 5 + 20 * number) for number in range(6)]
+            client.send(*admits)
+            events = client.events_of_all([admit.request_id for admit in admits])
+        for admit in admits:
+            assert sampled(events[admit.request_id]) == expected_tokens(admit)
+    finally:
+        [runner.close() for runner in runners]
+
+
+def test_a_draft_comes_and_goes_with_generations() -> None:
+    """Its progress is told in bytes: the layers are those of the stage."""
+    draft = Draft(model_path="", layer_count=40)
+    with pipeline(1, draft=draft) as (runners, port):
+        assert_serves(port)
+        told = [(each.layers_loaded, each.layers_total) for each in runners[0].seen if isinstance(each, LoadProgressed)]
+        assert told == [(layer, 6) for layer in range(1, 7)] + [(6, 6)] * 40
+        for generation, wanted in enumerate((draft, None, draft), start=1):
+            assert_serves(begin_anew(runners, generation, draft=wanted))
+
+
+def test_a_draft_that_cannot_be_read_is_told_in_a_sentence(demo_model: Path, tmp_path: Path) -> None:
+    draft = Draft(model_path=str(tmp_path / "gone.gguf"), layer_count=30)
+    layers = Shard(0, 1, 30)
+    spec = make_spec(0, 2, engine="onnx", model_path=str(demo_model), shard=layers, context_length=64, draft=draft)
+    runners = [Runner(spec), Runner(make_spec(1, 2))]
+    try:
+        ports = [runner.wait(Listening).port for runner in runners]
+        for place, runner in enumerate(runners):
+            runner.tell(ConnectTo((Address(HOST, ports[1 - place]),)))
+        runners[0].wait(Connected)
+        runners[0].tell(Load())
+        failure = wait_failure(runners[0])
+        assert failure.phase == "loading"
+        assert failure.reason.startswith("the draft model gone.gguf: the model file ")
+        assert failure.reason.endswith("is gone; put it back, then place the model again")
     finally:
         [runner.close() for runner in runners]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey.engine.contract import Copy, Piece
+from covey.engine.drafting import Drafted, Drafter
 from covey.engine.plan import PlannedStep, Remark, StepOutcome
 from covey.engine.scheduler import Events, Scheduler, StepOrderError
 from covey.engine.slots import shared_length
@@ -40,7 +41,12 @@ Model = Callable[[Sequence[int]], int]
 
 
 def make_scheduler(
-    slot_count: int = 2, context_length: int = 2000, stage_count: int = 1, *, looks_up: bool = True
+    slot_count: int = 2,
+    context_length: int = 2000,
+    stage_count: int = 1,
+    *,
+    looks_up: bool = True,
+    drafter: Drafter | None = None,
 ) -> Scheduler:
     return Scheduler(
         slot_count=slot_count,
@@ -48,6 +54,7 @@ def make_scheduler(
         stage_count=stage_count,
         vocabulary_size=1000,
         looks_up=looks_up,
+        drafter=drafter,
     )
 
 
@@ -63,6 +70,23 @@ def quoted_token(sequence: Sequence[int]) -> int:
     """What another one says: mostly what came thirty tokens before, so that much can be guessed, some of it wrong."""
     is_new = len(sequence) < 30 or next_token(sequence) % 12 == 0
     return next_token(sequence) if is_new else sequence[-30]
+
+
+@dataclass
+class Knowing:
+    """A drafter that says what the model says, but for one token in so many, in no time."""
+
+    says: Model
+    wrong: int = 20
+    asked: list[list[int]] = field(default_factory=list[list[int]])
+
+    def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
+        assert sampling.seed == 0
+        self.asked.append([*tokens])
+        said = [*tokens]
+        while len(said) < len(tokens) + most:
+            said.append(self.says(said) if len(said) % self.wrong else 1)
+        return Drafted(tuple(said[len(tokens) :]), 0.0, 0.0)
 
 
 def plain_run(admit: Admit, context_length: int, says: Model) -> tuple[list[int], FinishReason]:
@@ -164,17 +188,24 @@ def ids(seed: int, count: int) -> list[int]:
 # ---- what always holds ----
 
 
-@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.sampled_from([next_token, quoted_token]))
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([next_token, quoted_token]),
+    st.sampled_from([None, 2, 20]),
+)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_requests_that_come_and_go_at_any_time_stay_apart(
-    seed: int, slot_count: int, stage_count: int, says: Model
+    seed: int, slot_count: int, stage_count: int, says: Model, wrong: int | None
 ) -> None:
     """Admissions, cancellations and lost connections in any order, with steps in flight: each request that ends by
     itself got exactly its own tokens, in order; no slot is lost; every request ends once.
     """
     world_random = random.Random(seed)
     context_length = 700
-    world = World(make_scheduler(slot_count, context_length, stage_count), says)
+    drafter = Knowing(says, wrong) if wrong else None
+    world = World(make_scheduler(slot_count, context_length, stage_count, drafter=drafter), says)
     admits: dict[str, Admit] = {}
     owners: dict[str, int] = {}
     stems = [ids(stem, 650) for stem in range(3)]  # shared beginnings, so that slots are taken up again
@@ -282,6 +313,75 @@ def test_nothing_is_guessed_where_more_is_to_be_told_or_weighed(told: dict[str, 
     world.admit(make_admit("a", ids(1, 60), 100, stop_token_ids=(), sampling=Sampling(**told)))
     world.settle()
     assert not any(planned.plan.guesses for planned in world.plans)
+
+
+# ---- a draft model guesses ----
+
+
+def drafted(admit: Admit, **changes: Any) -> tuple[World, Knowing]:
+    """One request, whose tokens nobody could look up, with a draft model."""
+    knowing = Knowing(next_token)
+    world = World(make_scheduler(**({"drafter": knowing} | changes)))
+    world.admit(admit)
+    world.settle()
+    return world, knowing
+
+
+@pytest.mark.parametrize("stage_count", [1, 2])
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_an_answer_that_is_drafted_takes_fewer_steps_and_is_the_same(stage_count: int, *, looks_up: bool) -> None:
+    admit = make_admit("a", ids(1, 60), 200, stop_token_ids=())
+    world, _ = drafted(admit, stage_count=stage_count, looks_up=looks_up)
+    assert sampled(world.of("a")) == plain_run(admit, 2000, next_token)[0][60:]
+    assert len(world.plans) < 100
+
+
+@pytest.mark.parametrize("count", range(195, 203))
+def test_no_draft_leads_beyond_what_was_asked_for_or_the_context(count: int) -> None:
+    asked_for, _ = drafted(make_admit("a", ids(1, 60), count, stop_token_ids=()))
+    held, _ = drafted(make_admit("a", ids(1, 60), 1000, stop_token_ids=()), context_length=60 + count)
+    for world in (asked_for, held):
+        assert len(sampled(world.of("a"))) == count
+        assert max(each.position + each.token_count for plan in world.plans for each in plan.plan.pieces) < 60 + count
+
+
+@pytest.mark.parametrize("stage_count", [1, 2])
+def test_the_draft_rests_while_others_run(stage_count: int) -> None:
+    """Over two stages each of two requests has a step to itself; the other would wait for the draft all the same."""
+    knowing = Knowing(next_token)
+    world = World(make_scheduler(drafter=knowing, stage_count=stage_count))
+    for name, count in (("a", 60), ("b", 200)):
+        world.admit(make_admit(name, ids(ord(name), 30), count, stop_token_ids=()))
+    world.settle()
+    assert knowing.asked
+    assert all(tokens[:30] == ids(ord("b"), 30) and len(tokens) > 60 for tokens in knowing.asked)
+    for name, count in (("a", 60), ("b", 200)):
+        assert len(sampled(world.of(name))) == count
+
+
+@pytest.mark.parametrize("told", [{"top_logprobs": 0}, {"constraint": Constraint(ConstraintKind.REGEX, "a*", "regex")}])
+def test_the_draft_rests_where_more_is_to_be_told_or_weighed(told: dict[str, Any]) -> None:
+    _, knowing = drafted(make_admit("a", ids(1, 60), 100, stop_token_ids=(), sampling=Sampling(**told)))
+    assert not knowing.asked
+
+
+def test_the_time_of_the_draft_is_none_of_the_steps() -> None:
+    """A step begins when guessing is over: else a slow draft would make the model look slow, and so itself cheap."""
+
+    class Slow(Knowing):
+        def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
+            world.now += 10.0 * most
+            return super().guess(tokens, most, sampling)._replace(guessing_s=10.0 * most)
+
+    world = World(make_scheduler())
+    drafter = Slow(next_token, wrong=1000)
+    world.scheduler = make_scheduler(drafter=drafter)
+    world.admit(make_admit("a", ids(1, 60), 600, stop_token_ids=()))
+    while world.schedule():
+        world.now += 1.0
+        world.learn()
+    assert not any(planned.plan.guesses for planned in world.plans)
+    assert len(drafter.asked) <= 2, "it was tried, and once more at most"
 
 
 def test_a_long_prompt_stalls_nobody_who_is_being_answered() -> None:

@@ -47,6 +47,12 @@ def read_hub_tokenizer(metadata: Metadata) -> tuple[Vocabulary, HubMerger, bool,
     return msgspec.structs.replace(vocabulary, strips=strips), merger, bool(first), bool(last)
 
 
+def read_hub_vocabulary(metadata: Metadata) -> Vocabulary:
+    """The tokens alone, without what merging needs. Raises `CheckpointError`."""
+    stated = _decoded(read.text(metadata, TOKENIZER))
+    return read_vocabulary(_in_words_of_gguf(_model(stated), _added_tokens(stated), metadata, "", ""))
+
+
 def _decoded(text: str) -> Json:
     try:
         stated = msgspec.json.decode(text)

@@ -15,7 +15,7 @@ from msgspec import Struct
 from covey.checkpoints import metadata as read
 from covey.checkpoints.checkpoint import Checkpoint, CheckpointError
 from covey.checkpoints.hub_folder import TOKENIZER, TOKENIZER_CONFIG
-from covey.checkpoints.hub_tokenizer import read_hub_tokenizer
+from covey.checkpoints.hub_tokenizer import read_hub_tokenizer, read_hub_vocabulary
 from covey.checkpoints.mergers import Before, ByteLevelMerger, Merger, SentencePieceMerger, merge_pairs
 from covey.checkpoints.metadata import Metadata
 from covey.checkpoints.pretokenizers import SPLITTERS, WordSplitter
@@ -173,9 +173,7 @@ class TextTokenizer:
 def load_tokenizer(header: Checkpoint) -> TextTokenizer:
     """The tokenizer that the file carries. Raises `CheckpointError`."""
     metadata = header.metadata
-    if TOKENIZER_CONFIG in metadata:  # a folder
-        if TOKENIZER not in metadata:
-            raise CheckpointError("the model's folder has no tokenizer.json, without which no text can be read")
+    if _is_folder(metadata):
         vocabulary, merger, adds_bos, adds_eos = read_hub_tokenizer(metadata)
         template = read.optional_text(metadata, "tokenizer.chat_template")
         return TextTokenizer(vocabulary, merger, _Options(adds_bos, adds_eos, template))
@@ -188,6 +186,23 @@ def load_tokenizer(header: Checkpoint) -> TextTokenizer:
         f"the model file has a tokenizer of type {model!r} ('tokenizer.ggml.model'), which is not known here; "
         f"known are gpt2 and llama"
     )
+
+
+def token_texts(header: Checkpoint) -> list[str]:
+    """By id, as files of all kinds write them; nothing for those that only fill up the numbers.
+
+    Raises `CheckpointError`.
+    """
+    metadata = header.metadata
+    vocabulary = read_hub_vocabulary(metadata) if _is_folder(metadata) else read_vocabulary(metadata)
+    named = zip(vocabulary.texts, vocabulary.kinds, strict=True)
+    return ["" if kind == TokenKind.UNUSED else text for text, kind in named]
+
+
+def _is_folder(metadata: Metadata) -> bool:
+    if TOKENIZER_CONFIG in metadata and TOKENIZER not in metadata:
+        raise CheckpointError("the model's folder has no tokenizer.json, without which no text can be read")
+    return TOKENIZER_CONFIG in metadata
 
 
 class _Options(Struct, frozen=True):

@@ -98,6 +98,14 @@ ALONE: Final[Exchange] = _Alone()
 class StageEngine(Protocol):
     """One shard, loaded and run many times, always from one thread."""
 
+    def token_texts(self, model_path: str) -> Sequence[str]:
+        """The texts of a model's tokens, by id: by them a draft is known to have the same ones. Nothing for ids that
+        no token has, and none at all where the engine's ids stand for no text. Also before anything is loaded.
+
+        Raises `EngineError`, `CheckpointError`.
+        """
+        ...
+
     def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
         """Makes the shard of `spec` ready to run. What it has loaded before and `spec` wants is kept, only the rest is
         read; what is not wanted is given up, and all slots are empty. It is called in every generation, with the

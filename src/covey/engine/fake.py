@@ -40,6 +40,10 @@ class FakeStage:
     def __init__(self) -> None:
         self._layers: dict[int, _Layer] = {}
 
+    def token_texts(self, model_path: str) -> Sequence[str]:  # noqa: ARG002 - of any file, of which it reads none
+        """Its ids stand for no text."""
+        return ()
+
     def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
         self._exchange = exchange
         options = _options(spec.engine_options)

@@ -14,6 +14,7 @@ import psutil
 
 from covey.engine.contract import ALONE, LoadProgress, StageEngine
 from covey.engine.cores import Cores
+from covey.engine.draft import DraftModel
 from covey.engine.exchange import ChannelExchange
 from covey.engine.link import PULSE_SECONDS, Frame, Link, LinkBrokenError, LinkClosedError
 from covey.engine.linking import Linking
@@ -61,6 +62,7 @@ class Generation:
         port: DataPort,
         cores: Cores,
         find_engine: Callable[[RunnerSpec], StageEngine],
+        find_draft: Callable[[RunnerSpec], DraftModel | None],
     ) -> None:
         self.spec = configure.spec
         self.loop: Loop | None = None
@@ -71,7 +73,7 @@ class Generation:
         self._mailbox = mailbox
         self._cores = cores
         self._port_number, self._reception = port.number, port.reception
-        self._find_engine = find_engine
+        self._find_engine, self._find_draft = find_engine, find_draft
         self._exchange: ChannelExchange | None = None  # with the other ranks
         self._loss = ""  # why the first link that was lost was
         self._early: list[Message] = []  # came before this stage was ready for it
@@ -85,13 +87,16 @@ class Generation:
         linked = self._connect(neighbours)
         self._wait(Load)
         self.phase = "loading"
+        draft = self._find_draft(self.spec)
         engine = self._find_engine(self.spec)
         engine.load(self.spec, self._tell_progress, self._exchange or ALONE)
         self.has_loaded = True
+        if draft:
+            draft.load(self.spec, self._tell_drafts_progress)
         self._pipe.tell(Loaded(psutil.Process().memory_info().rss))
         self._wait(WarmUp)
         try:
-            self._compute(engine, linked)
+            self._compute(engine, draft, linked)
         except LinkBrokenError as error:  # in the middle of a step it says less than what the link was lost by
             raise LinkBrokenError(self._loss or str(error)) from error
 
@@ -157,19 +162,26 @@ class Generation:
             LoadProgressed(progress.layers_loaded, progress.layers_total, progress.bytes_loaded, progress.bytes_total)
         )
 
+    def _tell_drafts_progress(self, progress: LoadProgress) -> None:
+        """The layers that are told of are the shard's, all of which are there; so the bytes tell how it gets on."""
+        layers = self.spec.shard.layer_end - self.spec.shard.layer_start
+        self._pipe.tell(LoadProgressed(layers, layers, progress.bytes_loaded, progress.bytes_total))
+
     # ---- while it computes ----
 
-    def _compute(self, engine: StageEngine, linked: Linked) -> NoReturn:
+    def _compute(self, engine: StageEngine, draft: DraftModel | None, linked: Linked) -> NoReturn:
         self.phase = "warming up"
         engine.warm_up()
+        if draft:
+            draft.warm_up()
         self.phase = "running"
         samples = self.spec.stage_index == self.spec.stage_count - 1 and self.spec.rank == 0
         sampler = Sampler(self.spec.model_path, self.spec.thread_count) if samples else None
-        self._serve(Stage(engine, self._cores, linked.after, sampler, linked.steps))
+        self._serve(Stage(engine, self._cores, linked.after, sampler, linked.steps), draft)
 
-    def _serve(self, stage: Stage) -> NoReturn:
+    def _serve(self, stage: Stage, draft: DraftModel | None) -> NoReturn:
         is_head = self.spec.stage_index == self.spec.rank == 0
-        loop = self.loop = Head(self.spec, stage, self._pipe.tell) if is_head else Follower(stage)
+        loop = self.loop = Head(self.spec, stage, self._pipe.tell, draft) if is_head else Follower(stage)
         self._reception.open_for_requests()
         self._pipe.tell(Ready())
         for message in self._early:

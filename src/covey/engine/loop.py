@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from covey.engine.connection import ServeConnection
 from covey.engine.contract import StageEngine
 from covey.engine.cores import Cores
+from covey.engine.draft import DraftModel
 from covey.engine.link import Frame, Link
 from covey.engine.mailbox import ServeCame, ServeGone, ServeMessage, ServeSaid
 from covey.engine.plan import StepOutcome, StepPlan, Values
@@ -16,7 +17,7 @@ from covey.engine.scheduler import Events, Scheduler
 from covey.schema.generation import Admit, HeadEvent
 from covey.schema.runner import Activity, RunnerSpec
 
-LOOKUP_OFF: Final = ("lookup", "0")  # the engine option that lets nothing be guessed, to measure by
+LOOKUP_OFF: Final = ("lookup", "0")  # the engine option that lets nothing be looked up, to measure by
 ACTIVITY_SECONDS: Final = 0.5  # between two reports while busy
 FAREWELL_SECONDS: Final = 1.0  # for the last events of a runner that ends
 
@@ -120,8 +121,11 @@ class Follower:
 class Head:
     """The first stage: takes requests, plans all steps, and answers."""
 
-    def __init__(self, spec: RunnerSpec, stage: Stage, tell: Callable[[Activity], None]) -> None:
+    def __init__(
+        self, spec: RunnerSpec, stage: Stage, tell: Callable[[Activity], None], draft: DraftModel | None = None
+    ) -> None:
         self._stage = stage
+        self._draft = draft
         self._tell = tell
         self.steps = 0
         self._told = Activity(0, 0)
@@ -133,6 +137,7 @@ class Head:
             stage_count=spec.stage_count,
             vocabulary_size=spec.vocabulary_size,
             looks_up=LOOKUP_OFF not in spec.engine_options.items(),
+            drafter=draft,
         )
 
     @property
@@ -142,7 +147,7 @@ class Head:
 
     @property
     def waits_for_others(self) -> bool:
-        return self.is_busy and not self._stage.is_running
+        return self.is_busy and not (self._stage.is_running or (self._draft and self._draft.is_running))
 
     def step(self) -> bool:
         """Starts the next step if there is one: schedule, run, learn."""

@@ -62,10 +62,11 @@ class Request:
         sampling = self.admit.sampling
         return sampling.constraint is None and sampling.top_logprobs is None
 
-    def guesses(self, context_length: int) -> tuple[int, ...]:
-        """What may come next, and still has room in the context and in what was asked for."""
-        room = min(context_length - len(self.tokens) - 1, self.admit.token_count_max - self.completion_tokens - 1)
-        return self.lookup.guess(self.tokens, room) if self.may_guess and room > 0 else ()
+    def room_for_guesses(self, context_length: int) -> int:
+        """How many there is room for in the context and in what was asked for."""
+        if not self.may_guess:
+            return 0
+        return min(context_length - len(self.tokens) - 1, self.admit.token_count_max - self.completion_tokens - 1)
 
     def finish_reason(self, context_length: int) -> FinishReason | None:
         """Why it is complete with the tokens that it has, if it is."""

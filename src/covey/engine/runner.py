@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from covey.engine.contract import StageEngine
 from covey.engine.cores import Cores
+from covey.engine.draft import DraftModel
 from covey.engine.engines import create
 from covey.engine.generation import BegunAnewError, Generation
 from covey.engine.handshake import LinkRefusedError
@@ -37,6 +38,7 @@ class Runner:
         self._pipe = pipe
         self._cores = Cores()
         self._engine: StageEngine | None = None
+        self._draft: DraftModel | None = None
         self._port: DataPort | None = None
         self._generation: Generation | None = None
         self._has_weights = False
@@ -85,12 +87,22 @@ class Runner:
         reception = Reception(configure.spec, configure.credentials, mailbox)
         self._port = self._port or DataPort(reception)
         self._port.reception = reception
-        self._generation = Generation(self._pipe, configure, mailbox, self._port, self._cores, self._find_engine)
+        self._generation = Generation(
+            self._pipe, configure, mailbox, self._port, self._cores, self._find_engine, self._find_draft
+        )
         return self._generation
 
     def _find_engine(self, spec: RunnerSpec) -> StageEngine:
         self._engine = self._engine or create(spec)
         return self._engine
+
+    def _find_draft(self, spec: RunnerSpec) -> DraftModel | None:
+        """The one that it has is gone before anything is loaded, if `spec` wants another one or none."""
+        if self._draft and not self._draft.serves(spec):
+            self._draft = None
+        if spec.draft and self._draft is None:
+            self._draft = DraftModel(spec, spec.draft, self._cores)
+        return self._draft
 
     def _wait_configure(self) -> Configure:
         while True:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from covey.engine.contract import Copy, Piece
+from covey.engine.drafting import Drafter, Drafting
+from covey.engine.guessing import Guesses
 from covey.engine.plan import PlannedStep, Remark, SamplingStart, StepOutcome, StepPlan
 from covey.engine.request import Key, Request, refusal
 from covey.engine.sampler import is_penalized
@@ -53,10 +55,13 @@ class _InFlight(NamedTuple):
     plan: StepPlan
     requests: list[Request]
     is_prefill: bool  # a chunk of a prompt, else the next tokens of a group
+    begun: float  # seconds; guessing was over
 
 
 class Scheduler:
-    """`looks_up`: tokens are guessed, several in one step, where the text so far lets them be (`lookup`)."""
+    """`looks_up`: tokens are guessed, several in one step, where the text so far lets them be (`lookup`). `drafter`: a
+    draft model guesses them for a request that runs alone, where that is expected to bring more (`drafting`).
+    """
 
     def __init__(
         self,
@@ -66,11 +71,13 @@ class Scheduler:
         stage_count: int,
         vocabulary_size: int = 0,
         looks_up: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self._context_length = context_length
         self._stage_count = stage_count
         self._vocabulary_size = vocabulary_size  # 0: unknown
         self._looks_up = looks_up
+        self._drafting = Drafting(drafter) if drafter else None
         self._slots = Slots(slot_count)
         self._pace = Pace(slot_count)
         self._waiting = Waiting[Request]()
@@ -213,17 +220,18 @@ class Scheduler:
         guesses = self._guesses(requests)
         for request in requests:
             copy = self._catch_up(request)
-            piece = _next_piece(request, len(guesses.get(request.slot, ())), copy)
+            piece = _next_piece(request, len(guesses.token_ids), copy)
             pieces.append(piece)
             token_ids += request.tokens[piece.position : piece.position + piece.token_count]
-            token_ids += guesses.get(request.slot, ())
+            token_ids += guesses.token_ids
             request.sent += piece.token_count
             request.begun = now if request.begun is None else request.begun
             self._running[request.key] = self._running.pop(request.key)  # to the end of the round
         self._steps += 1
-        plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released), guesses)
+        guessed = {requests[0].slot: guesses.token_ids} if guesses.token_ids else {}
+        plan = StepPlan(self._steps, tuple(pieces), begun, tuple(self._released), guessed)
         self._released.clear()
-        self._in_flight.append(_InFlight(plan, requests, is_prefill))
+        self._in_flight.append(_InFlight(plan, requests, is_prefill, now + guesses.seconds))
         return PlannedStep(plan, np.array(token_ids, np.int64))
 
     def _catch_up(self, request: Request) -> Copy | None:
@@ -242,20 +250,26 @@ class Scheduler:
         request.sent = length
         return copy
 
-    def _guesses(self, requests: list[Request]) -> dict[int, tuple[int, ...]]:
-        """By slot. Only for one that goes by itself: the engine runs pieces of several tokens one by one, and reads the
-        weights for each.
+    def _guesses(self, requests: list[Request]) -> Guesses:
+        """Only for one that goes by itself: the engine runs pieces of several tokens one by one, and reads the weights
+        for each. The draft model's time is for one that is alone, too: the others would wait meanwhile.
         """
-        if not self._looks_up or len(requests) > 1 or not requests[0].is_decoding:
-            return {}
-        guesses = requests[0].guesses(self._context_length)
-        return {requests[0].slot: guesses} if guesses else {}
+        request = requests[0]
+        room = request.room_for_guesses(self._context_length)
+        if len(requests) > 1 or not request.is_decoding or room < 1:
+            return Guesses()
+        found = request.lookup.guess(request.tokens, room) if self._looks_up else Guesses()
+        if self._drafting is None or len(self._running) > 1:
+            return found
+        return self._drafting.improve(request, room, found)
 
     def learn(self, outcome: StepOutcome, now: float) -> Events:
         """Takes in what became of the oldest step in flight. Raises `StepOrderError`."""
         if not self._in_flight or outcome.step != self._in_flight[0].plan.step:
             raise StepOrderError(f"Step {outcome.step} came back out of turn.")
-        plan, requests, _ = self._in_flight.popleft()
+        plan, requests, is_prefill, begun = self._in_flight.popleft()
+        if self._drafting and len(requests) == len(self._running) == 1 and not is_prefill:
+            self._drafting.note_step(now - begun, plan.pieces[0].guess_count)
         places, unremarked = iter(range(len(outcome.token_ids))), Remark(outcome.failure)
         events: Events = []
         running_before = len(self._running)

@@ -93,7 +93,7 @@ class Segment:
 
 def open_model(spec: RunnerSpec) -> Model:
     """Raises `EngineError`, `CheckpointError`."""
-    with _reading(spec.model_path):
+    with reading(spec.model_path):
         header, footing = open_checkpoint(spec.model_path), _footing(spec)
     architecture = read_settings(header)
     if architecture.layer_count != spec.shard.layer_count:
@@ -139,7 +139,7 @@ def _build(
     model: Model, shard: Shard, told: Told, kernels: kernel_file.KernelFile | None
 ) -> tuple[tuple[StageGraph, ...], _Ends]:
     footing = model.footing
-    with _reading(footing.model_path), TensorReader(footing.model_path) as reader:
+    with reading(footing.model_path), TensorReader(footing.model_path) as reader:
         file = StageFile(
             reader, model.header, model.architecture, shard, footing.context_length, _bits(footing),
             rank=footing.rank, rank_count=footing.rank_count,
@@ -166,7 +166,7 @@ def _bits(footing: Footing) -> int | None:
 
 
 @contextmanager
-def _reading(path: str) -> Generator[None]:
+def reading(path: str) -> Generator[None]:
     """What the system has against the file, in a sentence. Raises `EngineError`."""
     try:
         yield

@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from covey.checkpoints.opening import open_checkpoint
 from covey.engine.contract import Activations, Copy, EngineError, Exchange, LoadProgress, Logits, Piece
-from covey.engine.onnx.segment import Footing, Model, Segment, load, open_model
+from covey.engine.onnx.segment import Footing, Model, Segment, load, open_model, reading
 from covey.engine.onnx.session import give_back_memory
 from covey.schema.model import Shard
 from covey.schema.runner import RunnerSpec
@@ -22,6 +23,12 @@ class OnnxStage:
     def __init__(self) -> None:
         self._footing: Footing | None = None
         self._segments: list[Segment] = []  # in order of layers
+
+    def token_texts(self, model_path: str) -> Sequence[str]:
+        from covey.checkpoints.tokenizer import token_texts  # noqa: PLC0415 - its library is large, and rarely used
+
+        with reading(model_path):
+            return token_texts(open_checkpoint(model_path))
 
     def load(self, spec: RunnerSpec, progress: Callable[[LoadProgress], None], exchange: Exchange) -> None:
         if (exchange.rank, exchange.count) != (spec.rank, spec.rank_count):
