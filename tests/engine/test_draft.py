@@ -295,7 +295,7 @@ def test_where_the_text_can_be_guessed_again_it_is() -> None:
     text = Text(Drafting(drafter)).go(300)
     drafter.is_right = True
     before = text.drafted
-    text.go(150)
+    text.go(300)
     assert text.drafted - before > 200
 
 
@@ -336,7 +336,7 @@ def test_a_slower_engine_is_noticed() -> None:
     drafting = Drafting(drafter)
     Text(drafting).go(200)
     drafter.guess_s = 0.05
-    text = Text(drafting).go(400)
+    text = Text(drafting).go(800)
     assert text.drafted > 300
 
 
