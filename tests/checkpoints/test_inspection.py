@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hub_folders import LLAMA, bfloat16, llama_tensors, write_folder
+from hub_folders import LLAMA, bfloat16, llama_tensors, write_folder, write_tokenizer
 from tiny_model import write_model
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "mlx.npz")
 @pytest.fixture
 def folder(tmp_path) -> Path:
     tensors = {name: bfloat16(each) for name, each in llama_tensors().items()}
-    return write_folder(tmp_path / "model", LLAMA, tensors)
+    return write_folder(tmp_path / "model", LLAMA | {"eos_token_id": 0}, tensors)
 
 
 def by_name(kinds: list[TensorKind]) -> dict[str, TensorKind]:
@@ -87,6 +87,8 @@ def test_the_command(folder, tmp_path):
     for arguments, said in (
         ([str(tmp_path / "absent.gguf")], "absent.gguf can't be read: No such file or directory."),
         ([str(tmp_path)], "can't be used: it has no config.json"),
+        (["~nobody-has-this-name/model.gguf"], "~nobody-has-this-name/model.gguf can't be read: No such file"),
+        ([str(folder / "model.safetensors")], "model.safetensors can't be used: it is a part of a model"),
     ):
         done = run(app, ["models", "inspect", *arguments], env={"COLUMNS": "300"})
         assert done.exit_code == 1
@@ -95,10 +97,13 @@ def test_the_command(folder, tmp_path):
     assert (done.exit_code, "'q5' is not one of 'q4', 'q8'" in done.stderr) == (2, True)
 
 
-def test_a_model_that_can_be_run_and_one_that_cannot(tmp_path):
+def test_a_model_that_can_be_run_and_those_that_cannot(folder, tmp_path):
     """Its tensors can be looked at either way; who asks for JSON gets it, and the reason beside it."""
     run = CliRunner().invoke
-    assert run(app, ["models", "inspect", str(write_model(tmp_path / "tiny.gguf"))]).exit_code == 0
+    write_tokenizer(folder)
+    assert run(app, ["models", "inspect", str(folder)]).exit_code == 0
+    done = run(app, ["models", "inspect", str(write_model(tmp_path / "part.gguf"))], env={"COLUMNS": "300"})
+    assert (done.exit_code, "part.gguf can't be run: the model file lacks its tensor" in done.stderr) == (1, True)
     path = tmp_path / "strange.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_block_count(1)

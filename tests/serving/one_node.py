@@ -20,7 +20,7 @@ from covey.schema.generation import (
 from covey.schema.model import ModelCard
 from covey.schema.runner import Address, RunnerState
 from covey.serving.model_text import ModelTexts
-from covey.serving.refusal import RefusedError
+from covey.serving.refusal import MESSAGES, RefusedError
 from covey.serving.serving import Serving
 from tests.api.fake_backend import CARD, FIRST, cluster
 from tests.credentials import credentials
@@ -38,7 +38,7 @@ class Letters:
 
     def prompt_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
         if messages[0].role == "system":
-            raise RefusedError("This model's template takes no system message.", 400)
+            raise RefusedError("This model's template takes no system message.", 400, MESSAGES)
         return list("".join(message.content for message in messages).encode())
 
     def token_bytes(self, token_id: int) -> bytes:

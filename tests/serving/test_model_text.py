@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from covey.checkpoints.tokenizer import TextTokenizer
 from covey.schema.generation import ChatMessage
 from covey.schema.model import ModelCard
 from covey.serving.model_text import KEPT_MAX, ModelText, ModelTexts, load_model_text
@@ -27,6 +28,14 @@ def test_a_prompt_as_the_models_own_template_writes_it(demo_model: Path) -> None
     assert shown.endswith("user\nHi <|im_end|>\nassistant\n")
     assert len(text.stop_token_ids & set(ids)) == 1, "what a user wrote does not end his turn"
     assert text.stop_token_ids
+
+
+def test_what_the_template_refuses_names_the_messages(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = load_model_text(demo_model)
+    monkeypatch.setattr(TextTokenizer, "chat_template", "{{ raise_exception('Roles must alternate.') }}")
+    with pytest.raises(RefusedError, match=r"Roles must alternate\.") as caught:
+        text.prompt_ids([ChatMessage("user", "Hi")])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:

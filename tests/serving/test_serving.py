@@ -734,7 +734,7 @@ def test_a_prompt_longer_than_the_context_is_told_both_numbers() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
         (failed,) = await all_of(serving, request("x" * 1024))
         assert isinstance(failed, GenerationFailed)
-        assert failed.status == 400
+        assert (failed.status, failed.param) == (400, "messages")
         assert "The prompt has 1024 tokens" in failed.message
         assert "holds 1024 with the answer" in failed.message
         assert head.admits == []
@@ -744,7 +744,7 @@ def test_a_prompt_longer_than_the_context_is_told_both_numbers() -> None:
 
 def test_messages_that_the_template_refuses() -> None:
     async def story(head: FakeHead, node: Node, serving: Serving) -> None:
-        failed = GenerationFailed("This model's template takes no system message.", 400)
+        failed = GenerationFailed("This model's template takes no system message.", 400, param="messages")
         assert await all_of(serving, request(role="system")) == [failed]
 
     with_head(FakeHead(says("Hello")), story)

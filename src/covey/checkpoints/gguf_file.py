@@ -204,7 +204,10 @@ class _Cursor:
     def _expect_room(self, count: int, item_bytes_min: int) -> None:
         """Refuses a count that the rest of the file can't hold, before it is believed."""
         if self.position + count * item_bytes_min > min(self.file_bytes, HEADER_BYTES_MAX):
-            raise CheckpointError(f"the GGUF file is damaged: its header announces {count} entries; fetch it again")
+            raise CheckpointError(
+                f"the GGUF file is damaged or cut off: its header announces {count} entries, more than it can hold; "
+                "fetch it again"
+            )
 
     def counted(self, count: int, item_bytes_min: int, read: Callable[[], tuple[str, Any]]) -> dict[str, Any]:
         """`count` named entries; a name must not come twice."""

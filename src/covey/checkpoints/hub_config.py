@@ -60,7 +60,8 @@ def family_of(config: Config) -> Family:
     """Raises `CheckpointError` that names what is known."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"its config.json is of the model_type {kind!r}; known are {', '.join(sorted(FAMILIES))}")
+        stated = "states no model_type" if kind is None else f"is of the model_type {kind!r}"
+        raise CheckpointError(f"its config.json {stated}; known are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]
 
 
@@ -90,6 +91,8 @@ def translate(config: Config, family: Family) -> Translated:
 def number(config: Config, key: str, default: Any = None) -> Any:
     """A finite number above 0."""
     value = config.get(key, default)
+    if value is None:
+        raise CheckpointError(f"its config.json lacks {key!r}, a number above 0")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
         raise CheckpointError(f"its config.json gives {key!r} as {value!r}, not as a number above 0")
     return value

@@ -17,11 +17,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if place.is_dir():
         return read_folder(place)
     if place.suffix == SUFFIX:
-        raise CheckpointError(f"{place} is a part of a model; name the folder that holds it and its config.json")
+        raise CheckpointError("it is a part of a model; name the folder that holds it and its config.json")
     if place.suffix in PICKLED and place.exists():
         raise CheckpointError(
-            f"{place} may be in a format that runs code when it is read; take a version of the model in safetensors "
-            "or GGUF"
+            "it may be in a format that runs code when it is read; take a version of the model in safetensors or GGUF"
         )
     return read_header(place)
 

@@ -18,7 +18,8 @@ from covey.schema.ids import NodeId
 from covey.schema.trust import RotationOutcome
 
 DEFAULT_PORT: Final = 52415
-DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
+LOOPBACK: Final = "127.0.0.1"
+DEFAULT_URL: Final = f"http://{LOOPBACK}:{DEFAULT_PORT}"
 CONNECT_SECONDS_MAX: Final = 5.0
 ANSWER_SECONDS_MAX: Final = 60.0  # a hub may have to be asked before a placement is answered
 SILENCE_SECONDS_MAX: Final = 30.0  # streams say something every 10 s

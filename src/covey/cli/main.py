@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 
 from covey.cli import bench, chat, keys, models, service, tables
-from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, CliError, NodeClient
+from covey.cli.client import DEFAULT_PORT, DEFAULT_URL, LOOPBACK, CliError, NodeClient
 from covey.cli.console import err, out
 from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named_instance, short_ids
-from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions
+from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions, refuse_url
 from covey.control.routing import instance_status
 from covey.schema.cluster import NODES_MAX, RANKS_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
 from covey.schema.model import Quantizing
@@ -63,7 +63,7 @@ UntilStdinCloses = Annotated[
 @app.command()
 @explained
 def up(
-    host: Annotated[str, typer.Option(help="Where the HTTP API listens.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where the HTTP API listens.")] = LOOPBACK,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The HTTP API's port.")] = DEFAULT_PORT,
     data_dir: Annotated[Path | None, typer.Option(help="Identity and logs of this node.")] = None,
     name: Annotated[str | None, typer.Option(help="What people call this node; default: the host's name.")] = None,
@@ -367,21 +367,35 @@ def demo(
 @app.command()
 @explained
 def doctor(
+    context: typer.Context,
     url: Url = DEFAULT_URL,
+    host: Annotated[str | None, typer.Option(help="As given to `covey up`, instead of --url.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="As given to `covey up`.")] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="A node that is not found: HOST or HOST:PORT, with its API's port.")
     ] = None,
     interface: Annotated[list[str] | None, typer.Option(help="As given to `covey up`.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="As given to `covey up`.")] = None,
-    as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
+    anyone_joins: AnyoneJoins = False,  # noqa: FBT002 (Typer's way to a flag)
+    as_json: Json = False,  # noqa: FBT002
 ) -> None:
     """Look for what is wrong, with a node or without one, and say what to do. Nothing is changed."""
     from covey.cli.doctor import looking, showing  # noqa: PLC0415 (the other commands start faster so)
     from covey.cli.doctor.finding import summary  # noqa: PLC0415
 
+    if host is not None or port is not None:
+        refuse_url(context)
+        url = looking.url_of(host or LOOPBACK, port or DEFAULT_PORT)
     if err.is_terminal:
         err.print("Listening for other nodes takes some seconds.", style="dim")
-    asked = looking.Asked(url=url, data_dir=data_dir, peers=tuple(peer or ()), interfaces=tuple(interface or ()))
+    asked = looking.Asked(
+        url=url,
+        host=host or "",
+        data_dir=data_dir,
+        peers=tuple(peer or ()),
+        interfaces=tuple(interface or ()),
+        anyone_joins=anyone_joins,
+    )
     found = looking.findings(asked)
     if as_json:
         print_json(showing.report(found))

@@ -1,5 +1,6 @@
 """`covey models`: those that can be named; and what a file or folder of this machine holds, which no node is asked."""
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from covey.cli import tables
 from covey.cli.client import DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import out
 from covey.cli.options import Json, Url, explained, print_json
-from covey.schema.model import Quantizing
+from covey.schema.model import Quantizing, Shard
 
 app = typer.Typer(help="List the models that can be named, or look into one on this machine.")
 
@@ -41,7 +42,7 @@ def inspect(path: str, quantize: Quantize = None, as_json: Json = False) -> None
     """Tell what types a model's tensors have, and how they will be held: a GGUF file, or a folder of safetensors. If it
     is no model that can be run, the reason follows, and the exit status is 1.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))  # noqa: PTH111 - that of pathlib raises for unknown users
     rows = _kinds(place, quantize)
     if as_json:
         print_json(rows)
@@ -65,12 +66,18 @@ def _kinds(path: Path, quantize: Quantizing | None) -> list[dict[str, Any]]:
 
 
 def _expect_runnable(path: Path) -> None:
-    """Raises `CliError` with what a node would say that is to run it."""
+    """Raises `CliError` with what a node, or a runner that is to load it, would say."""
     from covey.checkpoints.opening import open_checkpoint  # noqa: PLC0415
     from covey.effects.model_files import runnable_card  # noqa: PLC0415
+    from covey.engine.onnx import settings, tensors  # noqa: PLC0415
 
     with _told(path, "can't be run"):
-        runnable_card(path, open_checkpoint(path))
+        header = open_checkpoint(path)
+        card = runnable_card(path, header)
+        whole = Shard(0, card.layer_count, card.layer_count)
+        architecture = settings.read_settings(header)
+        needed = tensors.needed(header, architecture, whole, card.context_length_max)
+        tensors.check(header, architecture, needed)
 
 
 @contextmanager

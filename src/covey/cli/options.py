@@ -49,5 +49,14 @@ def refuse_contradictions(given: Mapping[str, Any]) -> None:
         raise typer.BadParameter("--open and --join exclude each other: an open cluster has no join code.")
 
 
+def refuse_url(context: typer.Context) -> None:
+    """Where --host or --port say already where the node is; they stand above the environment. Raises
+    `typer.BadParameter`.
+    """
+    source = context.get_parameter_source("url")
+    if source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter("--url excludes --host and --port: all of them say where the node is.")
+
+
 def print_json(value: Any) -> None:
     chat.write(json.dumps(value, indent=2) + "\n")

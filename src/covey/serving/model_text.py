@@ -17,7 +17,7 @@ from covey.checkpoints.tokenizer import TextTokenizer, load_tokenizer
 from covey.schema.generation import ChatMessage
 from covey.schema.ids import ModelId
 from covey.schema.model import ModelCard
-from covey.serving.refusal import RefusedError
+from covey.serving.refusal import MESSAGES, RefusedError
 from covey.text import chat
 
 BAD_REQUEST: Final = 400
@@ -64,7 +64,7 @@ class FileText:
                 now=datetime.now().astimezone(),
             )
         except chat.TemplateRefusedError as error:
-            raise RefusedError(f"{str(error).rstrip('.')}.", BAD_REQUEST) from None
+            raise RefusedError(f"{str(error).rstrip('.')}.", BAD_REQUEST, MESSAGES) from None
         return tokenizer.encode_chat(parts)
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -1,5 +1,9 @@
 """How anything in this room says that a request can't be served: it becomes the request's `GenerationFailed`."""
 
+from typing import Final
+
+MESSAGES: Final = "messages"  # the field of all requests that the prompt is made of
+
 
 class RefusedError(Exception):
     """`message` is one sentence for a person; `status` is the HTTP status that fits; `param` names the field of the

@@ -37,7 +37,7 @@ from covey.serving.ending import Ending
 from covey.serving.head import HeadConnection, HeadLostError, HeadPlace, Heads, HeadStream, Reader
 from covey.serving.model_text import ModelText, ModelTexts
 from covey.serving.progress import FIRST_ATTEMPT, Progress
-from covey.serving.refusal import RefusedError
+from covey.serving.refusal import MESSAGES, RefusedError
 from covey.text.detokenize import IncrementalDecoder
 from covey.text.stop import StopStrings
 
@@ -270,5 +270,6 @@ def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: In
             f"The prompt has {prompt_tokens} tokens, and the context of {request.model_id} holds"
             f" {instance.context_length} with the answer. {way_out}",
             400,
+            MESSAGES,
         )
     return room if request.token_count_max is None else min(room, request.token_count_max)

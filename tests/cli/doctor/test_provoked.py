@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -22,7 +23,7 @@ from covey.cli.doctor.looking import Asked, findings
 from covey.effects import beacon, multicast, multicast_trial
 from covey.effects.beacon import Beacons
 from covey.effects.code_file import replace_code
-from covey.effects.trust import cluster_id_of
+from covey.effects.trust import OPEN_CODE, cluster_id_of
 from covey.schema.mesh import MESH_PROTOCOL, BeaconSetup
 from tests.cli.served_node import ServedNode
 from tests.credentials import CODE, OTHER_CODE
@@ -62,11 +63,15 @@ def looked(**asked: Any) -> dict[str, Finding]:
     return by_check(findings(Asked(**{"url": NO_NODE, "interfaces": HERE, **asked})))
 
 
+def command(home: Path, *options: str, before: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COVEY_HOME": str(home), **more}
+    words = [*before, sys.executable, "-m", "covey.cli", "doctor", "--json", *options]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+
 def doctor(home: Path, *before: str, **more: str) -> tuple[int, dict[str, dict[str, str]]]:
     """The command as a process, with `before` its words: its status, and what each check says at its worst."""
-    environment = {**os.environ, "COVEY_HOME": str(home), **more}
-    command = [*before, sys.executable, "-m", "covey.cli", "doctor", "--json", "--url", NO_NODE, "--interface", "lo"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    done = command(home, "--url", NO_NODE, "--interface", "lo", before=before, **more)
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)
     order = [level.value for level in Level]
@@ -94,6 +99,24 @@ def test_with_a_node(home: Path, node: ServedNode) -> None:
     found = looked(url=node.url)
     assert found["node"].level is Level.OK
     assert "port" not in found, "it is the node's"
+
+
+def test_with_the_options_that_the_node_was_started_with(home: Path, node: ServedNode, tmp_path: Path) -> None:
+    """--host and --port lead to it as --url does, and stand above the environment; its folder is looked at."""
+    started = ("--port", str(urlsplit(node.url).port), "--data-dir", str(tmp_path), "--open", "--interface", "lo")
+    for options in (started, (*started, "--host", "0.0.0.0")):  # noqa: S104 - as a person may write it
+        checks = json.loads(command(home, *options, COVEY_URL=NO_NODE).stdout)["checks"]
+        seen = [each["seen"] for each in checks if each["check"] in {"node", "folder"}]
+        assert f"answers at {node.url} and sees" in seen[0]
+        assert any(str(tmp_path) in each for each in seen)
+    refused = command(home, *started, "--url", node.url)
+    assert refused.returncode == 2
+    assert "--url excludes --host and --port" in refused.stderr.replace("\n", " ")
+
+
+def test_an_address_that_this_machine_does_not_have(home: Path) -> None:
+    found = looked(host="192.0.2.1", url="http://192.0.2.1:53281")
+    assert (found["port"].level, found["port"].seen) == (Level.PROBLEM, "192.0.2.1 is no address of this machine.")
 
 
 @pytest.fixture
@@ -143,6 +166,14 @@ def test_another_cluster_on_the_network(home: Path) -> None:
     found = looked()["clusters"]
     assert found.level is Level.WARNING
     assert "Another cluster of Covey is on this network" in found.seen
+
+
+def test_the_open_cluster_is_that_of_a_node_that_was_started_so(home: Path) -> None:
+    heard_from(cluster_id_of(OPEN_CODE), "cc")
+    assert "the open one" in looked()["clusters"].seen
+    found = looked(anyone_joins=True)
+    assert "the open one" not in found["clusters"].seen
+    assert "join code" not in found
 
 
 def test_another_version_on_the_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

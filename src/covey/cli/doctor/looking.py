@@ -23,7 +23,7 @@ from covey.control.join_code import JoinCode, JoinCodeError
 from covey.desktop.managers import manager
 from covey.desktop.service import ServiceError
 from covey.effects import interfaces, multicast_trial, paths, peer_check, surroundings, trust
-from covey.effects.addresses import is_local
+from covey.effects.addresses import is_local, local_host
 from covey.effects.beacon import PERIOD_S
 from covey.effects.code_file import CODE_FILE
 from covey.effects.endpoints import AddressError, mesh_port, peer_address
@@ -36,28 +36,37 @@ from covey.effects.probe import Probe
 from covey.schema.cluster import ClusterState
 
 ANSWER_S_MAX: Final = 10.0
+ANY_PORT: Final = 0
 LISTEN_S: Final = PERIOD_S + 0.5  # so that each node sends at least one beacon
 SCOUTING_S_MAX: Final = 2.0
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """`peers` and `interfaces` as `covey up` takes them."""
+    """But for `url` as `covey up` takes them."""
 
     url: str
+    host: str = ""  # where a node of this machine would listen; empty: at the `url`
     data_dir: Path | None = None
     peers: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()
+    anyone_joins: bool = False
+
+
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches the node that was started with these."""
+    reached = local_host(host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def findings(asked: Asked) -> list[Finding]:
     """Takes some seconds. Raises `CliError` where what was asked makes no sense."""
     url = address(asked.url)
     state, failure = _ask(url)
-    code = _code()
+    code = trust.OPEN_CODE if asked.anyone_joins else _code()
     network_findings, heard = _network(asked, urlsplit(url).port or DEFAULT_PORT, code)
     return [
         cluster.node(url, state, failure),
-        *_ports(url, state),
+        *_ports(asked.host, url, state),
         *network_findings,
         *(cluster.cluster(state, metadata.version("covey"), sys.platform, heard) if state else ()),
         *_peers(asked.peers, code),
@@ -76,11 +85,15 @@ def _ask(url: str) -> tuple[ClusterState | None, str]:
         return None, str(error)
 
 
-def _ports(url: str, state: ClusterState | None) -> Iterator[Finding]:
-    """Whether a node could have its ports, on this machine, where none has."""
+def _ports(chosen: str, url: str, state: ClusterState | None) -> Iterator[Finding]:
+    """Whether a node could have its ports, on this machine, where none has. `chosen`: the host, if one was."""
     parsed = urlsplit(url)
-    host, number = parsed.hostname or "", parsed.port or DEFAULT_PORT
-    if state is None and is_local(host):
+    host, number = chosen or parsed.hostname or "", parsed.port or DEFAULT_PORT
+    if state is not None or not (chosen or is_local(host)):
+        return
+    if not _is_free(host, ANY_PORT):
+        yield network.foreign_host(host)
+    else:
         yield network.port(number, is_free=_is_free(host, number), holder=surroundings.listener_at(number))
         mesh = mesh_port(number)
         holder = surroundings.listener_at(mesh)  # perhaps at another address of this machine
@@ -125,7 +138,8 @@ def _scouting(places: Sequence[Place], code: JoinCode, name: str) -> Finding:
 def _machine(asked: Asked, starts: Sequence[tuple[str, int]]) -> Iterator[Finding]:
     yield machine.clock(time.time(), starts)
     yield from _folders(asked.data_dir)
-    yield _code_file()
+    if not asked.anyone_joins:
+        yield _code_file()
     yield from _service()
     yield machine.memory(Probe(paths.models_folder()).hardware(), catalogue.listed())
     yield machine.open_files(surroundings.open_files_max())

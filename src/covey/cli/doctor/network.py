@@ -33,6 +33,13 @@ def port(number: int, *, is_free: bool, holder: str) -> Finding:
     return problem("port", f"Port {number} is in use by {who}, and a node can't have it for its API.", advice)
 
 
+def foreign_host(host: str) -> Finding:
+    """A node can't listen there."""
+    return problem(
+        "port", f"{host} is no address of this machine.", "Name one that is with --host, or 0.0.0.0 for all."
+    )
+
+
 def mesh_port(number: int, *, is_free: bool, holder: str) -> Finding:
     """Where other nodes connect to this one."""
     if is_free:

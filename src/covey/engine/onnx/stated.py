@@ -96,7 +96,12 @@ class Stated:
         return value
 
     def _damaged(self, key: str, value: object) -> CheckpointError:
-        return CheckpointError(f"the model file is damaged: its metadata gives {self.architecture}.{key} as {value!r}")
+        name = f"{self.architecture}.{key}"
+        if name not in self._header.metadata:
+            return CheckpointError(
+                f"the model file lacks {name!r} in its metadata, so it is no complete language model"
+            )
+        return CheckpointError(f"the model file is damaged: its metadata gives {name} as {value!r}")
 
 
 def _is_number(value: object) -> bool:
