@@ -101,13 +101,18 @@ def test_the_head_has_room_for_the_whole_draft_in_one_slot_and_without_a_second_
     assert shard_bytes(LOAD, Shard(6, 12, 12)) == shard_bytes(replace(LOAD, draft=None), Shard(6, 12, 12))
 
 
-@pytest.mark.parametrize("changes", [{"slot_count": 4}, {"exact": True}, {"quantize": Quantizing.Q4}])
-def test_how_the_model_is_held_changes_nothing_of_the_draft(changes: dict[str, Any]) -> None:
-    """It is as its file is, not exact, and guesses for one request at a time."""
-    small = QuantizedBytes(Quantizing.Q4, (MB,) * 4, MB, MB)
-    draft = replace(DRAFT, quantized=(small,), spared=SparedBytes((MB,) * 4, MB))
-    load = replace(LOAD, draft=draft)
+@pytest.mark.parametrize("changes", [{"slot_count": 4}, {"exact": True}])
+def test_neither_slots_nor_exact_mode_change_anything_of_the_draft(changes: dict[str, Any]) -> None:
+    """It is not exact, and guesses for one request at a time."""
+    load = replace(LOAD, draft=replace(DRAFT, spared=SparedBytes((MB,) * 4, MB)))
     assert draft_bytes(replace(load, **changes)) == draft_bytes(load)
+
+
+def test_a_draft_in_full_precision_is_counted_as_it_is_rounded_with_the_model() -> None:
+    small = QuantizedBytes(Quantizing.Q4, (3 * MB,) * 4, 5 * MB, 5 * MB)
+    load = replace(LOAD, draft=replace(DRAFT, quantized=(small,)), quantize=Quantizing.Q4)
+    assert draft_bytes(load) == draft_bytes(LOAD) - 80 * MB + 22 * MB
+    assert draft_bytes(replace(load, quantize=Quantizing.Q8)) == draft_bytes(LOAD), "it has nothing to round so"
 
 
 @pytest.mark.parametrize("rank_count", [1, 2])
@@ -183,6 +188,9 @@ def test_what_is_half_as_large_counts_as_both_are_held() -> None:
     refused = place(model, nodes("a"), replace(SIZES, quantize=Quantizing.Q4))
     assert isinstance(refused, Refused)
     assert "would not be faster" in refused.reason
+    rounded = replace(DRAFT, quantized=(QuantizedBytes(Quantizing.Q4, (MB,) * 4, MB, MB),))
+    both = replace(SIZES, quantize=Quantizing.Q4, draft=rounded)
+    assert isinstance(place(model, nodes("a"), both), Placement), "the draft is rounded, too"
 
 
 def test_who_asks_for_no_context_gets_no_more_than_the_draft_holds() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from covey.engine.contract import Activations, EngineError, Exchange, LoadProgress, Logits, Piece
 from covey.engine.cores import Cores
@@ -125,6 +126,17 @@ def test_the_smaller_vocabulary_counts() -> None:
     texts = {"": [*TEXTS[""], "more"], DRAFT.model_path: TEXTS[""][:20]}
     draft, _ = make_draft(Counting(texts))
     assert draft.guess([18], 2, GREEDY).token_ids == (19, 0)
+
+
+def test_a_token_that_a_draft_names_but_has_no_row_for_is_read_as_another_one() -> None:
+    """Gemma 3's tokenizer names one more token than its smallest model has rows."""
+    small = replace(DRAFT, vocabulary_size=20)
+    engine = Counting(TEXTS | {small.model_path: TEXTS[""]})
+    spec = make_spec(vocabulary_size=VOCABULARY, draft=small)
+    draft = DraftModel(spec, small, Cores(), engine)
+    draft.load(spec, lambda _: None)
+    assert draft.guess([5, 20, 18], 1, GREEDY).token_ids == (19,)
+    assert max(engine.slot) < 20
 
 
 @pytest.mark.parametrize("place", [0, 13, 19])

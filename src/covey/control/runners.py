@@ -443,9 +443,10 @@ def _files(runner: Runner, paths: Mapping[ModelId, str]) -> list[str] | None:
 
 
 def _draft(instance: Instance, files: Sequence[str]) -> Draft | None:
-    if not files or instance.draft is None:
+    card = instance.draft
+    if not files or card is None:
         return None
-    return Draft(model_path=files[0], layer_count=instance.draft.layer_count)
+    return Draft(model_path=files[0], layer_count=card.layer_count, vocabulary_size=card.vocabulary_size)
 
 
 def _engine_options(instance: Instance) -> dict[str, str]:

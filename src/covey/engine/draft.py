@@ -114,7 +114,8 @@ class DraftModel:
                 raise EngineError(
                     f"its token {token_id} is {their!r}, the model's is {our!r}; choose a draft of the same family"
                 )
-        return min(filter(None, (spec.vocabulary_size, len(ours), len(theirs))), default=0)
+        sizes = (spec.vocabulary_size, self._draft.vocabulary_size, len(ours), len(theirs))
+        return min(filter(None, sizes), default=0)
 
 
 def _beside(spec: RunnerSpec) -> tuple[str, str, int]:

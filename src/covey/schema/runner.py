@@ -54,6 +54,7 @@ class Draft(Struct, frozen=True, kw_only=True):
 
     model_path: str
     layer_count: int
+    vocabulary_size: int = 0  # rows of its embedding: ids beyond it can't be read; 0: unknown
 
 
 class RunnerSpec(Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ class Load(Struct, frozen=True):
     quantize: Quantizing | None = None
     exact: bool = False
     rank_count: int = 1  # how many runners share each layer; all sizes are those of one of them
-    draft: ModelCard | None = None  # rank 0 of the first stage holds it whole, as its file is
+    draft: ModelCard | None = None  # rank 0 of the first stage holds it whole, rounded as the model is
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -77,9 +77,16 @@ def draft_bytes(load: Load) -> int:
     """The draft: its weights, one slot of its KV cache, and its scores of attention. It runs in the head's program."""
     if load.draft is None:
         return 0
-    alone = Load(load.draft, load.context_length, 1)
+    alone = load_of_draft(load, load.draft)
     cache = kv_bytes_of_layer(alone) * load.draft.layer_count
     return weight_bytes(alone) + cache + overhead_bytes(alone) - PROGRAM_BYTES
+
+
+def load_of_draft(load: Load, draft: ModelCard) -> Load:
+    """What a draft beside `load` is: with one slot and never exact. Where the model is rounded, so is the draft's full
+    precision.
+    """
+    return Load(draft, load.context_length, 1, load.quantize)
 
 
 def weight_bytes(load: Load) -> int:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from covey.control.placement import refusal
-from covey.control.placement.memory import Load, shard_bytes, weight_bytes, weight_sizes, whole_bytes
+from covey.control.placement.memory import Load, load_of_draft, shard_bytes, weight_bytes, weight_sizes, whole_bytes
 from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranked
 from covey.control.placement.split import split
 from covey.schema.cluster import RANKS_MAX, Refused
@@ -140,7 +140,7 @@ def _refuse_to_guess(load: Load, draft: ModelCard) -> Refused | None:
         return refusal.odd_card(draft, len(draft.layer_bytes))
     if abs(draft.vocabulary_size - load.card.vocabulary_size) > DRAFT_VOCABULARY_APART_MAX:
         return refusal.draft_of_other_words(load.card, draft)
-    if DRAFT_WEIGHTS_SHARE * weight_bytes(Load(draft, load.context_length, 1)) >= weight_bytes(load):
+    if DRAFT_WEIGHTS_SHARE * weight_bytes(load_of_draft(load, draft)) >= weight_bytes(load):
         return refusal.draft_too_large(load.card, draft)
     if load.context_length > draft.context_length_max:
         return refusal.draft_too_short(load.context_length, draft)
