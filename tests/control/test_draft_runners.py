@@ -21,7 +21,7 @@ from covey.schema.cluster import (
 )
 from covey.schema.ids import ModelId, NodeId
 from covey.schema.machine import RegroupRunner, StartRunner
-from covey.schema.model import Shard
+from covey.schema.model import ModelCard, Shard
 from covey.schema.pipeline import cards_needed, cards_placed
 from covey.schema.runner import Draft, RunnerState
 from simulation.people import LARGE, SMALL, card
@@ -29,6 +29,14 @@ from tests.control.test_machine import cluster_of, state
 from tests.control.test_tending import ADA, BEA, Leader, has_file, node, serving_on_ada
 
 TINY = card("tiny", 2, 1_000_000)
+
+
+def told(draft: ModelCard, path: str) -> Draft:
+    """What a head hears of it."""
+    return Draft(model_path=path, layer_count=draft.layer_count, vocabulary_size=draft.vocabulary_size)
+
+
+TOLD = told(TINY, "/tiny.gguf")
 
 
 def drafted(stage_count: int) -> Instance:
@@ -72,7 +80,7 @@ def test_a_head_starts_when_both_files_are_there_and_is_told_of_both() -> None:
     [start] = bench.advance()
     assert isinstance(start, StartRunner)
     assert start.spec.model_path == "/small.gguf"
-    assert start.spec.draft == Draft(model_path="/tiny.gguf", layer_count=2)
+    assert start.spec.draft == TOLD
     assert start.spec.engine_options == {}
 
 
@@ -102,7 +110,7 @@ def test_who_becomes_the_head_begins_anew_with_the_draft_once_its_file_is_there(
     bench.paths[ModelId("tiny")] = "/tiny.gguf"
     [anew] = bench.advance()
     assert isinstance(anew, RegroupRunner)
-    assert (anew.spec.shard, anew.spec.draft) == (Shard(0, 6, 6), Draft(model_path="/tiny.gguf", layer_count=2))
+    assert (anew.spec.shard, anew.spec.draft) == (Shard(0, 6, 6), TOLD)
 
 
 def test_another_draft_is_another_instance() -> None:
@@ -186,14 +194,14 @@ def test_the_head_has_both_files_and_a_new_head_fetches_the_draft() -> None:
     assert instance_status(state(hosts[0]), placed).text == "ready"
     first, other = (world.host(stage.node_id) for stage in placed.stages)
     assert (sorted(first.files), sorted(other.files)) == (["large", "small"], ["large"])
-    assert [spec.draft for spec in heads(world, other)] == [Draft(model_path="/models/small", layer_count=6)]
+    assert [spec.draft for spec in heads(world, other)] == [told(SMALL, "/models/small")]
     first.crash()
     world.run_until(40_000)
     [again] = state(other).instances
     assert again.draft == SMALL
     assert instance_status(state(other), again).text == "ready"
     assert "small" in world.host(again.stages[0].node_id).files
-    assert [spec.draft for spec in heads(world, other)] == [Draft(model_path="/models/small", layer_count=6)]
+    assert [spec.draft for spec in heads(world, other)] == [told(SMALL, "/models/small")]
 
 
 # ---- spread again ----
