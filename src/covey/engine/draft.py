@@ -7,7 +7,8 @@ ask it is decided elsewhere (`drafting`).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -52,15 +53,18 @@ class DraftModel:
         """Whether it is the draft of `spec`, whatever it is still to load for that."""
         return spec.draft == self._draft and _beside(spec) == self._beside
 
+    def compare(self, spec: RunnerSpec) -> None:
+        """Before anything is loaded: what can't be a draft costs no reading of the model. Raises `EngineError`."""
+        if not self._is_compared:
+            with self._named():
+                self._known = self._shared_count(spec)
+            self._is_compared = True
+
     def load(self, spec: RunnerSpec, progress: Progress) -> None:
         """As an engine's, for each generation. Raises `EngineError`."""
-        try:
-            if not self._is_compared:
-                self._known = self._compare(spec)
-                self._is_compared = True
+        self.compare(spec)
+        with self._named():
             self._engine.load(_own(spec, self._draft), progress, ALONE)
-        except (EngineError, CheckpointError) as error:
-            raise EngineError(f"the draft model {Path(self._draft.model_path).name}: {error}") from None
         self._held = self._held[:0]
 
     def warm_up(self) -> None:
@@ -106,7 +110,15 @@ class DraftModel:
         wanted = np.asarray(tokens, np.int64)
         return np.where(wanted < self._known, wanted, 0) if self._known else wanted
 
-    def _compare(self, spec: RunnerSpec) -> int:
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """Raises `EngineError` that says it is the draft's."""
+        try:
+            yield
+        except (EngineError, CheckpointError) as error:
+            raise EngineError(f"the draft model {Path(self._draft.model_path).name}: {error}") from None
+
+    def _shared_count(self, spec: RunnerSpec) -> int:
         """How many ids mean the same to both; 0: all. Raises `EngineError` where one means something else."""
         ours, theirs = (self._engine.token_texts(path) for path in (spec.model_path, self._draft.model_path))
         for token_id, (our, their) in enumerate(zip(ours, theirs, strict=False)):

@@ -88,6 +88,8 @@ class Generation:
         self._wait(Load)
         self.phase = "loading"
         draft = self._find_draft(self.spec)
+        if draft:
+            draft.compare(self.spec)
         engine = self._find_engine(self.spec)
         engine.load(self.spec, self._tell_progress, self._exchange or ALONE)
         self.has_loaded = True
