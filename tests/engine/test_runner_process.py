@@ -636,6 +636,7 @@ def test_a_draft_that_cannot_be_read_is_told_in_a_sentence(demo_model: Path, tmp
         assert failure.phase == "loading"
         assert failure.reason.startswith("the draft model gone.gguf: the model file ")
         assert failure.reason.endswith("is gone; put it back, then place the model again")
-        assert not any(isinstance(each, LoadProgressed) for each in runners[0].messages), "the model is not read in vain"
+        read = [each for each in runners[0].messages if isinstance(each, LoadProgressed)]
+        assert read == [], "the model is not read in vain"
     finally:
         [runner.close() for runner in runners]
