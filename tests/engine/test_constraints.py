@@ -183,6 +183,7 @@ def test_one_that_fails_fails_alone(model: Path, tmp_path: Path) -> None:
         (schema({"$ref": "#/$defs/gone"}), "/$defs/gone"),
         (schema({"$ref": "#"}), "nothing satisfies it"),
         (schema({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "itself again"),
+        (schema({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/a"}], "$defs": {"a": {}}}), "write anyOf instead"),
         (schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
         (schema({"type": "string", "pattern": "a" * 9000}), "a string in it has more than 8192 characters"),
         (schema({"enum": ["word"] * 10_000}), "32768 are the most"),

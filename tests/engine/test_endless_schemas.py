@@ -45,6 +45,7 @@ def test_what_contains_itself_for_ever(schema: dict[str, Any]) -> None:
         {"type": "object", "patternProperties": {"a": EMPTY}, "additionalProperties": {"$ref": "#"}, "required": ["a"]},
         {"const": {"$ref": "#"}},
         {"$ref": "https://example.com/schema.json"},
+        defined({**NODE, "properties": {"next": {"$ref": "#leaf"}}}, end={**EMPTY, "$anchor": "leaf"}),
     ],
 )
 def test_what_can_end(schema: Any) -> None:

@@ -54,7 +54,9 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _resolved(schema: Any, ref: str) -> Any:
-    """What a JSON pointer leads to; True, which anything satisfies, where it leads nowhere."""
+    """What a JSON pointer leads to; True, which anything satisfies, where it leads nowhere, and for an `$anchor`."""
+    if ref != "#" and not ref.startswith("#/"):
+        return True
     for part in ref.removeprefix("#").split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         if not isinstance(schema, dict) or key not in schema:

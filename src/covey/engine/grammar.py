@@ -35,6 +35,7 @@ COSTLY: Final = ("too many expressions", "precomputation failed", "too big", "to
 CONTROL_TOKEN: Final = re.compile(r'unknown special token: "(.+?)"; following')
 TOKEN_NUMBER: Final = re.compile(r"Token range end too large: (\d+)")
 CHECKED_MAX: Final = 64  # programs send the same schema again and again
+ONE_OF: Final = "'coerce_one_of'"  # an option of the library, for those who write programs
 END: Final = 256  # the token that ends an answer where the tokens are bytes
 
 Result = TypeVar("Result")
@@ -249,6 +250,8 @@ def plain(reason: str) -> str:
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     said = said.replace("Unimplemented keys:", "these keywords are not supported:")
     said = said.replace("NoExtensionBias", "nothing satisfies it")
+    if ONE_OF in said:
+        return "more than one choice of a oneOf might fit at once, which is not supported; write anyOf instead"
     if named := CONTROL_TOKEN.search(said):
         return f"it names the control token {named[1]}, and a grammar is of text alone; leave it out"
     if numbered := TOKEN_NUMBER.search(said):
