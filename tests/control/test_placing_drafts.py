@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 from msgspec.structs import replace
 
 from covey.control.cluster import Cluster, Context, Decision, assignment, encoded, options_of, wish_asked_for
-from covey.control.placement.again import place_again, place_anew
+from covey.control.placement.again import place_again, place_anew, place_at_all
 from covey.control.placement.memory import (
     PROGRAM_BYTES,
     Load,
@@ -268,6 +268,17 @@ def test_the_draft_is_counted_where_the_first_layers_go_when_the_head_is_lost() 
     assert again.parts[0].memory_bytes == shard_bytes(LOAD, again.parts[0].shard)
     alone = place_again(three(), [node("b", room_for(0, 12) - 2 * draft_bytes(LOAD))], SIZES)
     assert alone is None
+
+
+def test_after_a_loss_the_model_goes_on_without_its_draft_rather_than_not_at_all() -> None:
+    tight = [node("b", room_for(0, 12, replace(LOAD, draft=None)))]
+    assert isinstance(place(MODEL, tight, SIZES), Refused), "who asks for it anew is told"
+    placed = place_at_all(MODEL, tight, SIZES)
+    assert layout(placed) == [("b", 0, 12)]
+    assert instance(placed).draft is None
+    with_room = place_at_all(MODEL, nodes("b"), SIZES)
+    assert instance(with_room).draft == DRAFT
+    assert isinstance(place_at_all(MODEL, [node("b", 500 * MB)], SIZES), Refused)
 
 
 def test_another_rank_that_takes_the_place_of_the_head_has_room_for_the_draft() -> None:

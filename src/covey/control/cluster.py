@@ -242,7 +242,7 @@ class Cluster:
         if isinstance(placement, Refused):
             return placement
         moved = assignment(wish, placement, context)
-        if instance.instance_id != command.instance_id or shards(moved) == shards(instance):
+        if instance.instance_id != command.instance_id or is_same(moved, instance):
             return Decision((), Accepted(instance.instance_id), (INSTANCE + instance.instance_id,))
         return Decision(replacement(context.standing, moved), Accepted(moved.instance_id))
 
@@ -331,7 +331,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         exact=wish.exact,
         quantize=wish.quantize,
         rank_count=placement.rank_count,
-        draft=wish.draft,
+        draft=placement.draft,
     )
 
 
@@ -341,8 +341,12 @@ def replacement(instances: Sequence[Instance], moved: Instance) -> tuple[Written
     return (Written(INSTANCE + moved.instance_id, moved), *deleted)
 
 
-def shards(instance: Instance) -> list[tuple[NodeId, Shard, int, int]]:
-    """Who holds what: which share of which layers."""
+def is_same(first: Instance, second: Instance) -> bool:
+    """Whether the same nodes hold the same: which share of which layers, and which draft."""
+    return _shards(first) == _shards(second) and first.draft == second.draft
+
+
+def _shards(instance: Instance) -> list[tuple[NodeId, Shard, int, int]]:
     return [(stage.node_id, stage.shard, stage.rank, instance.rank_count) for stage in instance.stages]
 
 

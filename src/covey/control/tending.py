@@ -21,9 +21,9 @@ from covey.control.cluster import (
     Context,
     Written,
     assignment,
+    is_same,
     options_of,
     replacement,
-    shards,
     wish_of,
 )
 from covey.control.dormancy import lacks
@@ -126,7 +126,7 @@ class Tending:
         kept = None if stuck or not lost else place_again(lost[0], context.nodes, options)
         placement = kept or place_at_all(wish.card, context.nodes, options)
         instance = None if isinstance(placement, Refused) else assignment(wish, placement, context)
-        if instance is None or any(shards(each) == shards(instance) for each in stuck):
+        if instance is None or any(is_same(each, instance) for each in stuck):
             self.refused_with[wish.wish_id] = context.nodes
             return ()
         return (Written(INSTANCE + instance.instance_id, instance),)
@@ -150,7 +150,8 @@ class Tending:
         placement = place_anew(instance, nodes, options)
         if isinstance(placement, Refused) or _is_so_wide(placement.rank_count, len(placement.parts), instance):
             return ()
-        if wish.draft and placement.parts[0].node_id not in _having_draft(wish.draft, instance, reports):
+        draft = placement.draft
+        if draft and placement.parts[0].node_id not in _having_draft(draft, instance, reports):
             return ()
         moved = assignment(wish, placement, context)
         self.widened_from[moved.instance_id] = instance
@@ -164,7 +165,7 @@ class Tending:
         self.narrow.add(wish.wish_id)
         context = look((instance,))
         parts = tuple(Part(stage.node_id, stage.shard, stage.memory_bytes, stage.rank) for stage in before.stages)
-        placement = Placement(parts, before.context_length, before.slot_count, before.rank_count)
+        placement = Placement(parts, before.context_length, before.slot_count, before.rank_count, before.draft)
         if not {part.node_id for part in parts} <= {node.node_id for node in context.nodes}:
             return ()
         return replacement((instance,), assignment(wish, placement, context))

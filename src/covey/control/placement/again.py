@@ -2,7 +2,8 @@
 
 `place_again` after a loss: what is lost is given to the nodes that are left, and what is loaded stays where it is.
 `place_anew` where nothing is lost: as a new instance would be placed, with its nodes in the order that moves least.
-`place_at_all` where anything is better than nothing: with fewer ranks, if as many as were asked for find no room.
+`place_at_all` where anything is better than nothing: with fewer ranks, if as many as were asked for find no room; and
+without the draft, if it can't be had with it.
 
 A layer that moves has to be read again, gigabytes of a large model, while everybody waits. So a survivor keeps all its
 layers, and takes on some of those that were lost beside them. Only where the survivors have no room for a gap between
@@ -13,7 +14,7 @@ place of one that was lost.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice, permutations
+from itertools import chain, islice, permutations
 from typing import Final
 
 from msgspec import Struct
@@ -37,6 +38,7 @@ def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -
         return placement
     ranks = placement.rank_count
     load = load_of(former, placement.context_length, placement.slot_count, ranks)
+    load = replace(load, draft=placement.draft)
     allowed = among(nodes, options.node_ids)
     chosen = [node for part in placement.parts for node in allowed if node.node_id == part.node_id]
     groups = [_in_former_order(former, chosen[start : start + ranks]) for start in range(0, len(chosen), ranks)]
@@ -49,11 +51,21 @@ def place_anew(former: Instance, nodes: Sequence[Candidate], options: Options) -
 
 
 def place_at_all(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Placement | Refused:
-    """With the most ranks that find a place, of those that divide what was asked for; what that is refused with."""
-    asked = options.rank_count
-    first = place(card, nodes, options)
-    fewer = (place(card, nodes, with_ranks(options, count)) for count in range(asked - 1, 0, -1) if asked % count == 0)
-    return next((each for each in (first, *fewer) if isinstance(each, Placement)), first)
+    """With the draft if there is room for it, and with the most ranks that find a place, of those that divide what was
+    asked for. What that is refused with.
+    """
+    tried = (place(card, nodes, each) for each in _ways(options))
+    first = next(tried)
+    return next((each for each in chain([first], tried) if isinstance(each, Placement)), first)
+
+
+def _ways(options: Options) -> Iterator[Options]:
+    """As asked for, then with less and less."""
+    yield options
+    counts = (count for count in range(options.rank_count - 1, 0, -1) if options.rank_count % count == 0)
+    yield from (with_ranks(options, count) for count in counts)
+    if options.draft:
+        yield from _ways(replace(options, draft=None))
 
 
 def with_ranks(options: Options, rank_count: int) -> Options:
@@ -127,7 +139,7 @@ def place_again(former: Instance, nodes: Sequence[Candidate], options: Options) 
     for newcomers in _newcomers(kept, spare, load.card.layer_count, options):
         parts = _fill(load, sorted([*kept, *newcomers], key=lambda each: each.start), list(allowed.values()))
         if parts:
-            return Placement(parts, former.context_length, former.slot_count)
+            return Placement(parts, former.context_length, former.slot_count, draft=former.draft)
     return None
 
 
@@ -145,7 +157,7 @@ def _with_places_taken(former: Instance, allowed: dict[NodeId, Candidate], optio
         Part(node.node_id, stage.shard, stage.memory_bytes, stage.rank)
         for node, stage in zip(found, former.stages, strict=True)
     )
-    return Placement(parts, former.context_length, former.slot_count, former.rank_count)
+    return Placement(parts, former.context_length, former.slot_count, former.rank_count, former.draft)
 
 
 def _has_room(chosen: Sequence[Candidate], stages: Sequence[Stage], nodes: Sequence[Candidate]) -> bool:

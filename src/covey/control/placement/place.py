@@ -61,6 +61,7 @@ class Placement(Struct, frozen=True):
     context_length: int
     slot_count: int
     rank_count: int = 1
+    draft: ModelCard | None = None  # the one that it has room for
 
 
 Group = Sequence[Candidate]  # the nodes that share a stage, in order of rank
@@ -83,7 +84,7 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     for length in lengths:
         found = _place_with(replace(load, context_length=length), allowed, options)
         if found:
-            return Placement(found, length, slot_count, options.rank_count)
+            return Placement(found, length, slot_count, options.rank_count, options.draft)
     least = replace(load, context_length=lengths[-1])
     fitting = next((each for each in _smaller(least) if _place_with(each, allowed, options)), None)
     return refusal.too_little_memory(least, allowed, _stage_count_min(options), fitting)
