@@ -16,10 +16,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from typer.testing import CliRunner
 
 from covey.cli.doctor import looking
 from covey.cli.doctor.finding import Finding, Level
 from covey.cli.doctor.looking import Asked, findings
+from covey.cli.main import app
 from covey.effects import beacon, multicast, multicast_trial
 from covey.effects.beacon import Beacons
 from covey.effects.code_file import replace_code
@@ -63,15 +65,11 @@ def looked(**asked: Any) -> dict[str, Finding]:
     return by_check(findings(Asked(**{"url": NO_NODE, "interfaces": HERE, **asked})))
 
 
-def command(home: Path, *options: str, before: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COVEY_HOME": str(home), **more}
-    words = [*before, sys.executable, "-m", "covey.cli", "doctor", "--json", *options]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=90, check=False)
-
-
 def doctor(home: Path, *before: str, **more: str) -> tuple[int, dict[str, dict[str, str]]]:
     """The command as a process, with `before` its words: its status, and what each check says at its worst."""
-    done = command(home, "--url", NO_NODE, "--interface", "lo", before=before, **more)
+    environment = {**os.environ, "COVEY_HOME": str(home), **more}
+    command = [*before, sys.executable, "-m", "covey.cli", "doctor", "--json", "--url", NO_NODE, "--interface", "lo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)
     order = [level.value for level in Level]
@@ -103,15 +101,16 @@ def test_with_a_node(home: Path, node: ServedNode) -> None:
 
 def test_with_the_options_that_the_node_was_started_with(home: Path, node: ServedNode, tmp_path: Path) -> None:
     """--host and --port lead to it as --url does, and stand above the environment; its folder is looked at."""
-    started = ("--port", str(urlsplit(node.url).port), "--data-dir", str(tmp_path), "--open", "--interface", "lo")
+    started = ("doctor", "--port", str(urlsplit(node.url).port), "--data-dir", str(tmp_path), "--open", "--json")
     for options in (started, (*started, "--host", "0.0.0.0")):  # noqa: S104 - as a person may write it
-        checks = json.loads(command(home, *options, COVEY_URL=NO_NODE).stdout)["checks"]
+        done = CliRunner().invoke(app, [*options, "--interface", "lo"], env={"COVEY_URL": NO_NODE})
+        checks = json.loads(done.stdout)["checks"]
         seen = [each["seen"] for each in checks if each["check"] in {"node", "folder"}]
         assert f"answers at {node.url} and sees" in seen[0]
         assert any(str(tmp_path) in each for each in seen)
-    refused = command(home, *started, "--url", node.url)
-    assert refused.returncode == 2
-    assert "--url excludes --host and --port" in refused.stderr.replace("\n", " ")
+    refused = CliRunner().invoke(app, [*started, "--url", node.url], env={"COLUMNS": "200"})
+    assert refused.exit_code == 2
+    assert "--url excludes --host and --port" in refused.stderr
 
 
 def test_an_address_that_this_machine_does_not_have(home: Path) -> None:
