@@ -28,6 +28,11 @@ def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "model", LLAMA | {"eos_token_id": 0}, tensors)
 
 
+def test_rounding_that_would_change_nothing_is_told(demo_model):
+    done = CliRunner().invoke(app, ["models", "inspect", str(demo_model), "--quantize", "q4"])
+    assert "nothing in full precision that --quantize q4 would round" in done.stdout
+
+
 def by_name(kinds: list[TensorKind]) -> dict[str, TensorKind]:
     return {kind.name: kind for kind in kinds}
 
@@ -101,7 +106,9 @@ def test_a_model_that_can_be_run_and_those_that_cannot(folder, tmp_path):
     """Its tensors can be looked at either way; who asks for JSON gets it, and the reason beside it."""
     run = CliRunner().invoke
     write_tokenizer(folder)
-    assert run(app, ["models", "inspect", str(folder)]).exit_code == 0
+    done = run(app, ["models", "inspect", str(folder), "--quantize", "q8"])
+    assert (done.exit_code, "would round" in done.stdout) == (0, False)
+    assert f"llama, {LLAMA['num_hidden_layers']} layers (--tensor 2" in done.stdout
     done = run(app, ["models", "inspect", str(write_model(tmp_path / "part.gguf"))], env={"COLUMNS": "300"})
     assert (done.exit_code, "part.gguf can't be run: the model file lacks its tensor" in done.stderr) == (1, True)
     path = tmp_path / "strange.gguf"

@@ -231,8 +231,9 @@ def place(
     short = short_ids([instance_id, *(each.instance_id for each in state.instances)])[instance_id]
     out.print(placing.summary(ready, short), soft_wrap=True)
     out.print(tables.layers_table(rows))
-    if note := placing.shorter_context(ready.instance):
-        out.print(f"\n{note}", soft_wrap=True)
+    notes = " ".join(filter(None, (placing.drafted(ready.instance), placing.shorter_context(ready.instance))))
+    if notes:
+        out.print(f"\n{notes}", soft_wrap=True, markup=False)
     if ready.on_one_node_only:
         warn_of_one_copy(state)
 

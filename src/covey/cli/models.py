@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from covey.checkpoints.ranks import rank_counts
 from covey.cli import tables
 from covey.cli.client import DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import out
 from covey.cli.options import Json, Url, explained, print_json
-from covey.schema.model import Quantizing, Shard
+from covey.control.placement.memory import heads_of
+from covey.schema.model import ModelCard, Quantizing, Shard
 
 app = typer.Typer(help="List the models that can be named, or look into one on this machine.")
 
@@ -48,7 +50,24 @@ def inspect(path: str, quantize: Quantize = None, as_json: Json = False) -> None
         print_json(rows)
     else:
         out.print(tables.tensors_table(rows))
-    _expect_runnable(place)
+    card = _expect_runnable(place)
+    if not as_json:
+        out.print(f"\n{_summary(card, quantize)}", soft_wrap=True)
+
+
+def _summary(card: ModelCard, quantize: Quantizing | None) -> str:
+    """What one asks before a placement."""
+    rounded = next((each for each in card.quantized if each.quantize is quantize), None)
+    sizes = rounded or card
+    held = sum(sizes.layer_bytes) + sizes.embedding_bytes + sizes.output_bytes
+    counts = rank_counts(card.architecture, heads_of(card), card.feed_forward_size)[1:]
+    shared = f"--tensor {' or '.join(map(str, counts))}" if counts else "no --tensor"
+    useless = f" There is nothing in full precision that --quantize {quantize} would round."
+    return (
+        f"{card.architecture}, {card.layer_count} layers ({shared}), context {card.context_length_max}, vocabulary "
+        f"{card.vocabulary_size}: {tables.size(card.file_bytes)} in the file, {tables.size(held)} in memory, without "
+        f"caches and programs.{useless if quantize and not rounded else ''}"
+    )
 
 
 def _kinds(path: Path, quantize: Quantizing | None) -> list[dict[str, Any]]:
@@ -65,7 +84,7 @@ def _kinds(path: Path, quantize: Quantizing | None) -> list[dict[str, Any]]:
             return msgspec.to_builtins(inspection.quantized_kinds(header, reader, quantize))
 
 
-def _expect_runnable(path: Path) -> None:
+def _expect_runnable(path: Path) -> ModelCard:
     """Raises `CliError` with what a node, or a runner that is to load it, would say."""
     from covey.checkpoints.opening import open_checkpoint  # noqa: PLC0415
     from covey.effects.model_files import runnable_card  # noqa: PLC0415
@@ -78,6 +97,7 @@ def _expect_runnable(path: Path) -> None:
         architecture = settings.read_settings(header)
         needed = tensors.needed(header, architecture, whole, card.context_length_max)
         tensors.check(header, architecture, needed)
+        return card
 
 
 @contextmanager

@@ -226,6 +226,14 @@ def shorter_context(instance: Instance) -> str:
     return f"Its context is {instance.context_length} of the model's {most} tokens: `covey place --context N` chooses."
 
 
+def drafted(instance: Instance) -> str:
+    """A sentence about its draft, if it has one."""
+    if instance.draft is None:
+        return ""
+    node = instance.stages[0].node_name or "its first node"
+    return f"Its draft {instance.draft.model_id} is on {node}, and counted there."
+
+
 def wait_ready(node: NodeClient, wish_id: str) -> Instance:
     """Follows the wish of an instance until one answers: what its nodes can't hold is placed again under another id.
 
