@@ -183,6 +183,22 @@ def test_logits_that_are_no_numbers_guess_nothing() -> None:
     assert draft.guess([5, 9, 20], 3, GREEDY).token_ids == ()
 
 
+def test_one_whose_engine_fails_says_nothing_until_it_is_loaded_again() -> None:
+    """The model goes on without it."""
+    draft, engine = make_draft()
+
+    def fail(pieces: Sequence[Piece], values: Activations) -> Logits:
+        engine.runs.append((pieces[0].position, values.tolist()))
+        raise EngineError("there is too little memory")
+
+    works, engine.run = engine.run, fail
+    assert [draft.guess([5, 9], 3, GREEDY).token_ids for _ in range(3)] == [(), (), ()]
+    assert (len(engine.runs), draft.is_running) == (1, False)
+    engine.run = works
+    draft.load(make_spec(vocabulary_size=VOCABULARY, draft=DRAFT), lambda _: None)
+    assert draft.guess([5, 9], 3, GREEDY).token_ids == (10, 11, 12)
+
+
 def test_after_another_load_nothing_is_held() -> None:
     draft, engine = make_draft()
     draft.guess([5, 9, 20], 1, GREEDY)

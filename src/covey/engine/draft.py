@@ -6,6 +6,7 @@ is that of seed, position and token: so it likely draws what the model draws. Pe
 ask it is decided elsewhere (`drafting`).
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from covey.schema.runner import Draft, RunnerSpec
 SHARED_OPTIONS: Final = frozenset({"quantize", "vocabulary_size", "hidden_size"})
 LEFT_TO_READ: Final = 2  # tokens, with which the first guess takes hardly longer than with one
 
+log = logging.getLogger(__name__)
 Progress = Callable[[LoadProgress], None]
 
 
@@ -47,6 +49,7 @@ class DraftModel:
         self._engine = engine or create(spec)
         self._known = 0  # so many token ids, from 0 on, mean the same to both models; 0: all
         self._is_compared = False
+        self._has_failed = False
         self._held: Tokens = np.empty(0, np.int64)  # the tokens whose keys and values the slot has
 
     def serves(self, spec: RunnerSpec) -> bool:
@@ -65,12 +68,23 @@ class DraftModel:
         self.compare(spec)
         with self._named():
             self._engine.load(_own(spec, self._draft), progress, ALONE)
-        self._held = self._held[:0]
+        self._held, self._has_failed = self._held[:0], False
 
     def warm_up(self) -> None:
         self._engine.warm_up()
 
     def guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
+        """Nothing any more once its engine has failed: the model can do without it, until it is loaded again."""
+        if self._has_failed:
+            return Drafted((), 0.0, 0.0)
+        try:
+            return self._read_and_guess(tokens, most, sampling)
+        except EngineError as error:
+            log.warning("the draft model failed, so nothing is drafted from here on: %s", error)
+            self._has_failed = True
+            return Drafted((), 0.0, 0.0)
+
+    def _read_and_guess(self, tokens: Sequence[int], most: int, sampling: Sampling) -> Drafted:
         """Raises `EngineError`."""
         began_s = time.monotonic()
         wanted = self._readable(tokens)
@@ -99,9 +113,11 @@ class DraftModel:
         """The logits of the last one are good until the next run."""
         piece = Piece(0, self._held.size, tokens.size, wants_logits=wants_logits)
         self.is_running = True
-        with self._cores.computing():
-            logits = self._engine.run([piece], tokens)
-        self.is_running = False
+        try:
+            with self._cores.computing():
+                logits = self._engine.run([piece], tokens)
+        finally:
+            self.is_running = False
         self._held = np.concatenate([self._held, tokens])
         return logits
 
