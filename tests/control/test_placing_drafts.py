@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from candidates import node, nodes
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from msgspec.structs import replace
@@ -18,7 +19,7 @@ from covey.control.placement.memory import (
     shard_bytes,
     whole_bytes,
 )
-from covey.control.placement.nodes import Candidate, budgets_bytes
+from covey.control.placement.nodes import budgets_bytes
 from covey.control.placement.place import Options, Placement, group_budgets_bytes, place
 from covey.control.placement.split import split
 from covey.schema.cluster import Accepted, Instance, PlaceModel, Refused, Wish
@@ -26,7 +27,6 @@ from covey.schema.ids import ModelId, NodeId
 from covey.schema.model import FileSource, ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MB = 10**6
-GB = 10**9
 
 
 def card(name: str, layers: tuple[int, ...], **changes: Any) -> ModelCard:
@@ -55,20 +55,6 @@ MODEL = card("model", (100 * MB,) * 12)
 DRAFT = card("draft", (10 * MB,) * 4, embedding_bytes=20 * MB, output_bytes=20 * MB)
 SIZES = Options(context_length=512, slot_count=1, draft=DRAFT)
 LOAD = Load(MODEL, 512, 1, draft=DRAFT)
-
-
-def node(name: str, free: int = 100 * GB, machine: str | None = None) -> Candidate:
-    return Candidate(
-        node_id=NodeId(name),
-        name=name,
-        machine_id=machine or f"machine-{name}",
-        memory_bytes_total=2 * free,
-        memory_bytes_free=free,
-    )
-
-
-def nodes(names: str, free: int = 100 * GB) -> list[Candidate]:
-    return [node(name, free) for name in names]
 
 
 def room_for(start: int, end: int, load: Load = LOAD) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from candidates import node, nodes
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from msgspec.structs import replace
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from covey.control.cluster import Context, assignment, options_of
 from covey.control.placement.again import place_again, place_anew, place_at_all
 from covey.control.placement.memory import Load, layer_bytes, shard_bytes, whole_bytes
-from covey.control.placement.nodes import Candidate, budgets_bytes
+from covey.control.placement.nodes import budgets_bytes
 from covey.control.placement.place import Options, Placement, place
 from covey.schema.cluster import Instance, Refused, Stage, Wish
 from covey.schema.ids import ModelId, NodeId
@@ -20,7 +21,6 @@ from covey.schema.model import FileSource, ModelCard, Shard
 from covey.schema.pipeline import is_regular, leaders, ranks_of, stage_count
 
 MB = 10**6
-GB = 10**9
 
 
 def card(**changes: Any) -> ModelCard:
@@ -44,20 +44,6 @@ def card(**changes: Any) -> ModelCard:
         output_bytes=30 * MB,
     )
     return replace(model, **changes)
-
-
-def node(name: str, free: int = 100 * GB, machine: str | None = None) -> Candidate:
-    return Candidate(
-        node_id=NodeId(name),
-        name=name,
-        machine_id=machine or f"machine-{name}",
-        memory_bytes_total=2 * free,
-        memory_bytes_free=free,
-    )
-
-
-def nodes(names: str, free: int = 100 * GB) -> list[Candidate]:
-    return [node(name, free) for name in names]
 
 
 def shared(rank_count: int, **changes: Any) -> Options:

@@ -14,7 +14,7 @@ from covey.cli import tables
 from covey.cli.client import DEFAULT_URL, CliError, NodeClient
 from covey.cli.console import out
 from covey.cli.options import Json, Url, explained, print_json
-from covey.control.placement.memory import heads_of
+from covey.control.placement.memory import Load, heads_of, weight_bytes
 from covey.schema.model import ModelCard, Quantizing, Shard
 
 app = typer.Typer(help="List the models that can be named, or look into one on this machine.")
@@ -58,8 +58,7 @@ def inspect(path: str, quantize: Quantize = None, as_json: Json = False) -> None
 def _summary(card: ModelCard, quantize: Quantizing | None) -> str:
     """What one asks before a placement."""
     rounded = next((each for each in card.quantized if each.quantize is quantize), None)
-    sizes = rounded or card
-    held = sum(sizes.layer_bytes) + sizes.embedding_bytes + sizes.output_bytes
+    held = weight_bytes(Load(card, card.context_length_max, 1, quantize))
     counts = rank_counts(card.architecture, heads_of(card), card.feed_forward_size)[1:]
     shared = f"--tensor {' or '.join(map(str, counts))}" if counts else "no --tensor"
     useless = f" There is nothing in full precision that --quantize {quantize} would round."
