@@ -8,6 +8,7 @@ SEED ?= 1
 SEEDS ?= 1000
 ROUNDS ?= 20
 STOP_S ?= 60
+WORKERS ?= 2
 MINUTES ?= 60
 OUT ?=
 export PROMPT ?= What is the capital of France?
@@ -17,8 +18,9 @@ export PROMPT ?= What is the capital of France?
 run: $(VENV)/.runtime
 	@$(BIN)/covey demo --nodes $(NODES) --prompt "$$PROMPT" $(if $(filter-out 0,$(ONCE)),--once) $(if $(PORT),--port $(PORT)) $(if $(JSON),--json)
 
+# WORKERS at once: most tests wait for other processes.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not net and not seeds and not faults"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not net and not seeds and not faults"
 
 # Many worlds of the simulator, from SEED on: 10,000 take 20 minutes of processor time. Then the bugs that are rarely met.
 seeds: $(VENV)/.test

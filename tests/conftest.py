@@ -33,8 +33,15 @@ def demo_model() -> Path:
     return anyio.run(ModelFiles(models_folder()).ensure, card, lambda _done, _total: None)
 
 
+TRIES_MORE = 2
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is long on purpose may be: its loops have their own ends."""
+    """What is long on purpose may be: its loops have their own ends. And what else runs on this machine can only delay:
+    a limit in seconds has to be kept in one of a few tries, and the summary tells of each that was needed.
+    """
     for item in items:
+        if item.get_closest_marker("timed"):
+            item.add_marker(pytest.mark.flaky(reruns=TRIES_MORE))
         if item.get_closest_marker("faults") or item.get_closest_marker("seeds"):
             item.add_marker(pytest.mark.timeout(0))

@@ -96,6 +96,7 @@ def free_port() -> int:
 # ---- nodes find each other ----
 
 
+@pytest.mark.timed
 async def test_two_nodes_find_each_other_in_under_three_seconds(cluster: str) -> None:
     inbox_a, inbox_b = Inbox(), Inbox()
     settings = settings_of(cluster)
@@ -182,6 +183,7 @@ async def test_a_message_of_a_later_version_is_dropped_with_one_warning(
     assert len([record for record in caplog.records if "not understood" in record.message]) == 1
 
 
+@pytest.mark.timed
 async def test_closing_is_quick_and_sending_afterwards_is_no_error(cluster: str) -> None:
     async with joined(A, Inbox(), settings_of(cluster)) as a:
         await send_until(lambda: None, lambda: a._child._is_open)
@@ -193,6 +195,7 @@ async def test_closing_is_quick_and_sending_afterwards_is_no_error(cluster: str)
     a.send_to(B, CommandAnswer("1", B, TimedOut(5)))
 
 
+@pytest.mark.timed
 async def test_a_frozen_peer_holds_up_nobody(cluster: str) -> None:
     """A laptop is closed: its connections stay open, and nothing is taken from them any more."""
     inbox_b = Inbox()
@@ -215,6 +218,7 @@ async def test_a_frozen_peer_holds_up_nobody(cluster: str) -> None:
 # ---- the process is replaced ----
 
 
+@pytest.mark.timed
 async def test_a_killed_mesh_process_is_replaced_and_what_may_wait_arrives(cluster: str) -> None:
     inbox_a, inbox_b = Inbox(), Inbox()
     settings = settings_of(cluster)

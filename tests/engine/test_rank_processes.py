@@ -137,6 +137,7 @@ def begin_anew(runners: Sequence[Runner], rank_count: int) -> int:
     return bring_ranks_up(runners, rank_count)[0]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("rank_count", "stage_count", "victim"), [(2, 1, 1), (3, 1, 2), (2, 2, 1), (2, 2, 3)])
 def test_a_killed_rank_ends_the_generation_and_the_others_take_part_in_the_next(
     rank_count: int, stage_count: int, victim: int
@@ -159,6 +160,7 @@ def test_a_killed_rank_ends_the_generation_and_the_others_take_part_in_the_next(
         assert [runner.process.poll() for runner in runners] == [None] * len(runners)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("victim", [1, 2])
 def test_ranks_part_with_one_that_stands_still_within_seconds(victim: int) -> None:
     """The others wait for its part of a sum, in the middle of a step."""

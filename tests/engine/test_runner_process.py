@@ -137,6 +137,7 @@ def test_what_cannot_run_is_refused_and_the_rest_goes_on(alone: tuple[Runner, in
     assert_serves(alone[1])
 
 
+@pytest.mark.timed
 def test_a_cancelled_request_ends_within_a_step(alone: tuple[Runner, int]) -> None:
     with Client(alone[1]) as client:
         client.send(make_admit("r", [1, 2], 1000), make_admit("other", [3, 4], 30))
@@ -237,6 +238,7 @@ def test_ctrl_c_is_the_nodes_affair(alone: tuple[Runner, int]) -> None:
     assert_serves(alone[1])
 
 
+@pytest.mark.timed
 def test_the_end_of_standard_input_ends_a_computing_runner() -> None:
     with pipeline(1, engine_options={"step_delay_ms": "30000"}) as (runners, port), Client(port) as client:
         client.send(make_admit("r", [1]))
@@ -260,6 +262,7 @@ def test_the_end_of_standard_input_ends_a_connecting_runner() -> None:
     runner.close()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_killed_stage_breaks_its_requests_at_once(victim: int) -> None:
     with pipeline(3, engine_options=SLOW) as (runners, port), Client(port) as client:
@@ -299,6 +302,7 @@ def test_survivors_answer_with_one_that_takes_the_place_of_a_killed_one(victim: 
         assert [runner.process.poll() for runner in runners] == [None] * 3
 
 
+@pytest.mark.timed
 def test_the_stage_before_one_that_stands_still_parts_with_it_within_seconds() -> None:
     with pipeline(3, engine_options=SLOW) as (runners, port), Client(port) as client:
         client.send(make_admit("r", [1, 2], 1000))
@@ -333,6 +337,7 @@ def test_a_new_generation_needs_no_loss_and_breaks_what_is_under_way() -> None:
         assert_serves(new_port)
 
 
+@pytest.mark.timed
 def test_a_stage_that_waits_for_its_neighbour_begins_anew_at_once() -> None:
     """It may have been told of one that is gone by now."""
     runners = [Runner(make_spec(0, 2)), Runner(make_spec(1, 2))]
@@ -385,6 +390,7 @@ def test_a_terminated_head_tells_its_clients() -> None:
         assert "Traceback" not in runners[0].close()
 
 
+@pytest.mark.timed
 def test_a_shut_down_need_not_wait_for_a_phase() -> None:
     runner = Runner(make_spec(engine_options={"load_delay_ms": "30000"}))
     runner.tell(ConnectTo((Address(HOST, 1),)))

@@ -31,6 +31,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 # ---- one connection ----
 
 
+@pytest.mark.timed
 def test_one_who_falls_silent_is_taken_for_dead(
     channels: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_one_who_can_not_prove_it_may_be_silent(
 # ---- a head ----
 
 
+@pytest.mark.timed
 def test_a_head_ends_what_nobody_waits_for() -> None:
     """Three ask: one falls silent without a word, one proves that it is alive, one is of an older version and can't.
     The slot of the first is free within a second or so of the silence that is allowed, and goes to who waits for it.

@@ -138,6 +138,7 @@ def test_sending_to_one_who_left_breaks(links: tuple[Link, Link]) -> None:
         send_for_a_while()
 
 
+@pytest.mark.timed
 def test_the_end_of_a_link_that_only_sends_is_noticed(links: tuple[Link, Link]) -> None:
     sender, receiver = links
     threading.Timer(0.05, receiver.close).start()
@@ -245,6 +246,7 @@ def test_one_who_does_not_answer_as_a_stage_is_given_up() -> None:
         open_link(b"\x04\x00\x00\x00HTTP", seconds=0.2)
 
 
+@pytest.mark.timed
 def test_the_neighbour_may_start_late() -> None:
     with socket.create_server((HOST, 0)) as probe:
         port = probe.getsockname()[1]

@@ -162,6 +162,7 @@ def test_twenty_malformed_handshakes_harm_nobody(alone: tuple[Runner, int]) -> N
     assert_serves(alone[1])
 
 
+@pytest.mark.timed
 def test_a_hundred_who_say_nothing_keep_nobody_out(alone: tuple[Runner, int]) -> None:
     """They cost at most `STRANGERS_MAX` threads, for a few seconds, and a member comes through at once."""
     process = psutil.Process(alone[0].process.pid)
@@ -180,6 +181,7 @@ def test_a_hundred_who_say_nothing_keep_nobody_out(alone: tuple[Runner, int]) ->
         time.sleep(0.05)
 
 
+@pytest.mark.timed
 def test_one_who_says_nothing_is_sent_away(alone: tuple[Runner, int]) -> None:
     started = time.monotonic()
     with socket.create_connection((HOST, alone[1]), 20) as silent:
@@ -187,6 +189,7 @@ def test_one_who_says_nothing_is_sent_away(alone: tuple[Runner, int]) -> None:
     assert HELLO_SECONDS - 1 < time.monotonic() - started < HELLO_SECONDS + 3
 
 
+@pytest.mark.timed
 def test_one_who_dribbles_is_sent_away_too(alone: tuple[Runner, int]) -> None:
     flight, started = first_flight(), time.monotonic()
     with socket.create_connection((HOST, alone[1]), 20) as slow, contextlib.suppress(OSError):

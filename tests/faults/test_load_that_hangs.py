@@ -79,6 +79,7 @@ def hanging(node: NodeProcess) -> psutil.Process:
     return runner
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "is_stopped",
     [pytest.param(True, id="it is stopped"), pytest.param(False, id="its disk hangs", marks=pytest.mark.faults)],

@@ -54,6 +54,7 @@ def held_bytes(node: NodeProcess) -> int:
     return sum(each.memory_info().rss for each in ours)
 
 
+@pytest.mark.timed
 def test_a_load_that_hangs_ends_in_time_and_the_next_try_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_load_that_hangs_ends_in_time_and_the_next_try_serves(
         assert report(a)["reason"] == ""
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("is_answering", [True, False])
 def test_a_runner_that_is_stopped_is_replaced_whether_it_answers_or_not(
     tmp_path: Path,

@@ -46,6 +46,7 @@ def serving(nodes: list[NodeProcess], model: Path) -> tuple[NodeProcess, NodePro
     return head, tail
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_the_leaders_death_delays_no_token(tmp_path: Path) -> None:
     """The node of the last stage is asked, so that each token crosses from one node to another."""

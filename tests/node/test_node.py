@@ -27,6 +27,7 @@ def place(node: NodeProcess, model: Path, nodes: int) -> None:
     until(lambda: list(node.runners().values()) == ["Ready"] * nodes)
 
 
+@pytest.mark.timed
 def test_two_nodes_from_start_to_end(tmp_path: Path) -> None:
     """They find each other, serve a model that is split over both, one dies, and the other leaves in order."""
     model = write_model(tmp_path / "model.gguf", layers=4)
@@ -57,6 +58,7 @@ def test_two_nodes_from_start_to_end(tmp_path: Path) -> None:
         assert "Traceback" not in a.errors() + b.errors()
 
 
+@pytest.mark.timed
 def test_a_node_that_leaves_is_gone_at_once(tmp_path: Path) -> None:
     with running(tmp_path, "a", "b", "c") as nodes:
         until(lambda: all(len(node.visibility()) == len(nodes) for node in nodes))
@@ -124,6 +126,7 @@ def test_ctrl_c_ends_a_node_in_the_middle_of_an_answer(tmp_path: Path) -> None:
         assert any("error" in json.loads(line[6:]) for line in lines if line.startswith("data: {"))  # no silent end
 
 
+@pytest.mark.timed
 def test_a_node_that_comes_back_is_the_same(tmp_path: Path) -> None:
     cluster = cluster_name()
     with running(tmp_path, "a", "b", cluster=cluster) as (a, b):
@@ -235,6 +238,7 @@ def test_a_node_may_end_with_its_input(tmp_path: Path, *, is_pipe: bool) -> None
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.timed
 def test_a_signal_beside_the_end_of_the_input_still_leaves_in_order(tmp_path: Path) -> None:
     """A program that ends its nodes closes their input and sends SIGTERM; only a second signal is impatience."""
     model = write_model(tmp_path / "model.gguf", layers=4)

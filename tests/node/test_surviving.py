@@ -46,6 +46,7 @@ def three(tmp_path: Path) -> Generator[tuple[NodeProcess, NodeProcess, NodeProce
             process.kill()
 
 
+@pytest.mark.timed
 def test_an_answer_goes_on_after_the_node_that_was_asked_has_slept(tmp_path: Path) -> None:
     """The lid is closed on the laptop where somebody asked. It closes no connection, so the head just hears nothing: it
     ends the request and gives its slot to others. After waking, the answer goes on where it stopped.

@@ -127,6 +127,7 @@ def complaints(node: NodeProcess) -> list[str]:
     return [line for line in node.errors().splitlines() if not line.startswith("the mesh can't use port")]
 
 
+@pytest.mark.timed
 def test_a_vanished_device_costs_nothing(tmp_path: Path, hub: Hub) -> None:
     models, cluster = tmp_path / "models", cluster_name()
     litter(models)

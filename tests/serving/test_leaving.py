@@ -113,6 +113,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "FIRST_EVENT_S_MAX", 0.05)
 
 
+@pytest.mark.timed
 @every_case
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
 def test_a_stream_ends_with_the_reason_and_its_last_event(case: Case, path: str) -> None:
@@ -137,6 +138,7 @@ def test_a_stream_ends_with_the_reason_and_its_last_event(case: Case, path: str)
     told(story)
 
 
+@pytest.mark.timed
 @every_case
 def test_an_answer_in_one_piece_becomes_a_503(case: Case) -> None:
     async def story() -> None:

@@ -835,6 +835,7 @@ def test_a_model_that_loads_for_too_long_says_how_far_it_is(monkeypatch: pytest.
     told(run)
 
 
+@pytest.mark.timed
 def test_a_model_that_has_no_room_without_a_lost_node_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new request soon, one whose answer has begun when nobody expects the node back."""
     monkeypatch.setattr(serving_module, "SILENCE_S", 0.05)
