@@ -1,11 +1,12 @@
 """What HTTP and serving cost: the time per token that a client sees, against the engine alone, in turn.
 
-    python bench/http_overhead.py FILE.gguf [--rounds 9] [--threads 2] [--prompt-tokens 128] [--new-tokens 128]
+    python bench/http_overhead.py FILE.gguf [--rounds 9] [--threads 2] [--temperature 0.7]
+        [--prompt-tokens 128] [--new-tokens 128]
 
 The engine alone is a loop around its step, in this process. The other is a whole node: HTTP, serving, scheduler,
-sampling, and text, asked by the client of `covey bench`. One request at a time, at the same positions of the context.
-The node is asked for the likelihood of each token, which costs it little and rules guesses out: several tokens of one
-step would hide what is measured. Give --threads what the node's runner has: the physical cores.
+sampling, and text, asked by the client of `covey bench`. One request at a time, at the same positions of the context,
+greedy if no temperature is given. The node guesses nothing: several tokens of one step would hide what is measured.
+Give --threads what the node's runner has: the physical cores.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def engine_ms(stage: OnnxStage, prompt_tokens: int, new_tokens: int) -> float:
     return 1000 * (time.perf_counter() - began) / (new_tokens - 1)
 
 
-def http_ms(server: Server, prompt: str, new_tokens: int) -> tuple[int, float]:
+def http_ms(server: Server, prompt: str, new_tokens: int, temperature: float = 0) -> tuple[int, float]:
     """The tokens of the prompt, and the time of one after the first. Raises `CliError`."""
-    (sample,) = ask_together(server, [prompt], new_tokens, {"logprobs": True})
+    (sample,) = ask_together(server, [prompt], new_tokens, {"temperature": temperature})
     return sample.prompt_tokens, 1000 * (sample.pieces_s[-1] - sample.pieces_s[0]) / (sample.new_tokens - 1)
 
 
@@ -52,7 +53,9 @@ def measure(options: argparse.Namespace, server: Server, context_length: int) ->
     prompts = Prompts(1, lambda prompt: http_ms(server, prompt, 2)[0])
     stage, rounds = load(spec_of(options.model, options.threads, context_length)), list[tuple[float, float]]()
     for number in range(options.rounds + 1):
-        prompt_tokens, served = http_ms(server, prompts.of(options.prompt_tokens), options.new_tokens)
+        prompt_tokens, served = http_ms(
+            server, prompts.of(options.prompt_tokens), options.new_tokens, options.temperature
+        )
         rounds.append((engine_ms(stage, prompt_tokens, options.new_tokens), served))
         print(f"round {number}: engine {rounds[-1][0]:.2f} ms a token, over HTTP {served:.2f}", flush=True)
     return rounds[1:]
@@ -63,11 +66,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     options = parser.parse_args()
     context_length = options.prompt_tokens + options.new_tokens + SPARE_TOKENS
-    serve = partial(serving, options.model, slots=1, context_length=context_length)
+    serve = partial(serving, options.model, slots=1, context_length=context_length, lookup="0")
     with ends_by_signal(), serve() as node:
         server = ClusterSide(node, chosen(node.cluster(), None)).server
         rounds = measure(options, server, context_length)

@@ -1,25 +1,27 @@
 """A node of its own for a measurement, which serves one model file and nothing else, and ends with it."""
 
+import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the harness lives with the tests
+
 from covey.cli.client import NodeClient
-from covey.cli.local_nodes import LocalNode, end_nodes, first_port, start_nodes, wait_together
 from covey.cli.placing import Wanted, make_ready
+from tests.nodes import NodeProcess, cluster_name
 
 
 @contextmanager
-def serving(model: Path, *, slots: int, context_length: int) -> Generator[NodeClient]:
+def serving(model: Path, *, slots: int, context_length: int, **engine_options: str) -> Generator[NodeClient]:
     """Once the model is ready. Raises `CliError`."""
-    nodes: list[LocalNode] = []
     with tempfile.TemporaryDirectory() as folder:
+        process = NodeProcess(Path(folder), "node", cluster_name(), engine="onnx", **engine_options)
         try:
-            start_nodes(Path(folder), 1, first_port(0), nodes)
-            wait_together(nodes)
-            with NodeClient(nodes[0].url) as node:
+            process.wait_listening()
+            with NodeClient(process.url) as node:
                 make_ready(node, str(model.absolute()), Wanted(slot_count=slots, context_length=context_length))
                 yield node
         finally:
-            end_nodes(nodes)
+            process.end()

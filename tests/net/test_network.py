@@ -72,7 +72,12 @@ def test_a_node_that_can_only_dial_out_holds_a_part_of_a_model(net: Lab, nodes: 
     ada.post("/place_instance", {"model_id": model, "min_nodes": 2})
     until(lambda: ada.runner_states() == ["Ready"] * 2, 30, ada.runner_states)
     for node in (ada, bob):
-        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 20,
+            "ignore_eos": True,
+        }
         assert node.post("/v1/chat/completions", body)["usage"]["completion_tokens"] == 20
 
 
