@@ -3,7 +3,7 @@
     python bench/operators.py binding FILE.gguf
     python bench/operators.py products [--shapes small large] [--rows 1 128] [--bits 2 4 8]
     python bench/operators.py levels FILE.gguf [--tokens 200]
-    python bench/operators.py attention [--pasts 320 1000 4000] [--chunks 1 128]
+    python bench/operators.py attention [--pasts 320 1000 4000] [--chunks 1 128] [--kinds float32 float16]
 
 `binding` runs steps of one token of a model: bound once and kept, as the engine does; bound anew for each step; and
 fed without binding. `products` times `MatMulNBits` by bits, block, zero points and `accuracy_level`, on random matrices
@@ -280,14 +280,18 @@ def kernels(*, older: bool) -> Iterator[None]:
 
 
 def attention_step(heads: tuple[int, int], past: int, tokens: int, kind: str, threads: int) -> Step:
-    """All layers, whose cache of `kind` holds `past` tokens before."""
+    """All layers, whose cache of `kind` holds `past` tokens before. With one of float16 all that goes in and comes out
+    is float16, as in the engine: beside queries in float32 the whole cache would be converted there and back.
+    """
     query_heads, kv_heads = heads
     builder, total = GraphBuilder(), past + tokens
-    add_tables(builder, total)
+    floats = np.float16 if kind == "float16" else np.float32
+    add_tables(builder, total, floats)
     attributes = quantised(builder, kv_heads, kind) | {"num_heads": query_heads, "kv_num_heads": kv_heads}
     inputs: dict[str, Any] = {
-        "joined": RANDOM.standard_normal((1, tokens, (query_heads + 2 * kv_heads) * HEAD), np.float32)
-        * np.float32(QUERY_SIZE),
+        "joined": (
+            RANDOM.standard_normal((1, tokens, (query_heads + 2 * kv_heads) * HEAD), np.float32) * QUERY_SIZE
+        ).astype(floats),
         "ends": np.array([total - 1], np.int32),
         "longest": np.array([total], np.int32),
     }
@@ -296,7 +300,7 @@ def attention_step(heads: tuple[int, int], past: int, tokens: int, kind: str, th
         caches = [f"{layer}.keys", f"{layer}.values"]
         for name in caches:
             inputs[name] = outputs[f"{name}.new"] = random_cache(kv_heads, total, kind)
-        outputs[f"{layer}.result"] = np.empty((1, tokens, query_heads * HEAD), np.float32)
+        outputs[f"{layer}.result"] = np.empty((1, tokens, query_heads * HEAD), floats)
         names = ["joined", "", "", *caches, "ends", "longest", "cosines", "sines"]
         names += ["", "", "", "scale", "scale"] if "kv_cache_bit_width" in attributes else []
         results = [f"{layer}.result", *(f"{name}.new" for name in caches)]
@@ -307,11 +311,11 @@ def attention_step(heads: tuple[int, int], past: int, tokens: int, kind: str, th
     return bound(builder, inputs, outputs, threads)
 
 
-def add_tables(builder: GraphBuilder, total: int) -> None:
+def add_tables(builder: GraphBuilder, total: int, floats: type[np.floating]) -> None:
     """Cosines and sines of all positions."""
     angles = np.outer(np.arange(total), 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD))
-    builder.constant("cosines", np.cos(angles).astype(np.float32))
-    builder.constant("sines", np.sin(angles).astype(np.float32))
+    builder.constant("cosines", np.cos(angles).astype(floats))
+    builder.constant("sines", np.sin(angles).astype(floats))
 
 
 def quantised(builder: GraphBuilder, kv_heads: int, kind: str) -> dict[str, Any]:
@@ -334,15 +338,16 @@ def random_cache(kv_heads: int, total: int, kind: str) -> np.ndarray:
 
 def attention_table(options: argparse.Namespace) -> Table:
     """A layer's time: of the cache in float32, and how much faster than that others are."""
-    table = Table("heads", "tokens", "past", "float32, as it is (us)", *(f"{k}, {o}" for k, o in WAYS[1:]))
+    ways = [way for way in WAYS if way == WAYS[0] or way[0] in options.kinds]
+    table = Table("heads", "tokens", "past", "float32, as it is (us)", *(f"{k}, {o}" for k, o in ways[1:]))
     for (name, heads), tokens, past in product(HEADS.items(), options.chunks, options.pasts):
         steps: dict[Any, Step] = {}
-        for kind, which in WAYS:
+        for kind, which in ways:
             with kernels(older=which == "as it is"):
                 steps[kind, which] = attention_step(heads, past, tokens, kind, options.threads)
         found = {way: taken / LAYERS for way, taken in in_turn(steps, options.rounds, options.seconds).items()}
         own = found[WAYS[0]]
-        others = (f"{found[way]:.0f} ({own / found[way]:.2f})" for way in WAYS[1:])
+        others = (f"{found[way]:.0f} ({own / found[way]:.2f})" for way in ways[1:])
         table.add_row(name, str(tokens), str(past), f"{own:.0f}", *others)
     return table
 
@@ -356,7 +361,9 @@ WAYS: Final = (
     ("4 bits", "as it is"),
     ("4 bits", "newer"),
     ("float16", "as it is"),
+    ("float16", "newer"),
 )
+KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in WAYS))
 
 
 def main() -> None:
@@ -385,6 +392,7 @@ def main() -> None:
     one = asked.add_parser("attention")
     one.add_argument("--pasts", type=int, nargs="+", default=[320, 1000, 4000])
     one.add_argument("--chunks", type=int, nargs="+", default=[1, 128], help="tokens of a step")
+    one.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="types of cache beside float32")
     one.set_defaults(table=attention_table)
     options = parser.parse_args()
     Console(width=170).print(options.table(options))

@@ -17,7 +17,7 @@ from covey.schema.cluster import (
     RevokeKey,
 )
 from covey.schema.ids import InstanceId, ModelId, NodeId
-from covey.schema.model import HubSource, ModelCard
+from covey.schema.model import HubSource, KvCacheType, ModelCard
 from simulation.failure import Failure
 
 if TYPE_CHECKING:
@@ -90,10 +90,12 @@ class People:
         node_ids: tuple[NodeId, ...] = (),
         rank_count: int = 1,
         draft: ModelCard | None = None,
+        kv_cache: KvCacheType = KvCacheType.F32,
     ) -> str:
         command = PlaceModel(
-            card=model, node_count_min=node_count_min, node_ids=node_ids, rank_count=rank_count, draft=draft
-        )
+            card=model, node_count_min=node_count_min, node_ids=node_ids, rank_count=rank_count, draft=draft,
+            kv_cache=kv_cache,
+        )  # fmt: skip
         return self._ask(host, command)
 
     def delete(self, host: Host, instance_id: InstanceId) -> str:
@@ -144,7 +146,9 @@ class People:
             node_ids = tuple(each.node_id for each in chosen) if random.random() < 0.25 else ()
             ranks = random.choice((1, 1, 2))
             draft = SMALL if model is not SMALL and random.random() < 0.3 else None
-            self.place(host, model, random.choice((1, 2, 4)) if ranks == 2 else count, node_ids, ranks, draft)
+            count = random.choice((1, 2, 4)) if ranks == 2 else count
+            kv_cache = random.choice((KvCacheType.F32, KvCacheType.F32, KvCacheType.F16))
+            self.place(host, model, count, node_ids, ranks, draft, kv_cache)
 
     def hear_answer(self, command_id: str, outcome: CommandOutcome) -> None:
         if command_id in self.answers:

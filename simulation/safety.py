@@ -37,6 +37,7 @@ from covey.schema.machine import (
     StartFetch,
     StartRunner,
 )
+from covey.schema.model import KvCacheType
 from covey.schema.pipeline import cards_needed
 from covey.schema.runner import BEAT_MS
 from simulation.failure import Failure
@@ -349,12 +350,15 @@ class Safety:
         self._check_back_off(machine, runner_id)
 
     def _check_files(self, effect: StartRunner | RegroupRunner) -> None:
-        """The head of what has a draft is told of that, and nobody else."""
+        """The head of what has a draft is told of that, and nobody else; all of the type of the cache."""
         assert self.host.machine is not None
         instance = self.host.machine.cluster.instances[InstanceId(effect.spec.instance_id)]
         wants = instance.draft is not None and effect.spec.runner_id == instance.stages[0].runner_id
         if wants is not (effect.spec.draft is not None):
             self._fail(f"{effect.spec.runner_id} is told of {effect.spec.draft or 'no draft'}")
+        kind = effect.spec.engine_options.get("kv_cache", KvCacheType.F32)
+        if kind != instance.kv_cache:
+            self._fail(f"{effect.spec.runner_id} is told to keep {kind}, not {instance.kv_cache}")
 
     def _assigned(self, machine: Machine) -> frozenset[RunnerId]:
         stages = [stage for instance in machine.view.assigned(self.host.now_ms) for stage in instance.stages]

@@ -47,6 +47,7 @@ from covey.schema.machine import (
     StopRunner,
     TellRunner,
 )
+from covey.schema.model import KvCacheType
 from covey.schema.runner import Beat, RunnerSpec
 from simulation.host import Host
 from simulation.world import World
@@ -157,15 +158,17 @@ def _held(spec: RunnerSpec) -> str:
     """What it is to load."""
     shard = spec.shard
     draft = f", and the {spec.draft.layer_count} of its draft" if spec.draft else ""
-    return f"layers {shard.layer_start} to {shard.layer_end} of {shard.layer_count}{draft}"
+    cache = f", keys and values in {spec.engine_options['kv_cache']}" if "kv_cache" in spec.engine_options else ""
+    return f"layers {shard.layer_start} to {shard.layer_end} of {shard.layer_count}{draft}{cache}"
 
 
 def _command(news: CommandSubmitted) -> str:
     match news.command:
-        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count, draft=draft):
+        case PlaceModel(card=card, node_count_min=node_count_min, rank_count=rank_count, draft=draft, kv_cache=kind):
             shared = f", each layer shared by {rank_count}" if rank_count > 1 else ""
             guessed = f", with {draft.model_id} as its draft" if draft else ""
-            return f"place {card.model_id} on at least {node_count_min}{shared}{guessed}"
+            cached = "" if kind is KvCacheType.F32 else f", with a KV cache in {kind}"
+            return f"place {card.model_id} on at least {node_count_min}{shared}{guessed}{cached}"
         case Rebalance(instance_id):
             return f"rebalance {instance_id}"
         case DeleteInstance(instance_id):

@@ -244,6 +244,8 @@ def test_layers_that_are_shared_are_shown_as_exo_does(client: TestClient, backen
         ({"model_id": "Tiny-Chat", "exact": "very"}, "exact"),
         ({"model_id": "Tiny-Chat", "quantize": "q5"}, "quantize"),
         ({"model_id": "Tiny-Chat", "quantize": 4}, "quantize"),
+        ({"model_id": "Tiny-Chat", "kv_cache": "q8"}, "kv_cache"),
+        ({"model_id": "Tiny-Chat", "kv_cache": 16}, "kv_cache"),
         ({"model_id": "Tiny-Chat", "sharding": "Cfg"}, "sharding"),
         ({"model_id": "Tiny-Chat", "rank_count": 0}, "rank_count"),
         ({"model_id": "Tiny-Chat", "rank_count": -2}, "rank_count"),

@@ -28,7 +28,7 @@ def test_a_draft_is_asked_for_and_checked(node: ServedNode) -> None:
     for command in (["place", "Tiny-Chat"], ["run", "Tiny-Chat", "Hi"]):
         other = invoke(node, *command, "--draft", "Tiny-Other")
         assert (other.exit_code, "otherwise than asked for" in other.stderr) == (1, True)
-        assert "slots, with Tiny-Draft as its draft." in " ".join(other.stderr.split())
+        assert "asked for: with --draft Tiny-Draft, not Tiny-Other." in " ".join(other.stderr.split())
         assert invoke(node, *command, "--draft", "tiny-draft").exit_code == 0
         assert invoke(node, *command).exit_code == 0
     assert node.backend.commands[1:] == []

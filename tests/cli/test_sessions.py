@@ -529,7 +529,7 @@ def test_quantising_is_asked_for_and_checked(node: ServedNode) -> None:
     for command in (["place", "Tiny-Chat", "--quantize", "q8"], ["run", "Tiny-Chat", "Hi", "--quantize", "q8"]):
         done = invoke(node, *command)
         assert (done.exit_code, "otherwise than asked for" in done.stderr) == (1, True)
-        assert "slots, q4." in " ".join(done.stderr.split())
+        assert "asked for: with --quantize q4, not q8." in " ".join(done.stderr.split())
     assert invoke(node, "place", "Tiny-Chat", "--quantize", "q4").exit_code == 0
     assert invoke(node, "place", "Tiny-Chat").exit_code == 0
     assert "Tiny-Chat (q4)" in " ".join(invoke(node, "ps").stdout.split())

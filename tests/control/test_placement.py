@@ -251,7 +251,7 @@ def test_a_refusal_says_how_much_is_missing_and_where() -> None:
     [
         (1024, 1000, "With 62 slots it would fit; else free memory, add a node, or choose a smaller model."),
         (8192, 64, "With 8 slots it would fit; else free memory, add a node, or choose a smaller model."),
-        (131072, 1, "With a context of 65536 tokens it would fit; else free memory, add a node, or choose a "),
+        (131072, 1, "With a context of 65536 tokens, or with a KV cache in 16-bit floats (`--kv-cache f16`), it "),
         (131072, 4, "With a context of 16384 tokens it would fit; else free memory, add a node, or choose a "),
     ],
 )

@@ -195,7 +195,11 @@ def test_who_asks_for_no_context_gets_no_more_than_the_draft_holds() -> None:
             1,
             "Without the draft it would fit; else free memory",
         ),
-        (room_for(0, 12, replace(LOAD, slot_count=32)), 64, "With 32 slots it would fit; else"),
+        (
+            room_for(0, 12, replace(LOAD, slot_count=32)),
+            64,
+            "With 32 slots, or with a KV cache in 16-bit floats",
+        ),
         (room_for(0, 12, replace(LOAD, draft=None)), 16, "Without the draft, and with 1 slot, it would fit; else"),
         (room_for(0, 12, replace(LOAD, draft=None)) - MB, 16, "Free memory, add a node, or choose a smaller model."),
     ],

@@ -11,7 +11,7 @@ from covey.control.runner_table import TABLE, Begin, Retry, Runner, Stop, Unexpe
 from covey.schema.cluster import Instance, Stage
 from covey.schema.ids import InstanceId, ModelId, RunnerId
 from covey.schema.machine import RegroupRunner, RunnerExited, RunnerStarted, StartRunner, StopRunner, TellRunner
-from covey.schema.model import Quantizing, Shard
+from covey.schema.model import KvCacheType, Quantizing, Shard
 from covey.schema.runner import (
     BEAT_MS,
     Activity,
@@ -92,6 +92,14 @@ def test_the_engine_is_told_to_quantise() -> None:
     [start] = bench.advance()
     assert isinstance(start, StartRunner)
     assert start.spec.engine_options == {"quantize": "q4"}
+
+
+def test_the_engine_is_told_what_to_keep_keys_and_values_as() -> None:
+    bench = Bench()
+    bench.instances[0] = replace(bench.instances[0], kv_cache=KvCacheType.F16)
+    [start] = bench.advance()
+    assert isinstance(start, StartRunner)
+    assert start.spec.engine_options == {"kv_cache": "f16"}
 
 
 def test_one_runner_from_assignment_to_ready() -> None:

@@ -155,13 +155,13 @@ def test_numbers_without_a_token_differ_freely() -> None:
 
 
 def test_it_is_loaded_whole_with_one_slot_and_as_fast_as_can_be() -> None:
-    options = {"exact": "1", "lookup": "0", "quantize": "q8", "step_delay_ms": "20"}
+    options = {"exact": "1", "lookup": "0", "quantize": "q8", "kv_cache": "f16", "step_delay_ms": "20"}
     head = make_spec(0, 2, rank_count=2, rank_node_ids=("a", "b"), engine_options=options, draft=DRAFT)
     _, engine = make_draft(engine_options=options, rank_count=2, rank_node_ids=("a", "b"))
     [spec] = engine.specs
     assert (spec.shard, spec.slot_count, spec.context_length) == (Shard(0, 3, 3), 1, head.context_length)
     assert (spec.stage_count, spec.rank_count, spec.draft) == (1, 1, None)
-    assert (spec.model_path, spec.engine_options) == ("draft.gguf", {"quantize": "q8"})
+    assert (spec.model_path, spec.engine_options) == ("draft.gguf", {"quantize": "q8", "kv_cache": "f16"})
 
 
 def test_it_draws_with_the_noise_of_the_place() -> None:

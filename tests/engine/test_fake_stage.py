@@ -91,7 +91,7 @@ def test_wrong_steps_are_refused(pieces: list[Piece], token_ids: list[int], mess
 
 def test_options_are_checked() -> None:
     assert loaded(make_spec(engine_options={"vocabulary_size": "9"}))._vocabulary_size == 9
-    assert loaded(make_spec(engine_options={"exact": "1", "quantize": "q4"}))
+    assert loaded(make_spec(engine_options={"exact": "1", "quantize": "q4", "kv_cache": "f16"}))
     with pytest.raises(EngineError, match="no option colour"):
         loaded(make_spec(engine_options={"colour": "red"}))
     with pytest.raises(EngineError, match="not a whole number"):

@@ -39,7 +39,7 @@ from covey.schema.generation import (
     Usage,
 )
 from covey.schema.ids import InstanceId, NodeId, RunnerId
-from covey.schema.model import Quantizing
+from covey.schema.model import KvCacheType, Quantizing
 from covey.schema.runner import Address, RunnerState
 from covey.serving import choosing as choosing_module
 from covey.serving import head as head_module
@@ -580,6 +580,16 @@ def test_an_exact_answer_goes_on_in_exact_mode_only() -> None:
     assert serving_module.needs_of(progress, exact).are_met_by(exact)
     assert not serving_module.needs_of(progress, exact).are_met_by(rounding)
     assert serving_module.needs_of(progress, rounding).are_met_by(exact)
+
+
+def test_an_exact_answer_goes_on_with_a_cache_of_the_same_type() -> None:
+    """Another one does with any: it is rounded by far more."""
+    (full,) = cluster(READY, READY).instances
+    for exact in (True, False):
+        [first, second] = [msgspec.structs.replace(full, exact=exact, kv_cache=kind) for kind in KvCacheType]
+        progress = serving_module.begin(request(), Letters(), [72, 105], first)
+        assert serving_module.needs_of(progress, first).are_met_by(first)
+        assert serving_module.needs_of(progress, first).are_met_by(second) is not exact
 
 
 def test_an_answer_goes_on_with_the_weights_that_it_was_begun_with() -> None:

@@ -26,7 +26,7 @@ from covey.schema.cluster import (
     TimedOut,
 )
 from covey.schema.ids import NodeId
-from covey.schema.model import ModelCard, Quantizing
+from covey.schema.model import KvCacheType, ModelCard, Quantizing
 
 AWAIT_S_MAX = 300
 RECEIVED = "Command received."
@@ -48,6 +48,7 @@ class PlaceBody(DialectBody):
     quantize: Annotated[Quantizing | None, Field(strict=False)] = None  # in JSON it is its text
     rank_count: int | None = Field(default=None, ge=1, le=RANKS_MAX)  # how many nodes are to share each layer
     draft_model: str | None = Field(default=None, min_length=1)  # named as a model is; it guesses what comes next
+    kv_cache: Annotated[KvCacheType, Field(strict=False)] = KvCacheType.F32
 
     def command(self, card: ModelCard, draft: ModelCard | None = None) -> PlaceModel:
         """`draft`: what `draft_model` names."""
@@ -61,6 +62,7 @@ class PlaceBody(DialectBody):
             quantize=self.quantize,
             rank_count=self._rank_count(),
             draft=draft,
+            kv_cache=self.kv_cache,
         )
 
     def _rank_count(self) -> int:

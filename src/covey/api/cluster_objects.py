@@ -9,7 +9,7 @@ from covey.api.case import Case
 from covey.checkpoints.ranks import Heads, rank_counts
 from covey.schema.cluster import ClusterState, DownloadReport, DownloadState, Instance, RunnerReport, Stage
 from covey.schema.ids import NodeId, RunnerId
-from covey.schema.model import ModelCard
+from covey.schema.model import KvCacheType, ModelCard
 from covey.schema.runner import RunnerState
 
 MILLISECONDS = 1000
@@ -78,10 +78,11 @@ def shard(case: Case, instance: Instance, rank: int) -> dict[str, Any]:
 
 def instance(case: Case, value: Instance, runners: dict[RunnerId, RunnerReport]) -> dict[str, Any]:
     """Every placement appears as `MlxRingInstance`, the name that exo's clients know for a pipeline. The draft is there
-    only where there is one: exo's clients know no such field.
+    only where there is one, and the type of the KV cache where it is not float32: exo's clients know no such fields.
     """
     addresses = [host(stage, runners) for stage in value.stages]
     draft = {"draft_model": value.draft.model_id} if value.draft else {}
+    cache = {} if value.kv_cache is KvCacheType.F32 else {"kv_cache": value.kv_cache}
     return {
         "MlxRingInstance": case(
             instance_id=value.instance_id,
@@ -93,6 +94,7 @@ def instance(case: Case, value: Instance, runners: dict[RunnerId, RunnerReport])
             hosts_by_node={stage.node_id: addresses for stage in value.stages},
             ephemeral_port=addresses[0]["port"] if addresses else 0,
             **draft,
+            **cache,
         )
     }
 

@@ -5,7 +5,7 @@ we don't have: these say so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from pydantic import Field
@@ -17,7 +17,7 @@ from covey.api.cluster_commands import PlaceBody
 from covey.api.errors import RequestError, sentence
 from covey.schema.cluster import NODES_MAX, RANKS_MAX, Instance, PlaceModel, Refused
 from covey.schema.ids import NodeId
-from covey.schema.model import ModelCard
+from covey.schema.model import KvCacheType, ModelCard
 
 SHARDINGS: Final = ("Pipeline", "Tensor")
 RING, RDMA = "MlxRing", "MlxJaccl"
@@ -42,6 +42,7 @@ class PlacementQuery(DialectBody):
     min_nodes: int = Field(default=1, ge=1, le=NODES_MAX)
     rank_count: int | None = Field(default=None, ge=1, le=RANKS_MAX)
     draft_model: str | None = Field(default=None, min_length=1)
+    kv_cache: Annotated[KvCacheType, Field(strict=False)] = KvCacheType.F32
 
     def command(self, card: ModelCard, draft: ModelCard | None = None) -> PlaceModel:
         """`draft`: what `draft_model` names."""

@@ -18,7 +18,7 @@ from covey.cli.naming import asked_for, id_of, local_path, model_to_place, named
 from covey.cli.options import FAILURE_EXIT, Json, Url, explained, print_json, refuse_contradictions, refuse_url
 from covey.control.routing import instance_status
 from covey.schema.cluster import NODES_MAX, RANKS_MAX, SLOTS_MAX, TOKENS_MAX, ClusterState, InstancePhase
-from covey.schema.model import Quantizing
+from covey.schema.model import KvCacheType, Quantizing
 
 app = typer.Typer(
     name="covey",
@@ -46,6 +46,10 @@ Exact = Annotated[
     bool, typer.Option("--exact", help="Slower, and an interrupted answer goes on as it would have gone.")
 ]
 Quantize = Annotated[Quantizing | None, typer.Option(help="Round matrices in full precision to 4 or 8 bits.")]
+KvCache = Annotated[
+    KvCacheType | None,
+    typer.Option(help="Keep keys and values in 16-bit floats: half the memory for long contexts, and slower."),
+]
 Draft = Annotated[
     str | None,
     typer.Option(
@@ -166,6 +170,7 @@ def run(
     exact: Exact = False,  # noqa: FBT002 (Typer's way to a flag)
     quantize: Quantize = None,
     draft: Draft = None,
+    kv_cache: KvCache = None,
 ) -> None:
     """Ask a model; it is placed first if it is not yet. MODEL: a listed name, a GGUF file, or hf:OWNER/REPO/FILE."""
     from covey.cli.conversation import Conversation  # noqa: PLC0415
@@ -176,7 +181,9 @@ def run(
     with NodeClient(url) as node:
         node.cluster()  # what is wrong with the node is told before standard input ends, which may be never
         question = chat.question(prompt or ())
-        wanted = Wanted(exact=exact or None, quantize=quantize, draft=draft_to_place(draft, node.url))
+        wanted = Wanted(
+            exact=exact or None, quantize=quantize, draft=draft_to_place(draft, node.url), kv_cache=kv_cache
+        )
         ready = ensure_ready(node, model_to_place(model, node.url), wanted)
         if ready.is_new and (note := shorter_context(ready.instance)):
             err.print(note, style="dim", soft_wrap=True)
@@ -205,6 +212,7 @@ def place(
     exact: Exact = False,  # noqa: FBT002
     quantize: Quantize = None,
     draft: Draft = None,
+    kv_cache: KvCache = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,  # noqa: FBT002 (Typer's way to a flag)
 ) -> None:
@@ -220,6 +228,7 @@ def place(
             quantize=quantize,
             rank_count=tensor,
             draft=draft_to_place(draft, node.url),
+            kv_cache=kv_cache,
         )
         ready = (placing.make_ready if another else placing.ensure_ready)(node, model_to_place(model, node.url), wanted)
         state = node.cluster()

@@ -10,12 +10,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from covey.cli.client import CliError, NodeClient
 from covey.cli.console import err, size
 from covey.cli.naming import asked_for, instances_of, is_named, is_of, short_ids
+from covey.control.activity import enumerated
 from covey.control.cluster import options_asked_for, wish_of
 from covey.control.placement.place import place
 from covey.control.routing import instance_status, nodes_of, wish_status
 from covey.schema.cluster import ClusterState, DownloadState, Instance, InstancePhase, PlaceModel, Refused, Wish
 from covey.schema.ids import InstanceId, NodeId
-from covey.schema.model import ModelCard, Quantizing
+from covey.schema.model import KvCacheType, ModelCard, Quantizing
 from covey.schema.pipeline import cards_placed
 
 ASSIGN_SECONDS_MAX: Final = 15.0  # an accepted instance reaches every node, and a lost one is replaced, well within
@@ -32,6 +33,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     rank_count: int | None = None  # nodes that share each layer
     node_ids: tuple[NodeId, ...] = ()  # the nodes that may serve it; empty: any
     draft: str | None = None  # the model that guesses what comes next, as a node knows it
+    kv_cache: KvCacheType | None = None
 
     def body(self) -> dict[str, Any]:
         given = {
@@ -43,6 +45,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
             "rank_count": self.rank_count,
             "node_ids": self.node_ids or None,
             "draft_model": self.draft,
+            "kv_cache": self.kv_cache,
         }
         return {key: value for key, value in given.items() if value is not None}
 
@@ -58,18 +61,30 @@ class Wanted(Struct, frozen=True, kw_only=True):
             quantize=self.quantize,
             rank_count=self.rank_count or 1,
             draft=draft,
+            kv_cache=self.kv_cache or KvCacheType.F32,
         )
 
     def is_met_by(self, instance: Instance) -> bool:
-        return (
-            len(instance.stages) >= (self.node_count or 0)
-            and instance.context_length >= (self.context_length or 0)
-            and instance.slot_count >= (self.slot_count or 0)
-            and (instance.exact or not self.exact)
-            and self.quantize in {None, instance.quantize}
-            and self.rank_count in {None, instance.rank_count}
-            and self.has_draft_of(instance)
+        return not self.missed_by(instance)
+
+    def missed_by(self, instance: Instance) -> list[str]:
+        """In what the instance is otherwise than asked for: what it is, and what was asked for. What is more than that
+        is no difference.
+        """
+        nodes, slots, context = len(instance.stages), instance.slot_count, instance.context_length
+        quantize, ranks, cache = instance.quantize, instance.rank_count, instance.kv_cache
+        draft = instance.draft.model_id if instance.draft else None
+        differences = (
+            (nodes < (self.node_count or 0), f"on {nodes} node{'s' * (nodes > 1)}, not {self.node_count}"),
+            (context < (self.context_length or 0), f"with a context of {context} tokens, not {self.context_length}"),
+            (slots < (self.slot_count or 0), f"with {slots} slot{'s' * (slots > 1)}, not {self.slot_count}"),
+            (bool(self.exact) and not instance.exact, "without --exact"),
+            (self.quantize not in {None, quantize}, _otherwise("quantize", quantize, self.quantize)),
+            (self.rank_count not in {None, ranks}, _otherwise("tensor", ranks, self.rank_count)),
+            (not self.has_draft_of(instance), _otherwise("draft", draft, self.draft)),
+            (self.kv_cache not in {None, cache}, _otherwise("kv-cache", cache, self.kv_cache)),
         )
+        return [text for is_missed, text in differences if is_missed]
 
     def has_draft_of(self, instance: Instance) -> bool:
         """Whether the instance guesses with the draft that was asked for, if one was."""
@@ -97,10 +112,10 @@ def ensure_ready(node: NodeClient, model: str, wanted: Wanted | None = None) -> 
         return make_ready(node, model, wanted)
     if _has_failed(state, there):
         return _make_anew(node, state, there, wanted)
-    if not wanted.is_met_by(there):
+    if missed := wanted.missed_by(there):
         short_id = short_ids([each.instance_id for each in state.instances])[there.instance_id]
         raise CliError(
-            f"{there.card.model_id} is placed already, but otherwise than asked for: on {_counted(there)}. "
+            f"{there.card.model_id} is placed already, but otherwise than asked for: {enumerated(missed)}. "
             f"`covey stop {short_id}` ends that; `covey place --another` makes a second one beside it."
         )
     return Ready(wait_ready(node, wish_of(there.instance_id)), is_new=False)
@@ -122,6 +137,8 @@ def _wait_as_wanted(node: NodeClient, answer: dict[str, Any], wanted: Wanted) ->
         missed = f"--tensor {wanted.rank_count}"
     if not wanted.has_draft_of(instance):
         missed = f"--draft {wanted.draft}"
+    if wanted.kv_cache not in {None, instance.kv_cache}:
+        missed = f"--kv-cache {wanted.kv_cache}"
     if missed:
         raise CliError(f"It is placed, but not as {missed}: the leader is an older version, which knows no such mode.")
     return Ready(instance, is_new=True, on_one_node_only=bool(answer["on_one_node_only"]))
@@ -177,6 +194,7 @@ def _asked_before(state: ClusterState, failed: Instance) -> Wanted:
         rank_count=_ranks_asked_for(state, failed),
         node_ids=wish.node_ids if wish else (),
         draft=failed.draft.model_id if failed.draft else None,
+        kv_cache=None if failed.kv_cache is KvCacheType.F32 else failed.kv_cache,
     )
 
 
@@ -195,21 +213,8 @@ def _refusal(node: NodeClient, state: ClusterState, failed: Instance, asked: Wan
     return placement.reason if isinstance(placement, Refused) else ""
 
 
-def _counted(instance: Instance) -> str:
-    nodes, slots = len(instance.stages), instance.slot_count
-    return (
-        f"{nodes} node{'s' * (nodes > 1)}{_shared(instance)} with a context of {instance.context_length} tokens in "
-        f"{slots} slot{'s' * (slots > 1)}{', exact' * instance.exact}"
-        f"{f', {instance.quantize}' if instance.quantize else ''}"
-        f"{f', with {instance.draft.model_id} as its draft' if instance.draft else ''}"
-    )
-
-
-def _shared(instance: Instance) -> str:
-    if instance.rank_count == 1:
-        return ""
-    some = "" if instance.rank_count == len(instance.stages) else f"{instance.rank_count} of "
-    return f", {some}which share each layer,"
+def _otherwise(option: str, actual: object, asked: object) -> str:
+    return f"without --{option} {asked}" if actual is None else f"with --{option} {actual}, not {asked}"
 
 
 def summary(ready: Ready, short_id: str) -> str:

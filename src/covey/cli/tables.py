@@ -8,6 +8,7 @@ from covey.cli.listing import Listing
 from covey.cli.naming import asked_for, id_of, short_ids, with_short_ids
 from covey.control.routing import instance_status, wish_status
 from covey.schema.cluster import ClusterState, Instance, Member, NodeReport, Visibility, Wish
+from covey.schema.model import KvCacheType
 
 Row = dict[str, Any]
 DISK_BYTES_LEAST: Final = 64_000_000  # for what a node notes of its cluster, and its logs
@@ -32,6 +33,7 @@ def instance_rows(state: ClusterState) -> list[Row]:
             "exact": each.exact,
             "quantize": each.quantize,
             "draft": each.draft.model_id if each.draft else None,
+            "kv_cache": each.kv_cache,
             "ranks": each.rank_count,
             "ranks_asked_for": asked[each.wish_id].rank_count if each.wish_id in asked else each.rank_count,
             "nodes_asked_for": _nodes_asked_for(asked.get(each.wish_id)),
@@ -87,6 +89,7 @@ def instances_table(rows: Sequence[Row]) -> Listing:
 def _model_cell(row: Row) -> str:
     ways = ["exact"] * row["exact"] + [row["quantize"]] * bool(row["quantize"])
     ways += [f"{row['ranks']} ranks"] * (row["ranks"] > 1) + [f"draft {row['draft']}"] * bool(row["draft"])
+    ways += [f"KV cache {row['kv_cache']}"] * (row["kv_cache"] is not KvCacheType.F32)
     return f"{row['model_id']} ({', '.join(ways)})" if ways else row["model_id"]
 
 

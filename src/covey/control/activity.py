@@ -33,6 +33,7 @@ from covey.schema.cluster import (
     Visibility,
 )
 from covey.schema.ids import InstanceId, NodeId
+from covey.schema.model import KvCacheType
 from covey.schema.runner import RunnerState
 
 EVENTS_MAX: Final = 1000  # some 200 kB; a busy home's last days, a storm's last minutes
@@ -172,7 +173,8 @@ def _ways(instance: Instance) -> str:
     """What is particular about how it is placed, between commas."""
     shared = f", each layer shared by {instance.rank_count} of them" if instance.rank_count > 1 else ""
     draft = f", with {instance.draft.model_id} as its draft" if instance.draft else ""
-    return f"{shared}{draft}," if shared or draft else ""
+    cache = "" if instance.kv_cache is KvCacheType.F32 else f", with a KV cache in {instance.kv_cache}"
+    return f"{shared}{draft}{cache}," if shared or draft or cache else ""
 
 
 def enumerated(names: Sequence[str]) -> str:

@@ -285,6 +285,7 @@ def options_asked_for(command: PlaceModel, asked_at: NodeId | None) -> Options:
         exact=command.exact,
         rank_count=command.rank_count,
         draft=command.draft,
+        kv_cache=command.kv_cache,
         asked_at=asked_at,
     )
 
@@ -302,6 +303,7 @@ def wish_asked_for(command: PlaceModel, placement: Placement, wish_id: str) -> W
         quantize=command.quantize,
         rank_count=command.rank_count,
         draft=command.draft,
+        kv_cache=command.kv_cache,
     )
 
 
@@ -332,6 +334,7 @@ def assignment(wish: Wish, placement: Placement, context: Context) -> Instance:
         quantize=wish.quantize,
         rank_count=placement.rank_count,
         draft=placement.draft,
+        kv_cache=wish.kv_cache,
     )
 
 
@@ -364,6 +367,7 @@ def options_of(wish: Wish, nodes: Sequence[Candidate]) -> Options:
         quantize=wish.quantize,
         exact=wish.exact,
         draft=wish.draft,
+        kv_cache=wish.kv_cache,
     )
     return with_ranks(options, _rank_count(wish, len(here)))
 

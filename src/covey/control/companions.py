@@ -72,7 +72,7 @@ def has_failed(others: dict[int, Neighbour]) -> bool:
 def is_alike(first: Instance, second: Instance) -> bool:
     """Whether what is loaded for one serves the other."""
     models = [(each.card, each.engine, each.exact, each.quantize, each.draft) for each in (first, second)]
-    sizes = [(each.context_length, each.slot_count, each.rank_count) for each in (first, second)]
+    sizes = [(each.context_length, each.slot_count, each.kv_cache, each.rank_count) for each in (first, second)]
     return models[0] == models[1] and sizes[0] == sizes[1]
 
 

@@ -71,6 +71,7 @@ from covey.control.settings import RUNNERS_REMEMBERED_MAX, MachineSettings
 from covey.schema.cluster import Instance, NodeReport, RunnerReport, Stage
 from covey.schema.ids import ModelId, NodeId, RunnerId
 from covey.schema.machine import Effect, RunnerExited, RunnerHalted, RunnerSaid, RunnerStarted
+from covey.schema.model import KvCacheType
 from covey.schema.pipeline import cards_at, leaders, ranks_of, stage_count, stage_index
 from covey.schema.runner import BEAT_MS, Address, Draft, PhaseFailed, RunnerMessage, RunnerSpec, RunnerState
 
@@ -451,7 +452,8 @@ def _draft(instance: Instance, files: Sequence[str]) -> Draft | None:
 
 def _engine_options(instance: Instance) -> dict[str, str]:
     exact = {"exact": "1"} if instance.exact else {}
-    return exact | ({"quantize": instance.quantize.value} if instance.quantize else {})
+    quantize = {"quantize": instance.quantize.value} if instance.quantize else {}
+    return exact | quantize | ({} if instance.kv_cache is KvCacheType.F32 else {"kv_cache": instance.kv_cache.value})
 
 
 def _keep_time(now_ms: int, runner: Runner) -> None:

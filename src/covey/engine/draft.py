@@ -30,7 +30,7 @@ from covey.schema.runner import Draft, RunnerSpec
 
 # The engine options that say what the model is. The others say how the stage computes: exact or not, the draft's words
 # are guesses.
-SHARED_OPTIONS: Final = frozenset({"quantize", "vocabulary_size", "hidden_size"})
+SHARED_OPTIONS: Final = frozenset({"quantize", "kv_cache", "vocabulary_size", "hidden_size"})
 LEFT_TO_READ: Final = 2  # tokens, with which the first guess takes hardly longer than with one
 
 log = logging.getLogger(__name__)

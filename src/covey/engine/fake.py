@@ -9,7 +9,7 @@ each has some columns. So a lost sum, or one of another step, changes the answer
 
 `engine_options`: `vocabulary_size`, `hidden_size`, `step_delay_ms` (each step takes at least so long),
 `load_delay_ms` (so does each layer's load), and `lookup`, which is the head's. `exact` it is anyway, and there is
-nothing to `quantize`.
+nothing to `quantize`, nor a `kv_cache` of floats.
 """
 
 import time
@@ -31,7 +31,7 @@ DEFAULTS: Final = {
     "load_delay_ms": 0,
     "lookup": 1,
 }
-IGNORED: Final = ("exact", "quantize")
+IGNORED: Final = ("exact", "quantize", "kv_cache")
 LOGITS_SPAN: Final = 8.0  # of the best to the worst: a distribution with a clear best and a long tail
 LAYER_BYTES: Final = 4
 

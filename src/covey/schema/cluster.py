@@ -10,7 +10,7 @@ from typing import Final
 from msgspec import Struct
 
 from covey.schema.ids import InstanceId, ModelId, NodeId, RunnerId
-from covey.schema.model import ModelCard, Quantizing, Shard
+from covey.schema.model import KvCacheType, ModelCard, Quantizing, Shard
 from covey.schema.runner import Address, RunnerState
 
 # ---- intent ----
@@ -47,6 +47,7 @@ class Wish(Struct, frozen=True, tag="wish", kw_only=True):
     quantize: Quantizing | None = None
     rank_count: int = 1  # how many runners share each layer
     draft: ModelCard | None = None  # the head guesses with it
+    kv_cache: KvCacheType = KvCacheType.F32
 
 
 class Instance(Struct, frozen=True, tag="instance", kw_only=True):
@@ -65,6 +66,7 @@ class Instance(Struct, frozen=True, tag="instance", kw_only=True):
     quantize: Quantizing | None = None  # matrices in full precision are rounded so when they are loaded
     rank_count: int = 1  # how many runners share each layer
     draft: ModelCard | None = None  # the head holds it whole, beside its layers, and guesses with it what comes next
+    kv_cache: KvCacheType = KvCacheType.F32  # what keys and values are kept as, the draft's too
 
 
 class ApiKey(Struct, frozen=True, tag="api_key", kw_only=True):
@@ -234,6 +236,7 @@ class PlaceModel(Struct, frozen=True, tag=True, kw_only=True):
     quantize: Quantizing | None = None  # round matrices in full precision; refused where there are none
     rank_count: int = 1  # how many runners are to share each layer
     draft: ModelCard | None = None  # a smaller model with the same vocabulary, to guess what comes next
+    kv_cache: KvCacheType = KvCacheType.F32  # what keys and values are kept as
 
 
 class DeleteInstance(Struct, frozen=True, tag=True):

@@ -44,6 +44,13 @@ class Quantizing(StrEnum):
     Q8 = "q8"
 
 
+class KvCacheType(StrEnum):
+    """What a runner keeps keys and values of a text's tokens as: floats of 32 bits, or of 16, which take half."""
+
+    F32 = "f32"
+    F16 = "f16"
+
+
 class SparedBytes(Struct, frozen=True):
     """What exact mode holds less of: its kernels add less to blocks of weights."""
 

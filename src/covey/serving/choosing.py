@@ -11,7 +11,7 @@ from covey.control import routing
 from covey.control.runner_table import LOADED_STATES
 from covey.schema.cluster import ClusterState, Instance, InstancePhase, Refused
 from covey.schema.ids import InstanceId, ModelId
-from covey.schema.model import ModelCard, Quantizing
+from covey.schema.model import KvCacheType, ModelCard, Quantizing
 from covey.schema.runner import RunnerState
 from covey.serving.lines import Lines
 from covey.serving.refusal import RefusedError
@@ -38,10 +38,11 @@ class Needs(Struct, frozen=True):
     whole_room: int  # for as long an answer as is wanted
     exact: bool = False  # it was begun so, and must not go on otherwise
     quantize: Quantizing | None = None  # the same
+    kv_cache: KvCacheType = KvCacheType.F32  # the same, where it is exact
     unreached: frozenset[InstanceId] = frozenset()  # by this node, just now
 
     def are_met_by(self, instance: Instance) -> bool:
-        is_exact_enough = instance.exact or not self.exact
+        is_exact_enough = not self.exact or (instance.exact and instance.kv_cache is self.kv_cache)
         has_same_weights = (instance.card, instance.quantize) == (self.card, self.quantize)
         return has_same_weights and instance.context_length >= self.room and is_exact_enough
 
@@ -111,7 +112,8 @@ class Choosing:
         """Another one of the same file that is ready and holds so many tokens, if this does not."""
         if instance.context_length >= room:
             return instance
-        state = _with_those_that_fit(self.state(), Needs(instance.card, room, room, instance.exact, instance.quantize))
+        needs = Needs(instance.card, room, room, instance.exact, instance.quantize, instance.kv_cache)
+        state = _with_those_that_fit(self.state(), needs)
         picked = routing.pick(state, instance.card.model_id)
         return picked if isinstance(picked, Instance) else instance
 

@@ -257,7 +257,8 @@ def needs_of(progress: Progress, instance: Instance, unreached: Collection[Insta
     admit = progress.admit
     room = min(len(admit.token_ids) + 1, instance.context_length)  # its end may be all that is missing
     whole_room = admit.prompt_length + admit.token_count_max
-    return Needs(instance.card, room, whole_room, instance.exact, instance.quantize, frozenset(unreached))
+    ways = instance.exact, instance.quantize, instance.kv_cache
+    return Needs(instance.card, room, whole_room, *ways, frozenset(unreached))
 
 
 def token_count_max(request: GenerationRequest, prompt_tokens: int, instance: Instance) -> int:

@@ -10,24 +10,26 @@ from covey.checkpoints.card import card_from_header
 from covey.checkpoints.opening import open_checkpoint
 from covey.control.placement.memory import Load, shard_bytes
 from covey.schema.ids import ModelId
-from covey.schema.model import FileSource, Shard
+from covey.schema.model import FileSource, KvCacheType, Shard
 from tests.engine.harness import Client, Runner, bring_up, make_admit, make_spec
 
 ANSWER_TOKENS: Final = 8
 ANSWER_SECONDS_MAX: Final = 1800
 
 
-def measure(model: Path, context: int, slots: int, stages: int, *, exact: bool) -> list[dict[str, float]]:
+def measure(
+    model: Path, context: int, slots: int, stages: int, *, exact: bool, kv_cache: KvCacheType = KvCacheType.F32
+) -> list[dict[str, float]]:
     """Bytes of each stage's runner."""
     card = card_from_header(open_checkpoint(model), ModelId(model.stem), FileSource(str(model)))
-    load, count = Load(card, context, slots, exact=exact), card.layer_count
+    load, count = Load(card, context, slots, exact=exact, kv_cache=kv_cache), card.layer_count
     shards = [Shard(count * place // stages, count * (place + 1) // stages, count) for place in range(stages)]
     specs = [
         make_spec(
             index,
             stages,
             engine="onnx",
-            engine_options={"exact": "1"} if exact else {},
+            engine_options={"kv_cache": kv_cache.value} | ({"exact": "1"} if exact else {}),
             model_path=str(model),
             shard=shard,
             context_length=context,

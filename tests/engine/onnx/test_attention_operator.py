@@ -51,7 +51,7 @@ def model_of(feed: dict[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
         num_heads=HEADS, kv_num_heads=KV_HEADS, **({"do_rotary": 1} | attributes),
     )  # fmt: skip
     kinds = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feed.items()}
-    outputs = {"result": onnx.TensorProto.FLOAT, "new_keys": kinds["keys"], "new_values": kinds["values"]}
+    outputs = {"result": kinds["query"], "new_keys": kinds["keys"], "new_values": kinds["values"]}
     graph = helper.make_graph(
         [node],
         "step",
@@ -176,8 +176,10 @@ def test_a_head_of_another_size_is_refused():
         run(feed_of([20], 1, turned=24))
 
 
-def test_a_cache_of_halves_is_converted_whole_at_every_step(tmp_path):
-    """So it saves nothing: there is no kernel for it, and ONNX Runtime puts conversions around."""
+def test_a_cache_of_halves_beside_queries_in_float32_is_converted_whole_at_every_step(tmp_path):
+    """So it saves nothing: there is no kernel for it, and ONNX Runtime puts conversions around. There is one where all
+    is of halves (`test_cache_in_halves`).
+    """
     feed = feed_of([20], 1)
     halves = feed | {name: feed[name].astype(np.float16) for name in ("keys", "values")}
     opened(halves, {}, str(tmp_path / "halves.onnx"))

@@ -123,6 +123,7 @@ def report(setting: Setting, results: Results) -> dict[str, Any]:
                 "exact": each.exact,
                 "quantize": each.quantize,
                 "draft": each.draft.model_id if each.draft else None,
+                "kv_cache": each.kv_cache,
                 "nodes": stage_rows(each, setting.names),
             }
             for each in setting.model.instances

@@ -101,7 +101,10 @@ def _kept_draft_layers(former: Instance, parts: Sequence[Part]) -> int:
 
 def load_of(former: Instance, context_length: int, slot_count: int, rank_count: int = 1) -> Load:
     """The same in other sizes."""
-    return Load(former.card, context_length, slot_count, former.quantize, former.exact, rank_count, former.draft)
+    return Load(
+        former.card, context_length, slot_count, former.quantize, former.exact, rank_count, former.draft,
+        former.kv_cache,
+    )  # fmt: skip
 
 
 def overlap(first: Shard, second: Shard) -> int:

@@ -6,10 +6,11 @@ from msgspec import Struct
 
 from covey.checkpoints.ranks import Heads
 from covey.schema.generation import PREFILL_CHUNK_TOKENS
-from covey.schema.model import ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
+from covey.schema.model import KvCacheType, ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MEBIBYTE: Final = 1024 * 1024
-FLOAT_BYTES: Final = 4  # the onnx engine keeps keys, values and the scores of attention in float32 on CPUs
+FLOAT_BYTES: Final = 4  # the onnx engine computes the scores of attention in float32 on CPUs
+KV_BYTES: Final = {KvCacheType.F32: 4, KvCacheType.F16: 2}  # of each number in keys and values
 PROGRAM_BYTES: Final = 120 * MEBIBYTE  # interpreter, libraries and other working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
@@ -26,6 +27,7 @@ class Load(Struct, frozen=True):
     exact: bool = False
     rank_count: int = 1  # how many runners share each layer; all sizes are those of one of them
     draft: ModelCard | None = None  # rank 0 of the first stage holds it whole, rounded as the model is
+    kv_cache: KvCacheType = KvCacheType.F32
 
 
 def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
@@ -36,7 +38,7 @@ def weight_sizes(load: Load) -> ModelCard | QuantizedBytes:
 def kv_bytes_of_layer(load: Load) -> int:
     """Keys and values of one layer, for all slots at full length."""
     card = load.card
-    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * FLOAT_BYTES
+    token_bytes = 2 * share(card.kv_head_count, load) * card.head_size * KV_BYTES[load.kv_cache]
     return token_bytes * load.context_length * load.slot_count
 
 
@@ -84,9 +86,9 @@ def draft_bytes(load: Load) -> int:
 
 def load_of_draft(load: Load, draft: ModelCard) -> Load:
     """What a draft beside `load` is: with one slot and never exact. Where the model is rounded, so is the draft's full
-    precision.
+    precision; its cache is of the same type.
     """
-    return Load(draft, load.context_length, 1, load.quantize)
+    return Load(draft, load.context_length, 1, load.quantize, kv_cache=load.kv_cache)
 
 
 def weight_bytes(load: Load) -> int:

@@ -21,7 +21,7 @@ from covey.control.placement.nodes import Candidate, among, budgets_bytes, ranke
 from covey.control.placement.split import split
 from covey.schema.cluster import RANKS_MAX, Refused
 from covey.schema.ids import NodeId
-from covey.schema.model import ModelCard, Quantizing, Shard
+from covey.schema.model import KvCacheType, ModelCard, Quantizing, Shard
 
 CONTEXT_LENGTH_DEFAULT: Final = 8_192  # tokens; more only if somebody asks for it
 CONTEXT_LENGTH_LEAST: Final = 1_024  # a chat needs at least this; below it a refusal serves people better
@@ -43,6 +43,7 @@ class Options(Struct, frozen=True, kw_only=True):
     exact: bool = False
     rank_count: int = 1  # how many nodes share each layer
     draft: ModelCard | None = None  # the head holds it, too
+    kv_cache: KvCacheType = KvCacheType.F32
 
 
 class Part(Struct, frozen=True):
@@ -72,7 +73,10 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
     allowed = among(nodes, options.node_ids)
     slot_count = SLOT_COUNT_DEFAULT if options.slot_count is None else options.slot_count
     lengths = _context_lengths(card, options)
-    load = Load(card, lengths[0], slot_count, options.quantize, options.exact, options.rank_count, options.draft)
+    load = Load(
+        card, lengths[0], slot_count, options.quantize, options.exact, options.rank_count, options.draft,
+        options.kv_cache,
+    )  # fmt: skip
     refused = (
         _refuse_load(load)
         or _refuse_draft(load)
@@ -87,7 +91,9 @@ def place(card: ModelCard, nodes: Sequence[Candidate], options: Options) -> Plac
             return Placement(found, length, slot_count, options.rank_count, options.draft)
     least = replace(load, context_length=lengths[-1])
     fitting = next((each for each in _smaller(least) if _place_with(each, allowed, options)), None)
-    return refusal.too_little_memory(least, allowed, _stage_count_min(options), fitting)
+    halved = replace(least, kv_cache=KvCacheType.F16)
+    fits_halved = halved != least and _place_with(halved, allowed, options) is not None
+    return refusal.too_little_memory(least, allowed, _stage_count_min(options), fitting, fits_halved=fits_halved)
 
 
 def _stage_count_min(options: Options) -> int:

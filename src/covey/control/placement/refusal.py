@@ -15,6 +15,7 @@ CONFLICT: Final = 409
 BAD_REQUEST: Final = 400
 UNAVAILABLE: Final = 503
 NODES_LISTED_MAX: Final = 8
+HALVED: Final = "a KV cache in 16-bit floats (`--kv-cache f16`)"
 GIGABYTE: Final = 1_000_000_000
 MEGABYTE: Final = 1_000_000
 
@@ -124,9 +125,11 @@ def unknown_nodes(missing: Sequence[str]) -> Refused:
     return Refused(f"these nodes are not here: {', '.join(missing)}. `covey nodes` lists those that are.", CONFLICT)
 
 
-def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, fitting: Load | None = None) -> Refused:
+def too_little_memory(
+    load: Load, nodes: Sequence[Candidate], stage_count: int, fitting: Load | None = None, *, fits_halved: bool = False
+) -> Refused:
     """Says what is missing in all, or that no single node can take its part, and lists the machines. `fitting`: what
-    would not be too much.
+    would not be too much; `fits_halved`: it would not be with keys and values in half the bytes.
     """
     needed, usable = (
         whole_bytes(load, stage_count),
@@ -143,9 +146,17 @@ def too_little_memory(load: Load, nodes: Sequence[Candidate], stage_count: int, 
     else:
         lack = f"the cluster has {amount(usable)} to give, but its nodes can't each hold their part"
     advice = "free memory, add a node, or choose a smaller model."
-    smaller = _smaller(fitting, load) if fitting else ""
-    advice = f"{smaller} it would fit; else {advice}" if smaller else advice.capitalize()
+    way_out = _way_out(load, fitting, fits_halved=fits_halved)
+    advice = f"{way_out} it would fit; else {advice}" if way_out else advice.capitalize()
     return Refused(f"{opening}; {lack}: {each}. {advice}", CONFLICT)
+
+
+def _way_out(load: Load, fitting: Load | None, *, fits_halved: bool) -> str:
+    """The beginning of a sentence; empty where there is none."""
+    smaller = _smaller(fitting, load) if fitting else ""
+    if not fits_halved:
+        return smaller
+    return f"{smaller.removesuffix(',')}, or with {HALVED}," if smaller else f"With {HALVED}"
 
 
 def _smaller(fitting: Load, load: Load) -> str:

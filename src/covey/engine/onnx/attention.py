@@ -7,16 +7,25 @@ is tested against plain arithmetic.
 from typing import Any, Final
 
 import numpy as np
+import onnx
 
 from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
-from covey.engine.onnx.rotary import Tables
+from covey.engine.onnx.rotary import FloatType, Tables
 from covey.engine.onnx.weights import Floats, LayerWeights
 
 # Names of the graph's inputs that say where sequences are.
 ENDS: Final = "ends"  # [batch] int32: last position of each sequence in this step
 LONGEST: Final = "longest"  # [1] int32: tokens of the longest sequence, this step's included
 LAYOUT: Final = "layout"  # [3] int64: batch, tokens of each, -1
+
+# What is larger becomes this in a cache of float16, which ends at 65,504: turning makes up to 1.5 times as much of it
+# (the root of 2, and what a stretched context is magnified by), and an infinite key would make all that follows NaN.
+HALVES_MAX: Final = 32_768.0
+HALVES_BOUNDS: Final = (
+    ("halves.least", np.array(-HALVES_MAX, np.float32)),
+    ("halves.most", np.array(HALVES_MAX, np.float32)),
+)
 
 
 def updated(cache: str) -> str:
@@ -25,7 +34,10 @@ def updated(cache: str) -> str:
 
 
 class AttentionGraph:
-    def __init__(self, builder: GraphBuilder, architecture: Architecture, tables: dict[Rotary, Tables]) -> None:
+    def __init__(
+        self, builder: GraphBuilder, architecture: Architecture, tables: dict[Rotary, Tables], cache_type: FloatType
+    ) -> None:
+        """`cache_type`: also of the `tables`."""
         self.caches: list[str] = []
         self._builder = builder
         self._architecture = architecture
@@ -33,21 +45,34 @@ class AttentionGraph:
         builder.input(LONGEST, np.int32, [1])
         builder.input(LAYOUT, np.int64, [3])
         builder.constant("flat", np.array([-1, architecture.query_size], np.int64))
+        self._bounds = [] if cache_type is np.float32 else [builder.constant(*each) for each in HALVES_BOUNDS]
         self._tables = tables
+        self._cache_type = cache_type
         self._named_tables: dict[Rotary, list[str]] = {}
 
     def add(self, layer: int, projected: list[str], weights: LayerWeights) -> str:
         """From query, key and value, in one or in three, to [tokens, query size]."""
         kind = self._architecture.layers[layer]
-        query_key_value = self._batched(layer, projected, weights)
+        query_key_value = [name and self._as_cached(name) for name in self._batched(layer, projected, weights)]
         caches = [self._cache(layer, "keys"), self._cache(layer, "values")]
         tables = ["", ""] if kind.rotary is None else self._tables_of(kind.rotary)
         inputs = [*query_key_value, *caches, ENDS, LONGEST, *tables]
         if weights.sinks is not None:
-            inputs += ["", "", self._builder.constant(f"{layer}.sinks", weights.sinks)]
+            inputs += ["", "", self._builder.constant(f"{layer}.sinks", weights.sinks.astype(self._cache_type))]
         outputs = [f"{layer}.attended", *(updated(cache) for cache in caches)]
         self._builder.nodes_with("GroupQueryAttention", _trimmed(inputs), outputs, MICROSOFT, **self._attributes(layer))
-        return self._builder.node("Reshape", [outputs[0], "flat"], f"{layer}.attended.flat")
+        flat = self._builder.node("Reshape", [outputs[0], "flat"], f"{layer}.attended.flat")
+        if self._cache_type is np.float32:
+            return flat
+        return self._builder.node("Cast", [flat], f"{flat}.wide", to=onnx.TensorProto.FLOAT)
+
+    def _as_cached(self, name: str) -> str:
+        """Of the cache's type, as the operator takes all that it computes with."""
+        if self._cache_type is np.float32:
+            return name
+        builder = self._builder
+        clipped = builder.node("Clip", [name, *self._bounds], f"{name}.clipped")
+        return builder.node("Cast", [clipped], f"{name}.halves", to=onnx.TensorProto.FLOAT16)
 
     def _tables_of(self, rotary: Rotary) -> list[str]:
         """Cosines and sines; a graph has only those that its layers use."""
@@ -100,8 +125,8 @@ class AttentionGraph:
     def _cache(self, layer: int, kind: str) -> str:
         name = f"{layer}.{kind}"
         shape: list[int | str] = ["batch", self._architecture.kv_head_count, "context", self._architecture.head_size]
-        self._builder.input(name, np.float32, shape)
-        self._builder.output(updated(name), np.float32, shape)
+        self._builder.input(name, self._cache_type, shape)
+        self._builder.output(updated(name), self._cache_type, shape)
         self.caches.append(name)
         return name
 

@@ -18,7 +18,7 @@ from covey.engine.onnx.builder import MICROSOFT, GraphBuilder
 from covey.engine.onnx.feed_forward import FeedForwardGraph
 from covey.engine.onnx.kernel_file import KernelFile
 from covey.engine.onnx.products import Products
-from covey.engine.onnx.rotary import Tables
+from covey.engine.onnx.rotary import FloatType, Tables
 from covey.engine.onnx.weights import Floats, HeadWeights, LayerWeights, Linear, Table
 
 # Names of the graph's inputs and outputs, beside those of the attention.
@@ -53,13 +53,14 @@ class ModelGraph:
         *,
         is_exact: bool,
         is_split: bool = False,
+        cache_type: FloatType = np.float32,
     ) -> None:
         """`architecture`: with the heads of this rank; `table`: the token embeddings, on the first stage; `file`: for
-        what `Products` keeps there.
+        what `Products` keeps there; `cache_type`: of keys and values, and of the `tables`.
         """
         self._architecture = architecture
         self._tables, self._file = tables, file
-        self._is_exact, self._is_split = is_exact, is_split
+        self._is_exact, self._is_split, self._cache_type = is_exact, is_split, cache_type
         self._parts: list[StageGraph] = []
         builder = self._begin_part()
         if table is None:
@@ -105,7 +106,7 @@ class ModelGraph:
 
     def _attending(self) -> AttentionGraph:
         if self._attention is None:
-            self._attention = AttentionGraph(self._builder, self._architecture, self._tables)
+            self._attention = AttentionGraph(self._builder, self._architecture, self._tables, self._cache_type)
         return self._attention
 
     def _cut(self, result: str) -> str:

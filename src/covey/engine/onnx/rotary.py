@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from covey.engine.onnx.architecture import Llama3Scaling, LongFactors, Rotary, YarnScaling
 
 Doubles = NDArray[np.float64]
-Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
+FloatType = type[np.float32] | type[np.float16]
+Tables = tuple[NDArray[np.floating], NDArray[np.floating]]
 
 
 def factors_for(rotary: Rotary, context_length: int) -> tuple[float, ...] | str | None:
@@ -21,7 +22,9 @@ def factors_for(rotary: Rotary, context_length: int) -> tuple[float, ...] | str 
 
 
 @lru_cache(maxsize=4)
-def rotary_tables(rotary: Rotary, context_length: int, factors: tuple[float, ...] | None) -> Tables:
+def rotary_tables(
+    rotary: Rotary, context_length: int, factors: tuple[float, ...] | None, dtype: FloatType = np.float32
+) -> Tables:
     """Cosines and sines, [positions, turned values / 2] each; `factors` divide the frequencies.
 
     All graphs of a stage share them: they are large where the context is long, and a mixture has many graphs.
@@ -37,7 +40,7 @@ def rotary_tables(rotary: Rotary, context_length: int, factors: tuple[float, ...
     positions = np.arange(context_length, dtype=np.float64) / rotary.divisor
     angles = np.outer(positions, frequencies)
     cosines, sines = rotary.magnitude * np.cos(angles), rotary.magnitude * np.sin(angles)
-    return cosines.astype(np.float32), sines.astype(np.float32)
+    return cosines.astype(dtype), sines.astype(dtype)
 
 
 def yarn_magnitude(factor: float) -> float:

@@ -19,14 +19,17 @@ from covey.engine.onnx import kernel_file
 from covey.engine.onnx.architecture import Architecture
 from covey.engine.onnx.graph import ModelGraph, StageGraph
 from covey.engine.onnx.portions import portions
+from covey.engine.onnx.rotary import FloatType
 from covey.engine.onnx.session import KvCache, StageSession
 from covey.engine.onnx.settings import read_settings
 from covey.engine.onnx.weights import HeadWeights, StageFile, Table, row_count
-from covey.schema.model import Quantizing, Shard
+from covey.schema.model import KvCacheType, Quantizing, Shard
 from covey.schema.runner import RunnerSpec
 
 EXACT: Final = ("exact", "1")  # the engine option that leaves activations as they are
 QUANTIZE: Final = "quantize"  # the one whose value says what matrices in full precision are rounded to
+KV_CACHE: Final = "kv_cache"  # the one whose value says what keys and values are kept as; float32 where it is not there
+FLOAT_TYPES: Final[dict[KvCacheType, FloatType]] = {KvCacheType.F32: np.float32, KvCacheType.F16: np.float16}
 
 Told = Callable[[int, int, int], None]  # layers read of this segment, and bytes read of how many
 
@@ -111,6 +114,7 @@ def load(model: Model, shard: Shard, told: Told) -> Segment:
         cache = KvCache(
             tuple(name for part in built for name in part.caches),
             (footing.slot_count, own.kv_head_count, footing.context_length, own.head_size),
+            _cache_type(footing),
         )
         session = StageSession(
             built,
@@ -147,11 +151,12 @@ def _build(
         ends = _Ends(file.share.architecture, *file.read_ends())
         graph = ModelGraph(
             ends.architecture,
-            file.read_rotary_tables(),
+            file.read_rotary_tables(_cache_type(footing)),
             ends.table,
             kernels,
             is_exact=EXACT in footing.options,
             is_split=footing.rank_count > 1,
+            cache_type=_cache_type(footing),
         )
         told(0, file.bytes_read, file.bytes_total)  # the ends may be as large as many layers
         for layer in range(shard.layer_start, shard.layer_end):
@@ -163,6 +168,10 @@ def _build(
 def _bits(footing: Footing) -> int | None:
     asked = dict(footing.options).get(QUANTIZE)
     return None if asked is None else BITS[Quantizing(asked)]
+
+
+def _cache_type(footing: Footing) -> FloatType:
+    return FLOAT_TYPES[KvCacheType(dict(footing.options).get(KV_CACHE, KvCacheType.F32))]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from covey.engine.contract import Activations, Exchange
 from covey.engine.onnx import attention, graph
 from covey.engine.onnx.graph import StageGraph
 from covey.engine.onnx.kernel_file import KernelFile
+from covey.engine.onnx.rotary import FloatType
 from covey.engine.onnx.runtime import FILE_FOLDER, new_options, open_session, shared
 
 SPIN_US_MAX: Final = 50  # measured beside a busy program: 19 ms a token, 48 without a limit, 12 with the machine alone
@@ -26,12 +27,12 @@ BINDINGS_MAX: Final = 32  # ranges of slots whose cache slices stay bound; a bin
 
 
 class KvCache:
-    """Keys and values of all layers and slots, float32. Pages that no token has reached yet take no memory."""
+    """Keys and values of all layers and slots. Pages that no token has reached yet take no memory."""
 
-    def __init__(self, names: tuple[str, ...], shape: tuple[int, int, int, int]) -> None:
-        self._arrays = {name: _untouched(shape) for name in names}  # [slots, heads, context, head size]
+    def __init__(self, names: tuple[str, ...], shape: tuple[int, int, int, int], dtype: FloatType = np.float32) -> None:
+        self._arrays = {name: _untouched(shape, dtype) for name in names}  # [slots, heads, context, head size]
 
-    def slices(self, slot: int, count: int) -> dict[str, NDArray[np.float32]]:
+    def slices(self, slot: int, count: int) -> dict[str, NDArray[np.floating]]:
         """The part of `count` slots from `slot` on, contiguous."""
         return {name: array[slot : slot + count] for name, array in self._arrays.items()}
 
@@ -41,16 +42,16 @@ class KvCache:
             array[target, :, start:end] = array[source, :, start:end]
 
 
-def _untouched(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
+def _untouched(shape: tuple[int, int, int, int], dtype: FloatType) -> NDArray[np.floating]:
     """Zeros that take memory page by page, as they are written to.
 
     NumPy asks for huge pages: then the first token of a slot takes the memory of all its context, or Linux joins pages
     to huge ones while the runner is idle. It gave 4 % at 2,000 tokens of context, and nothing at 500.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(np.float32).itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class StageSession:
@@ -153,7 +154,7 @@ class _Binding:
     """
 
     def __init__(
-        self, parts: Sequence[_Part], cache: dict[str, NDArray[np.float32]], count: int, arrays: _Arrays
+        self, parts: Sequence[_Part], cache: dict[str, NDArray[np.floating]], count: int, arrays: _Arrays
     ) -> None:
         self._arrays = arrays
         self._bound = [(part, part.session.io_binding()) for part in parts]

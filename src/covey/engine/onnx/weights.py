@@ -13,7 +13,7 @@ from covey.checkpoints.quantizing import can_be_quantized, quantize_tensor
 from covey.engine.onnx import tensors
 from covey.engine.onnx.architecture import Architecture, Rotary
 from covey.engine.onnx.cutting import Floats, Matrix, Table, columns_of, in_all, rows_of
-from covey.engine.onnx.rotary import Tables, factors_for, rotary_tables
+from covey.engine.onnx.rotary import FloatType, Tables, factors_for, rotary_tables
 from covey.engine.onnx.share import WHOLE, Cut, Share
 from covey.engine.onnx.tensors import OUTPUT_NORM
 from covey.schema.model import Shard
@@ -116,7 +116,7 @@ class StageFile:
             feed_forward_post_norm=self._norm(layer, "post_ffw_norm"),
         )
 
-    def read_rotary_tables(self) -> dict[Rotary, Tables]:
+    def read_rotary_tables(self, dtype: FloatType = np.float32) -> dict[Rotary, Tables]:
         """For every way of turning that the stage's layers have."""
         layers = self._architecture.layers[self._shard.layer_start : self._shard.layer_end]
         rotaries = list(dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None))
@@ -127,7 +127,7 @@ class StageFile:
         for rotary in rotaries:
             factors = factors_for(rotary, self._context_length)
             factors = named[factors] if isinstance(factors, str) else factors
-            tables[rotary] = rotary_tables(rotary, self._context_length, factors)
+            tables[rotary] = rotary_tables(rotary, self._context_length, factors, dtype)
         return tables
 
     def read_ends(self) -> tuple[Table | None, HeadWeights | None]:
