@@ -48,7 +48,7 @@ Exact = Annotated[
 Quantize = Annotated[Quantizing | None, typer.Option(help="Round matrices in full precision to 4 or 8 bits.")]
 KvCache = Annotated[
     KvCacheType | None,
-    typer.Option(help="Keep keys and values in 16-bit floats: half the memory for long contexts, and slower."),
+    typer.Option(help="Keep keys and values in 16-bit floats: half the memory, tokens come a little slower."),
 ]
 Draft = Annotated[
     str | None,
