@@ -103,6 +103,17 @@ def test_every_family(name: str, count: int, tmp_path: Path) -> None:
     assert np.abs(actual - golden).max() < 1e-4 * np.ptp(golden)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+def test_a_cache_in_halves(name: str, tmp_path: Path) -> None:
+    """Ranks have the keys and values of the stage alone, by heads; and the sinks of their own."""
+    tiny = FAMILIES[name]
+    path, tokens = tiny_families.write(tiny, tmp_path / "tiny.gguf"), tiny_families.token_ids()
+    alone = all_logits(stage_of(path, Shard(0, tiny.layers, tiny.layers), kv_cache="f16"), tokens)
+    with ranks_of(path, 2, tiny.layers, kv_cache="f16") as ranks:
+        actual = all_logits(ranks, tokens)
+    assert np.abs(actual - alone).max() < 1e-3 * np.ptp(alone)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
 def test_each_quantisation(kind: str, count: int, tmp_path: Path) -> None:
