@@ -20,4 +20,4 @@ def test_full_slots_take_what_was_predicted(demo_model, exact, kv_cache, context
     for stage in measure(demo_model, context=context, slots=2, stages=2, exact=exact, kv_cache=KvCacheType(kv_cache)):
         print(stage)
         assert 0.9 < stage["ratio"] < 1.1
-        assert stage["most_bytes"] < 1.2 * stage["predicted_bytes"]  # while it loads: the output there twice
+        assert stage["most_bytes"] < 1.25 * stage["predicted_bytes"]  # while it loads: the output there twice

@@ -19,8 +19,8 @@ ENDS: Final = "ends"  # [batch] int32: last position of each sequence in this st
 LONGEST: Final = "longest"  # [1] int32: tokens of the longest sequence, this step's included
 LAYOUT: Final = "layout"  # [3] int64: batch, tokens of each, -1
 
-# What is larger becomes this in a cache of float16, which ends at 65,504: turning makes up to 1.5 times as much of it
-# (the root of 2, and what a stretched context is magnified by), and an infinite key would make all that follows NaN.
+# What is larger becomes this in a cache of float16, which ends at 65,504: turning makes up to 1.9 times as much of it
+# (the root of 2, and 1.35 where a context is stretched to 32 times), and an infinite key would make what follows NaN.
 HALVES_MAX: Final = 32_768.0
 HALVES_BOUNDS: Final = (
     ("halves.least", np.array(-HALVES_MAX, np.float32)),
