@@ -13,7 +13,7 @@ from covey.control.placement.memory import Load, draft_bytes, kv_bytes_of_layer,
 from covey.control.placement.place import Options, Placement, place
 from covey.schema.cluster import Instance, PlaceModel, Refused, Wish
 from covey.schema.ids import NodeId
-from covey.schema.model import KvCacheType, Shard
+from covey.schema.model import KvCacheType, ModelCard, Shard
 
 WHOLE = Shard(0, 12, 12)
 LONG = Options(context_length=8192, slot_count=4)
@@ -23,15 +23,21 @@ ASKED = replace(LONG, kv_cache=KvCacheType.F16)
 TIGHT = node("a", shard_bytes(HALVED, WHOLE) * 10 // 9 + 2)  # free memory for just this; a tenth stays with the owner
 
 
-def test_keys_and_values_take_half_the_bytes_and_nothing_else_changes() -> None:
+def widened(card: ModelCard) -> int:
+    """Keys of some heads, in 32 bits, beside the cache."""
+    return min(card.attention_head_count, 8) * card.head_size * 8192 * 4
+
+
+def test_keys_and_values_take_half_the_bytes_and_some_keys_are_widened_beside_them() -> None:
     assert kv_bytes_of_layer(LOAD) == 2 * 2 * 64 * 4 * 8192 * 4  # keys and values of two heads of 64 floats
     assert kv_bytes_of_layer(HALVED) * 2 == kv_bytes_of_layer(LOAD)
-    assert shard_bytes(LOAD, WHOLE) - shard_bytes(HALVED, WHOLE) == 12 * kv_bytes_of_layer(HALVED)
+    spared = shard_bytes(LOAD, WHOLE) - shard_bytes(HALVED, WHOLE)
+    assert spared == 12 * kv_bytes_of_layer(HALVED) - widened(MODEL)
 
 
 def test_a_draft_follows() -> None:
     cache = 4 * 2 * 2 * 64 * 2 * 8192  # four layers, in one slot
-    assert draft_bytes(replace(LOAD, draft=DRAFT)) - draft_bytes(replace(HALVED, draft=DRAFT)) == cache
+    assert draft_bytes(replace(LOAD, draft=DRAFT)) - draft_bytes(replace(HALVED, draft=DRAFT)) == cache - widened(DRAFT)
 
 
 def test_it_fits_where_floats_do_not() -> None:

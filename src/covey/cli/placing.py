@@ -228,7 +228,9 @@ def shorter_context(instance: Instance) -> str:
     most = instance.card.context_length_max
     if instance.context_length >= most:
         return ""
-    return f"Its context is {instance.context_length} of the model's {most} tokens: `covey place --context N` chooses."
+    halves = "" if instance.kv_cache is KvCacheType.F16 else ", and `--kv-cache f16` takes half the memory for it"
+    chooses = f"`covey place --context N` chooses{halves}"
+    return f"Its context is {instance.context_length} of the model's {most} tokens: {chooses}."
 
 
 def drafted(instance: Instance) -> str:

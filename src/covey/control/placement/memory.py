@@ -11,6 +11,7 @@ from covey.schema.model import KvCacheType, ModelCard, QuantizedBytes, Quantizin
 MEBIBYTE: Final = 1024 * 1024
 FLOAT_BYTES: Final = 4  # the onnx engine computes the scores of attention in float32 on CPUs
 KV_BYTES: Final = {KvCacheType.F32: 4, KvCacheType.F16: 2}  # of each number in keys and values
+HEADS_WIDENED: Final = 8  # at once, whose keys in 16 bits are made 32 for a step: one for each thread
 PROGRAM_BYTES: Final = 120 * MEBIBYTE  # interpreter, libraries and other working memory of one runner process
 LOADING_PERCENT: Final = 110  # of what is counted for a runner, at most, while parts of its weights are there twice
 WHOLE_PERMILLE: Final = 20  # of a layer that is shared, what each rank holds for itself: norms, biases, rounding up
@@ -114,11 +115,13 @@ def share(count: int, load: Load) -> int:
 
 def overhead_bytes(load: Load) -> int:
     """Of a runner, whatever layers it has: its program, and what each head makes of each token before, of the tokens of
-    a step.
+    a step. Keys of 16 bits are widened for it, of as many heads as there are threads; more threads than are counted
+    here belong to machines with memory to spare.
     """
-    tokens = min(PREFILL_CHUNK_TOKENS, load.context_length)
-    scores = share(load.card.attention_head_count, load) * tokens * load.context_length
-    return PROGRAM_BYTES + scores * FLOAT_BYTES
+    heads = share(load.card.attention_head_count, load)
+    scores = heads * min(PREFILL_CHUNK_TOKENS, load.context_length)
+    widened = min(heads, HEADS_WIDENED) * load.card.head_size if load.kv_cache is KvCacheType.F16 else 0
+    return PROGRAM_BYTES + (scores + widened) * load.context_length * FLOAT_BYTES
 
 
 def shard_bytes(load: Load, shard: Shard, rank: int = 0) -> int:
