@@ -24,7 +24,7 @@ from covey.control.placement.place import Options, Placement, group_budgets_byte
 from covey.control.placement.split import split
 from covey.schema.cluster import Accepted, Instance, PlaceModel, Refused, Wish
 from covey.schema.ids import ModelId, NodeId
-from covey.schema.model import FileSource, ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
+from covey.schema.model import FileSource, KvCacheType, ModelCard, QuantizedBytes, Quantizing, Shard, SparedBytes
 
 MB = 10**6
 
@@ -196,7 +196,7 @@ def test_who_asks_for_no_context_gets_no_more_than_the_draft_holds() -> None:
             "Without the draft it would fit; else free memory",
         ),
         (
-            room_for(0, 12, replace(LOAD, slot_count=32)),
+            room_for(0, 12, replace(LOAD, slot_count=64, kv_cache=KvCacheType.F16)),
             64,
             "With 32 slots, or with a KV cache in 16-bit floats",
         ),

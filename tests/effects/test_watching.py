@@ -1,5 +1,6 @@
 """What a node notices of itself without being asked."""
 
+import mmap
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from covey.effects.model_files import ModelFiles
 from covey.effects.probe import Probe
 from covey.schema.machine import HardwareProbed, ModelsListed
 from covey.schema.model import FileSource, HubSource
+
+HELD_BYTES = 50_000_000
 
 
 class Runners:
@@ -52,12 +55,14 @@ async def test_what_runners_hold_is_read_with_the_memory_that_is_free(monkeypatc
         seen = await mailbox.take(5)
         assert isinstance(seen, HardwareProbed)
         assert seen.resident_bytes.keys() == {os.getpid()}
-        filled = b"x" * 50_000_000
-        grown = seen.resident_bytes[os.getpid()] + len(filled) // 2
+        grown = seen.resident_bytes[os.getpid()] + HELD_BYTES // 2
+        held = mmap.mmap(-1, HELD_BYTES)  # an allocator may have as much left from the tests before
+        held.write(bytes(HELD_BYTES))
         with anyio.fail_after(5):  # a look that was begun before may be told after
             while seen.resident_bytes[os.getpid()] < grown:
                 seen = await mailbox.take(5)
                 assert isinstance(seen, HardwareProbed)
+        held.close()
         tasks.cancel_scope.cancel()
     mailbox.close()
 
